@@ -1,0 +1,50 @@
+# Every target installs what it needs into .venv first: a fresh clone needs Python and make only.
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test test-all lint format demo notebook clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY)  ## Create .venv and install the package with its development tools
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "jaxlwp needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+test: $(READY)  ## Run the fast tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+test-all: $(READY)  ## Run every test, the slow sweeps too
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m ""
+
+lint: $(READY)  ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy jaxlwp models
+
+format: $(READY)  ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(READY)  ## Search and run a strategy on simulated devices
+	$(BIN)/python -m demo
+
+notebook: $(READY)  ## Execute the notebooks; an error in a cell fails
+	@$(if $(NOTEBOOKS),,echo "no notebooks")
+	$(foreach nb,$(NOTEBOOKS),PYTHONPATH="$(CURDIR)" $(BIN)/jupyter execute --timeout=600 "$(nb)" &&) true
+
+clean:  ## Remove the environment and all caches
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

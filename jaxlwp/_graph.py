@@ -1,0 +1,141 @@
+"""The computation graph: layers, and the tensors that flow between them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from jaxlwp._program import Equation, Program, Value
+from jaxlwp.ops import Labels, Signature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One operator of a layer, its tensors' dimensions named by the layer's dimensions.
+
+    Attributes:
+      equation: the operator.
+      signature: its signature, in the layer's dimension names.
+      gradient: for each operand, whether it has a cotangent.
+    """
+
+    equation: Equation
+    signature: Signature
+    gradient: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """A layer reads a value that is not laid out for it already.
+
+    Attributes:
+      value: index of the value.
+      info: its shape and dtype.
+      labels: the reader's dimension names of the value's dimensions.
+      active: dimension names over which the reading operator's work is split.
+      source: index of the layer that holds the value; for arguments of the function the first
+        layer that reads it, since it decides how the argument is stored.
+      source_labels: dimension names of the value in the source layer.
+      argument: the value is an argument of the function (parameter or batch).
+      gradient: the value has a cotangent.
+    """
+
+    value: int
+    info: Value
+    labels: Labels
+    active: frozenset[str]
+    source: int
+    source_labels: Labels
+    argument: bool
+    gradient: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A node of the computation graph.
+
+    Attributes:
+      index: position in the graph.
+      name: unique, from the module path (Linen), the parameter path (NNX) or the operator.
+      kind: "conv", "dense", "max_pool", ...
+      dimensions: parallelizable dimension -> all sizes that it has in the layer's tensors.
+      even: dimensions that may be split only by a degree that divides their size.
+      members: the layer's operators in order of evaluation, operators pulled in by uses included.
+      uses: the values that it reads.
+      has_rule: False for an operator that jaxlwp does not know: it runs replicated.
+    """
+
+    index: int
+    name: str
+    kind: str
+    dimensions: dict[str, tuple[int, ...]]
+    even: frozenset[str]
+    members: tuple[Member, ...]
+    uses: tuple[Use, ...]
+    has_rule: bool = True
+
+    @property
+    def output(self) -> Value:
+        """Shape and dtype of the layer's last result."""
+        return self.members[-1].equation.result_values[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """A tensor that one layer makes (or stores) and another reads; parallel edges are legal."""
+
+    source: int
+    target: int
+    use: Use
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputationGraph:
+    """Layers and edges of a traced training function, and the program they stand for.
+
+    Attributes:
+      layers: in order of their first operator.
+      program: the flat program.
+      assigned: equation position in the program -> (layer index, signature in the layer's
+        dimension names). Equations that are not here are evaluated where they are used.
+      homes: value -> (layer index, dimension names) for values made by a layer.
+      lazy: value -> position of the equation that makes it, for values evaluated where used.
+      owners: argument value -> (layer index, dimension names) of its first use.
+      gradients: values that have a cotangent when the loss is differentiated by the parameters.
+      argument_names: name of each program input, such as "params['Conv_0']['kernel']".
+      num_parameters: how many of the program's inputs are leaves of the first argument.
+    """
+
+    layers: tuple[Layer, ...]
+    program: Program
+    assigned: dict[int, tuple[int, Signature]] = field(repr=False)
+    homes: dict[int, tuple[int, Labels]] = field(repr=False)
+    lazy: dict[int, int] = field(repr=False)
+    owners: dict[int, tuple[int, Labels]] = field(repr=False)
+    gradients: frozenset[int] = field(repr=False)
+    argument_names: tuple[str, ...] = field(repr=False)
+    num_parameters: int
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """All tensors that cross from one layer to another."""
+        return tuple(
+            Edge(source=use.source, target=layer.index, use=use)
+            for layer in self.layers
+            for use in layer.uses
+            if use.source != layer.index
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of layer names, kinds and tensor shapes; a strategy is for one fingerprint."""
+        content = [
+            [layer.name, layer.kind, sorted((k, list(v)) for k, v in layer.dimensions.items())]
+            for layer in self.layers
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def unknown(self) -> tuple[Layer, ...]:
+        """Layers whose operator has no rule."""
+        return tuple(layer for layer in self.layers if not layer.has_rule)

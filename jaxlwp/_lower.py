@@ -1,0 +1,282 @@
+"""The lowered function: the traced program, evaluated on one device's blocks.
+
+The whole program runs inside one `jax.shard_map` over all mesh axes, so every collective in it is
+one that jaxlwp put there: a change of layout (`_reshard`), a halo exchange (`_halo`), or a sum of
+partial results. `shard_map` tracks over which axes each value varies, and automatic
+differentiation turns every collective into its transpose, so users keep their own
+`jax.value_and_grad`.
+
+Blocks of an unevenly split dimension end in padding. Wherever elements mix (contractions, windows,
+reductions, broadcast parameters) padding is replaced by the neutral element on the way in, and by
+zero on the way out, which stops whatever it holds, NaN included, in both directions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlwp._config import Config, Layout
+from jaxlwp._graph import ComputationGraph
+from jaxlwp._halo import exchange, plan_halo
+from jaxlwp._layout import degree, even_layout, layout_axes, local_shape
+from jaxlwp._program import Equation
+from jaxlwp._reshard import reshard
+from jaxlwp._trace import pull, whole
+from jaxlwp.ops import RULES, Labels, Local, Signature
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A value on one device: its block, varying over exactly the axes of its layout."""
+
+    block: Any
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A program bound to one config per layer.
+
+    Attributes:
+      graph: the computation graph.
+      configs: the config of each layer.
+      axis_sizes: devices along each mesh axis.
+    """
+
+    graph: ComputationGraph
+    configs: tuple[Config, ...]
+    axis_sizes: dict[str, int]
+
+    def input_layouts(self) -> tuple[Layout, ...]:
+        """How each argument is stored: as its first reader wants it, evenly split."""
+        return tuple(self.argument_layout(value) for value in self.graph.program.inputs)
+
+    def argument_layout(self, value: int) -> Layout:
+        """Layout in which an argument of the function is stored."""
+        return stored_layout(self.graph, self.configs, value, self.axis_sizes)
+
+    def output_layouts(self) -> tuple[Layout, ...]:
+        """Layout of each output, evenly split."""
+        return tuple(self._output_layout(value) for value in self.graph.program.outputs)
+
+    def _output_layout(self, value: int) -> Layout:
+        shape = self.graph.program.values[value].shape
+        if value in self.graph.homes:
+            layer, labels = self.graph.homes[value]
+            return even_layout(shape, self.configs[layer].layout(labels), self.axis_sizes)
+        if value in self.graph.owners:
+            return self.argument_layout(value)
+        return ((),) * len(shape)
+
+    def __call__(self, *blocks: Any) -> tuple[Any, ...]:
+        """Evaluate on blocks of the arguments, inside `jax.shard_map`; returns output blocks."""
+        run = _Run(self, blocks)
+        for position, eqn in enumerate(self.graph.program.equations):
+            if position in self.graph.assigned:
+                layer, signature = self.graph.assigned[position]
+                run.execute(eqn, signature, layer)
+        outputs = zip(self.graph.program.outputs, self.output_layouts(), strict=True)
+        return tuple(run.output(value, layout) for value, layout in outputs)
+
+
+def stored_layout(
+    graph: ComputationGraph,
+    configs: Sequence[Config],
+    value: int,
+    axis_sizes: dict[str, int],
+) -> Layout:
+    """Layout in which an argument is stored: its owner's, as far as it splits evenly."""
+    shape = graph.program.values[value].shape
+    if value not in graph.owners:
+        return ((),) * len(shape)
+    layer, labels = graph.owners[value]
+    return even_layout(shape, configs[layer].layout(labels), axis_sizes)
+
+
+class _Run:
+    """One evaluation: the values made so far."""
+
+    def __init__(self, lowered: Lowered, blocks: Sequence[Any]) -> None:
+        self.lowered, self.graph = lowered, lowered.graph
+        self.axis_sizes = lowered.axis_sizes
+        self.program = lowered.graph.program
+        self.made: dict[int, Placed] = {}
+        self.cache: dict[Any, Any] = {}
+        for value, block in zip(self.program.inputs, blocks, strict=True):
+            self.made[value] = Placed(block, lowered.argument_layout(value))
+        for value, constant in self.program.constants.items():
+            layout: Layout = ((),) * len(self.program.values[value].shape)
+            self.made[value] = Placed(constant, layout)
+
+    def execute(self, eqn: Equation, signature: Signature, layer: int) -> None:
+        """Evaluate an equation that belongs to a layer."""
+        config = self.lowered.configs[layer]
+        results = self.apply(eqn, signature, signature.names, layer)
+        for value, block, labels in zip(eqn.results, results, signature.results, strict=True):
+            self.made[value] = Placed(block, config.layout(labels))
+
+    def output(self, value: int, layout: Layout) -> Any:
+        if value not in self.made:
+            return self.get(value, (None,) * len(layout), frozenset(), layer=0)
+        return self.moved(value, layout, layout_axes(layout))
+
+    def moved(self, value: int, layout: Layout, active: frozenset[str]) -> Any:
+        """Block of a made value in another layout."""
+        placed = self.made[value]
+        block = placed.block
+        if value in self.program.constants and (active or layout_axes(layout)):
+            block = jnp.asarray(block)
+        return reshard(
+            block,
+            shape=self.program.values[value].shape,
+            source=placed.layout,
+            target=layout,
+            active=active,
+            axis_sizes=self.axis_sizes,
+        )
+
+    def get(self, value: int, labels: Labels, active: frozenset[str], layer: int) -> Any:
+        """Block of a value as a layer wants it; lazy values are evaluated here.
+
+        Args:
+          value: index of the value.
+          labels: the layer's names of its dimensions.
+          active: dimension names over which the layer's work is split.
+          layer: index of the layer.
+        """
+        key = (value, labels, active, layer)
+        if key not in self.cache:
+            self.cache[key] = self.fetch(*key)
+        return self.cache[key]
+
+    def fetch(self, value: int, labels: Labels, active: frozenset[str], layer: int) -> Any:
+        config = self.lowered.configs[layer] if self.lowered.configs else Config()
+        layout = config.layout(labels)
+        axes = frozenset(axis for name in active for axis in config.axes(name))
+        if value in self.made:
+            return self.moved(value, layout, axes)
+        eqn = self.program.equations[self.graph.lazy[value]]
+        position = eqn.results.index(value)
+        signature = pull(eqn, position, labels)
+        if signature is not None:
+            return self.apply(eqn, signature, active, layer)[position]
+        block = self.apply(eqn, whole(eqn), frozenset(), layer)[position]
+        return reshard(
+            block,
+            shape=eqn.result_values[position].shape,
+            source=((),) * len(labels),
+            target=layout,
+            active=axes,
+            axis_sizes=self.axis_sizes,
+        )
+
+    def apply(
+        self, eqn: Equation, signature: Signature, active: frozenset[str], layer: int
+    ) -> tuple[Any, ...]:
+        """Evaluate one equation on blocks: operands in place, halo, operator, sum, mask."""
+        config = self.lowered.configs[layer] if self.lowered.configs else Config()
+        blocks = [
+            self.get(operand, labels, active, layer)
+            for operand, labels in zip(eqn.operands, signature.operands, strict=True)
+        ]
+        haloed = frozenset(name for name in signature.windows if config.axes(name))
+        if signature.fill is not None:
+            blocks = [
+                self.mask(block, value.shape, config.layout(labels), _fill(signature, value.dtype))
+                for block, value, labels in zip(
+                    blocks, eqn.operand_values, signature.operands, strict=True
+                )
+            ]
+        for name in sorted(haloed):
+            blocks[0] = self.with_halo(blocks[0], eqn, signature, name, config)
+        reduced_axes = tuple(
+            axis for axis in self.axis_sizes for n in signature.reduced if axis in config.axes(n)
+        )
+        varying = tuple(
+            axis for axis in self.axis_sizes for name in active if axis in config.axes(name)
+        )
+        local = self.local(eqn, signature, config)
+        local = dataclasses.replace(
+            local, haloed=haloed, reduced_axes=reduced_axes, varying=varying
+        )
+        rule = RULES.get(eqn.name)
+        known = rule is not None and rule.signature(eqn) is not None
+        results = rule.lower(eqn, blocks, local) if rule and known else eqn.bind(*blocks)
+        if reduced_axes and not (rule and rule.combines):
+            results = tuple(lax.psum(block, reduced_axes) for block in results)
+        return self.masked_results(eqn, signature, config, results)
+
+    def local(self, eqn: Equation, signature: Signature, config: Config) -> Local:
+        shapes, offsets = [], []
+        for labels, value in zip(signature.results, eqn.result_values, strict=True):
+            layout = config.layout(labels)
+            shape = local_shape(value.shape, layout, self.axis_sizes)
+            shapes.append(shape)
+            offsets.append(
+                tuple(
+                    lax.axis_index(axes) * size if axes else 0
+                    for axes, size in zip(layout, shape, strict=True)
+                )
+            )
+        return Local(result_shapes=tuple(shapes), offsets=tuple(offsets))
+
+    def with_halo(
+        self, block: Any, eqn: Equation, signature: Signature, name: str, config: Config
+    ) -> Any:
+        dim = signature.operands[0].index(name)
+        out = signature.results[0].index(name)
+        size, out_size = eqn.operand_values[0].shape[dim], eqn.result_values[0].shape[out]
+        axes = config.axes(name)
+        halo = plan_halo(size, out_size, signature.windows[name], degree(axes, self.axis_sizes))
+        return exchange(block, dim, axes, halo, size, _fill(signature, block.dtype))
+
+    def mask(self, block: Any, shape: Sequence[int], layout: Layout, fill: Any) -> Any:
+        """The block with `fill` in its padding."""
+        for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
+            if size % degree(axes, self.axis_sizes):
+                start = lax.axis_index(axes) * block.shape[dim]
+                position = lax.broadcasted_iota(jnp.int32, block.shape, dim) + start
+                block = jnp.where(position < size, block, jnp.asarray(fill, block.dtype))
+        return block
+
+    def masked_results(
+        self, eqn: Equation, signature: Signature, config: Config, results: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """Zero the padding where elements have mixed or a parameter was broadcast into it."""
+        masked = []
+        for block, value, labels in zip(
+            results, eqn.result_values, signature.results, strict=True
+        ):
+            layout = config.layout(labels)
+            uneven = {
+                label
+                for label, size, axes in zip(labels, value.shape, layout, strict=True)
+                if size % degree(axes, self.axis_sizes)
+            }
+            broadcast = any(
+                operand in self.graph.gradients and not uneven <= set(operand_labels)
+                for operand, operand_labels in zip(
+                    eqn.operands, signature.operands, strict=True
+                )
+            )
+            if uneven and (signature.fill is not None or broadcast):
+                block = self.mask(block, value.shape, layout, 0)
+            masked.append(block)
+        return tuple(masked)
+
+
+def _fill(signature: Signature, dtype: Any) -> Any:
+    """The neutral element that padding holds."""
+    if signature.fill in (None, "zero"):
+        return 0
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return -jnp.inf if signature.fill == "lowest" else jnp.inf
+    info = jnp.iinfo(dtype)
+    return info.min if signature.fill == "lowest" else info.max

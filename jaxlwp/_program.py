@@ -1,0 +1,189 @@
+"""A flat program: the traced function as one list of equations.
+
+Nested `jit` calls are inlined, so that every layer is visible; `custom_jvp` and `custom_vjp` calls
+stay whole, because their derivative rules are part of the function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex_core
+
+INLINED = ("jit", "pjit", "closed_call", "core_call", "remat_call")
+"""Primitives whose body is inlined; the body is under the parameter `jaxpr` or `call_jaxpr`."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """Shape and dtype of one value of a program."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element; extended types such as random keys count as 8."""
+        return int(getattr(self.dtype, "itemsize", 8))
+
+    @property
+    def differentiable(self) -> bool:
+        """Floating point or complex."""
+        return bool(jax.numpy.issubdtype(self.dtype, np.inexact))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equation:
+    """One primitive applied to values of the program.
+
+    Attributes:
+      primitive: the JAX primitive.
+      params: its parameters, for global shapes.
+      operands: indices of the values read.
+      results: indices of the values written.
+      operand_values: shapes and dtypes of the operands.
+      result_values: shapes and dtypes of the results.
+      scope: the name stack, such as "AlexNet/Conv_0" (Flax Linen; empty for Flax NNX).
+    """
+
+    primitive: jex_core.Primitive
+    params: dict[str, Any]
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    operand_values: tuple[Value, ...]
+    result_values: tuple[Value, ...]
+    scope: str
+
+    @property
+    def name(self) -> str:
+        """Name of the primitive."""
+        return self.primitive.name
+
+    def bind(self, *operands: Any, **changes: Any) -> tuple[Any, ...]:
+        """Apply the primitive, with some parameters replaced; returns all results."""
+        params = self.primitive.get_bind_params({**self.params, **changes})
+        # Up to JAX 0.9 this is a pair (functions, parameters), later one mapping.
+        functions, params = params if isinstance(params, tuple) else ((), params)
+        out = self.primitive.bind(*functions, *operands, **params)
+        return tuple(out) if self.primitive.multiple_results else (out,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A traced function.
+
+    Attributes:
+      values: shape and dtype of every value.
+      constants: arrays known at trace time, by value index.
+      inputs: value indices of the flat arguments.
+      equations: in the order of evaluation.
+      outputs: value indices of the flat results.
+    """
+
+    values: tuple[Value, ...]
+    constants: dict[int, Any]
+    inputs: tuple[int, ...]
+    equations: tuple[Equation, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass
+class _Builder:
+    values: list[Value] = dataclasses.field(default_factory=list)
+    constants: dict[int, Any] = dataclasses.field(default_factory=dict)
+    equations: list[Equation] = dataclasses.field(default_factory=list)
+
+    def new(self, aval: Any) -> int:
+        self.values.append(Value(tuple(aval.shape), aval.dtype))
+        return len(self.values) - 1
+
+    def constant(self, value: Any, aval: Any) -> int:
+        index = self.new(aval)
+        self.constants[index] = value
+        return index
+
+    def inline(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[int], scope: str
+    ) -> list[int]:
+        """Append the equations of a jaxpr; returns the value indices of its results."""
+        env: dict[Any, int] = dict(zip(jaxpr.invars, args, strict=True))
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self.constant(const, var.aval)
+
+        def read(atom: Any) -> int:
+            if isinstance(atom, jex_core.Literal):
+                return self.constant(atom.val, atom.aval)
+            return env[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = tuple(read(atom) for atom in eqn.invars)
+            where = "/".join(p for p in (scope, str(eqn.source_info.name_stack)) if p)
+            if eqn.primitive.name in INLINED:
+                body = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+                results = self.inline(body.jaxpr, body.consts, operands, where)
+            else:
+                results = [self.new(var.aval) for var in eqn.outvars]
+                self.append(eqn, operands, tuple(results), where)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def append(
+        self, eqn: Any, operands: tuple[int, ...], results: tuple[int, ...], scope: str
+    ) -> None:
+        if eqn.effects:
+            raise ValueError(
+                f"trace: {eqn.primitive.name} at {scope or 'the top level'} has the side effects "
+                f"{set(map(str, eqn.effects))}; a sharded step must be pure: remove debug prints "
+                "and callbacks from the function"
+            )
+        self.equations.append(
+            Equation(
+                primitive=eqn.primitive,
+                params=dict(eqn.params),
+                operands=operands,
+                results=results,
+                operand_values=tuple(self.values[i] for i in operands),
+                result_values=tuple(self.values[i] for i in results),
+                scope=scope,
+            )
+        )
+
+
+def flatten(closed_jaxpr: Any) -> Program:
+    """Flatten a closed jaxpr into a `Program`.
+
+    Raises:
+      ValueError: an equation has side effects.
+    """
+    builder = _Builder()
+    inputs = [builder.new(var.aval) for var in closed_jaxpr.jaxpr.invars]
+    outputs = builder.inline(closed_jaxpr.jaxpr, closed_jaxpr.consts, inputs, "")
+    return _without_dead_code(builder, inputs, outputs)
+
+
+def _without_dead_code(builder: _Builder, inputs: list[int], outputs: list[int]) -> Program:
+    """Drop equations none of whose results is used: they would count as layers."""
+    used = set(outputs)
+    kept = []
+    for eqn in reversed(builder.equations):
+        if used & set(eqn.results):
+            used.update(eqn.operands)
+            kept.append(eqn)
+    return Program(
+        values=tuple(builder.values),
+        constants={i: c for i, c in builder.constants.items() if i in used},
+        inputs=tuple(inputs),
+        equations=tuple(reversed(kept)),
+        outputs=tuple(outputs),
+    )
+
+
+def flat_function(fn: Callable[..., Any], *values: Value) -> Program:
+    """Trace a function of flat arrays."""
+    avals = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
+    return flatten(jax.make_jaxpr(fn)(*avals))

@@ -1,0 +1,405 @@
+"""From a traced function to its computation graph.
+
+Every equation of the flat program either becomes part of a layer or is evaluated where it is used:
+- an *anchor* (convolution, pooling, dense, flatten) starts a layer;
+- a *reduce* operator starts a layer that later operators on the same operand join, so a softmax
+  or a normalisation is one layer;
+- a *follow* operator (bias, activation, dropout's select) joins the layer of its operand; if its
+  operands come from different layers it starts a layer of its own (a residual add);
+- work on arguments alone (casts and reshapes of parameters, scaling of images, random masks) is
+  *lazy*: evaluated by the layer that uses it, in the layout that it asks for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from jaxlwp._graph import ComputationGraph, Layer, Member, Use
+from jaxlwp._program import Equation, Program, flatten
+from jaxlwp.ops import RULES, Labels, Signature, default_names
+
+ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
+"""Operators through which no cotangent flows."""
+
+
+def trace(fn: Callable[..., Any], params: Any, *args: Any) -> ComputationGraph:
+    """Trace a training function into its computation graph.
+
+    Args:
+      fn: called as `fn(params, *args)`; its first output (or first element of a tuple) is the
+        loss.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`: what gradients are taken of.
+      *args: the batch and whatever else `fn` takes, likewise.
+
+    Returns:
+      The graph; see `ComputationGraph`.
+
+    Raises:
+      ValueError: `fn` has side effects.
+    """
+    shapes = jax.tree.map(_shape_of, (params, *args))
+    program = flatten(jax.make_jaxpr(fn)(*shapes))
+    paths = jax.tree_util.tree_flatten_with_path((params, *args))[0]
+    names = tuple(_path_name(path) for path, _ in paths)
+    return build_graph(program, names, len(jax.tree.leaves(params)))
+
+
+def _shape_of(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    aval = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    head = "params" if path[0].idx == 0 else f"args[{path[0].idx - 1}]"
+    return head + jax.tree_util.keystr(path[1:])
+
+
+# --- matching a signature against dimension names ----------------------------------------------
+
+
+def match_labels(
+    pattern: Iterable[Labels], actual: Iterable[Labels | None]
+) -> tuple[dict[str, str], set[str]] | None:
+    """Names for a signature's dimensions, from the known labels of some of its tensors.
+
+    Args:
+      pattern: labels of a signature's tensors.
+      actual: labels already given to these tensors; None where nothing is known.
+
+    Returns:
+      The mapping from the signature's names to the known ones, and the known names that meet a
+      dimension that cannot be split; None if the known labels contradict each other.
+    """
+    names: dict[str, str] = {}
+    blocked: set[str] = set()
+    for letters, labels in zip(pattern, actual, strict=True):
+        if labels is None:
+            continue
+        for letter, label in zip(letters, labels, strict=True):
+            if letter is None and label is not None:
+                blocked.add(label)
+            elif letter is not None and label is not None and names.setdefault(letter, label) != label:
+                return None
+    if len(set(names.values())) != len(names):
+        return None
+    return names, blocked
+
+
+def rename(signature: Signature, names: dict[str, str]) -> Signature:
+    """The signature with its dimensions renamed; dimensions without a new name become None."""
+
+    def labels(old: Labels) -> Labels:
+        return tuple(names.get(label) if label is not None else None for label in old)
+
+    return dataclasses.replace(
+        signature,
+        operands=tuple(labels(old) for old in signature.operands),
+        results=tuple(labels(old) for old in signature.results),
+        windows={names[n]: w for n, w in signature.windows.items() if n in names},
+        even=frozenset(names[n] for n in signature.even if n in names),
+    )
+
+
+def pull(eqn: Equation, position: int, labels: Labels) -> Signature | None:
+    """Signature of a lazy equation whose result number `position` is asked for with `labels`.
+
+    Returns:
+      The signature in the asker's names; None if the result cannot be made in parts, so that it
+      is made whole and then sliced.
+    """
+    rule = RULES.get(eqn.name)
+    signature = rule.signature(eqn) if rule else None
+    if signature is None:
+        return None
+    matched = match_labels([signature.results[position]], [labels])
+    if matched is None or matched[1]:
+        return None
+    return rename(signature, matched[0])
+
+
+def whole(eqn: Equation) -> Signature:
+    """The signature of an operator that is not split at all."""
+    return Signature(
+        role="anchor",
+        operands=tuple((None,) * len(v.shape) for v in eqn.operand_values),
+        results=tuple((None,) * len(v.shape) for v in eqn.result_values),
+    )
+
+
+# --- building the graph ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Draft:
+    """A layer under construction."""
+
+    kind: str
+    scope: str
+    reduce: bool
+    has_rule: bool
+    members: list[tuple[int, Signature]] = dataclasses.field(default_factory=list)
+    blocked: set[str] = dataclasses.field(default_factory=set)
+
+
+class _Grouping:
+    """Assigns the equations of a program to layers, in one pass."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.drafts: list[_Draft] = []
+        self.known: dict[int, dict[int, Labels]] = {}  # value -> layer -> labels
+        self.homes: dict[int, tuple[int, Labels]] = {}
+        self.lazy: dict[int, int] = {}
+        for position, eqn in enumerate(program.equations):
+            self.assign(position, eqn)
+
+    def assign(self, position: int, eqn: Equation) -> None:
+        rule = RULES.get(eqn.name)
+        signature = rule.signature(eqn) if rule else None
+        placed = [i for i in eqn.operands if i in self.known]
+        if rule is None or signature is None:
+            self.open(position, eqn, whole(eqn), eqn.name, has_rule=False)
+        elif signature.role == "lazy" or (signature.role == "follow" and not placed):
+            self.lazy.update(dict.fromkeys(eqn.results, position))
+        elif signature.role == "anchor" or not self.join(position, eqn, signature, placed):
+            self.open(position, eqn, self.named(eqn, signature), rule.kind)
+
+    def join(
+        self, position: int, eqn: Equation, signature: Signature, placed: list[int]
+    ) -> bool:
+        """Add the equation to the latest layer that knows all its placed operands."""
+        shared = set.intersection(*(set(self.known[i]) for i in placed)) if placed else set()
+        for layer in sorted(shared, reverse=True):
+            draft = self.drafts[layer]
+            if signature.role == "reduce" and not draft.reduce:
+                continue
+            actual = [self.known.get(i, {}).get(layer) for i in eqn.operands]
+            matched = match_labels(signature.operands, actual)
+            if matched is None:
+                continue
+            names, blocked = matched
+            draft.blocked |= blocked
+            self.add(layer, position, eqn, rename(signature, names))
+            return True
+        return False
+
+    def named(self, eqn: Equation, signature: Signature) -> Signature:
+        """The signature of a layer's first operator with proper dimension names."""
+        names = {n: n for n in sorted(signature.names) if not n.startswith("#")}
+        for letters, value in zip(signature.results, eqn.result_values, strict=True):
+            for letter, default in zip(letters, default_names(len(value.shape)), strict=True):
+                if letter is not None and letter not in names and default not in names.values():
+                    names[letter] = default
+        return rename(signature, names)
+
+    def open(
+        self, position: int, eqn: Equation, signature: Signature, kind: str, has_rule: bool = True
+    ) -> None:
+        kind = "join" if kind == "elementwise" else kind
+        reduce = signature.role == "reduce"
+        self.drafts.append(
+            _Draft(kind=kind, scope=eqn.scope, reduce=reduce, has_rule=has_rule)
+        )
+        layer = len(self.drafts) - 1
+        if reduce:
+            for operand, labels in zip(eqn.operands, signature.operands, strict=True):
+                if operand in self.known:
+                    self.known[operand][layer] = labels
+        self.add(layer, position, eqn, signature)
+
+    def add(self, layer: int, position: int, eqn: Equation, signature: Signature) -> None:
+        self.drafts[layer].members.append((position, signature))
+        if self.drafts[layer].reduce:
+            for operand, labels in zip(eqn.operands, signature.operands, strict=True):
+                if operand in self.known:
+                    self.known[operand].setdefault(layer, labels)
+        for result, labels in zip(eqn.results, signature.results, strict=True):
+            self.known[result] = {layer: labels}
+            self.homes[result] = (layer, labels)
+
+
+def build_graph(
+    program: Program, argument_names: tuple[str, ...], num_parameters: int
+) -> ComputationGraph:
+    """Group a program's equations into layers and find what each layer reads.
+
+    Args:
+      program: the flat program; its first output is the loss.
+      argument_names: a name for each program input.
+      num_parameters: how many inputs, from the first, are differentiated.
+    """
+    grouping = _Grouping(program)
+    gradients = values_with_cotangent(program, num_parameters)
+    owners: dict[int, tuple[int, Labels]] = {}
+    found = []
+    for index, draft in enumerate(grouping.drafts):
+        reader = _Reader(grouping, gradients, owners, index)
+        for position, signature in draft.members:
+            reader.read(program.equations[position], signature)
+        found.append(reader)
+    names = _layer_names(grouping.drafts, found, argument_names, num_parameters)
+    layers = tuple(
+        _layer(index, names[index], draft, reader)
+        for index, (draft, reader) in enumerate(zip(grouping.drafts, found, strict=True))
+    )
+    return ComputationGraph(
+        layers=layers,
+        program=program,
+        assigned={p: (i, s) for i, d in enumerate(grouping.drafts) for p, s in d.members},
+        homes=grouping.homes,
+        lazy=grouping.lazy,
+        owners=owners,
+        gradients=gradients,
+        argument_names=argument_names,
+        num_parameters=num_parameters,
+    )
+
+
+class _Reader:
+    """Collects a layer's members and uses, following lazy values back to what they are made of."""
+
+    def __init__(
+        self,
+        grouping: _Grouping,
+        gradients: frozenset[int],
+        owners: dict[int, tuple[int, Labels]],
+        layer: int,
+    ) -> None:
+        self.grouping, self.gradients, self.owners, self.layer = grouping, gradients, owners, layer
+        self.members: list[Member] = []
+        self.uses: dict[tuple[int, Labels, frozenset[str]], Use] = {}
+        self.made: set[tuple[int, Labels, frozenset[str]]] = set()
+
+    def read(self, eqn: Equation, signature: Signature) -> None:
+        for operand, labels in zip(eqn.operands, signature.operands, strict=True):
+            self.want(operand, labels, signature.names)
+        gradient = tuple(operand in self.gradients for operand in eqn.operands)
+        self.members.append(Member(equation=eqn, signature=signature, gradient=gradient))
+
+    def want(self, value: int, labels: Labels, active: frozenset[str]) -> None:
+        program = self.grouping.program
+        if value in program.constants or (value, labels, active) in self.made:
+            return
+        self.made.add((value, labels, active))
+        if value in self.grouping.lazy:
+            eqn = program.equations[self.grouping.lazy[value]]
+            signature = pull(eqn, eqn.results.index(value), labels)
+            self.pulled(eqn, signature or whole(eqn), active if signature else frozenset())
+            return
+        argument = value not in self.grouping.homes
+        if argument:
+            self.owners.setdefault(value, (self.layer, labels))
+        source, source_labels = (self.owners if argument else self.grouping.homes)[value]
+        same = (source, source_labels, frozenset(filter(None, labels))) == (
+            self.layer, labels, active,
+        )  # fmt: skip
+        if same and not argument:
+            return
+        self.uses[value, labels, active] = Use(
+            value=value,
+            info=program.values[value],
+            labels=labels,
+            active=active,
+            source=source,
+            source_labels=source_labels,
+            argument=argument,
+            gradient=value in self.gradients,
+        )
+
+    def pulled(self, eqn: Equation, signature: Signature, active: frozenset[str]) -> None:
+        for operand, labels in zip(eqn.operands, signature.operands, strict=True):
+            self.want(operand, labels, active)
+        gradient = tuple(operand in self.gradients for operand in eqn.operands)
+        self.members.append(Member(equation=eqn, signature=signature, gradient=gradient))
+
+
+def _layer(index: int, name: str, draft: _Draft, reader: _Reader) -> Layer:
+    sizes: dict[str, set[int]] = {}
+    even: set[str] = set()
+    for member in reader.members:
+        eqn, signature = member.equation, member.signature
+        even |= signature.even
+        tensors = zip(
+            signature.operands + signature.results,
+            eqn.operand_values + eqn.result_values,
+            strict=True,
+        )
+        for labels, value in tensors:
+            for label, size in zip(labels, value.shape, strict=True):
+                if label is not None:
+                    sizes.setdefault(label, set()).add(size)
+    return Layer(
+        index=index,
+        name=name,
+        kind=draft.kind,
+        dimensions={
+            n: tuple(sorted(s)) for n, s in sizes.items() if n not in draft.blocked and min(s) > 1
+        },
+        even=frozenset(even),
+        members=tuple(reader.members),
+        uses=tuple(reader.uses.values()),
+        has_rule=draft.has_rule,
+    )
+
+
+def values_with_cotangent(program: Program, num_parameters: int) -> frozenset[int]:
+    """Values that depend on the parameters and on which the loss depends, both differentiably."""
+
+    def flows(eqn: Equation) -> bool:
+        return eqn.name not in ZERO_DERIVATIVE
+
+    values = program.values
+    forward = {i for i in program.inputs[:num_parameters] if values[i].differentiable}
+    for eqn in program.equations:
+        if flows(eqn) and forward.intersection(eqn.operands):
+            forward.update(i for i in eqn.results if values[i].differentiable)
+    backward = set(program.outputs[:1])
+    for eqn in reversed(program.equations):
+        if flows(eqn) and backward.intersection(eqn.results):
+            backward.update(i for i in eqn.operands if values[i].differentiable)
+    return frozenset(forward & backward)
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def _layer_names(
+    drafts: list[_Draft],
+    readers: list[_Reader],
+    argument_names: tuple[str, ...],
+    num_parameters: int,
+) -> list[str]:
+    """Module path, else path of the parameter that the layer reads, else kind; made unique."""
+    scopes = [draft.scope.split("/") for draft in drafts]
+    roots = {scope[0] for scope in scopes if scope[0]}
+    program = readers[0].grouping.program if readers else None
+    taken: dict[str, int] = {}
+    names = []
+    for draft, reader, scope in zip(drafts, readers, scopes, strict=True):
+        path = scope[1:] if len(roots) == 1 else scope
+        parameters = [
+            argument_names[program.inputs.index(use.value)]
+            for use in reader.uses.values()
+            if program and use.argument and use.value in program.inputs[:num_parameters]
+        ]
+        base = "/".join(path) or (_parameter_module(parameters[0]) if parameters else "")
+        anchored = draft.kind in ("conv", "dense") and base
+        name = base if anchored else "/".join(p for p in (base, draft.kind) if p)
+        count = taken.get(name, 0)
+        taken[name] = count + 1
+        names.append(name if anchored and count == 0 else f"{name}_{count}")
+    return names
+
+
+def _parameter_module(name: str) -> str:
+    """Module path of a parameter: "params['conv1']['kernel'].value" gives "conv1"."""
+    cleaned = name.removeprefix("params").replace("['", "/").replace("']", "").replace("[", "/")
+    parts = [p for p in cleaned.replace("]", "").replace(".", "/").split("/") if p]
+    parts = [p for p in parts if p not in ("value", "raw_value", "params")]
+    return "/".join(parts[:-1] or parts)

@@ -1,0 +1,130 @@
+"""Reductions over dimensions, and picking one element along a dimension (losses).
+
+They start a layer that later operators on the same operand join, so that a softmax or a
+normalisation is one layer with one config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlwp._program import Equation
+from jaxlwp.ops._rule import (
+    Labels,
+    Local,
+    Rule,
+    Signature,
+    bind_lowering,
+    default_names,
+    elementwise_flops,
+)
+
+
+def _signature(fill: Literal["zero", "lowest", "highest"] | None, split_reduced: bool) -> Any:
+    def signature(eqn: Equation) -> Signature | None:
+        axes = eqn.params["axes"]
+        names: list[str | None] = list(default_names(len(eqn.operand_values[0].shape)))
+        result: Labels = tuple(n for i, n in enumerate(names) if i not in axes)
+        if not split_reduced:
+            names = [None if i in axes else n for i, n in enumerate(names)]
+        return Signature(role="reduce", operands=(tuple(names),), results=(result,), fill=fill)
+
+    return signature
+
+
+def _lower_extremum(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
+    """Maximum or minimum over a split dimension, differentiated as JAX does: ties share equally."""
+    if not local.reduced_axes:
+        return eqn.bind(*operands)
+    over = lax.pmax if eqn.name == "reduce_max" else lax.pmin
+    axes, mesh_axes = eqn.params["axes"], local.reduced_axes
+
+    @jax.custom_jvp
+    def extremum(x: Any) -> Any:
+        return over(eqn.bind(x)[0], mesh_axes)
+
+    @extremum.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        y = extremum(*primals)
+        chosen = (primals[0] == jnp.expand_dims(y, axes)).astype(y.dtype)
+        count = lax.psum(jnp.sum(chosen, axes), mesh_axes)
+        return y, lax.psum(jnp.sum(tangents[0] * chosen, axes), mesh_axes) / count
+
+    return (extremum(operands[0]),)
+
+
+def _reduce_flops(
+    eqn: Equation, operands: Sequence[Sequence[int]], results: Sequence[Sequence[int]]
+) -> float:
+    return elementwise_flops(eqn, results, operands)
+
+
+def _take_signature(eqn: Equation) -> Signature | None:
+    """`take_along_axis` and the like: indexed dimensions cannot be split, all others can."""
+    numbers = eqn.params["dimension_numbers"]
+    operand, indices = (value.shape for value in eqn.operand_values)
+    sizes = eqn.params["slice_sizes"]
+    names = default_names(len(operand))
+    operand_labels: list[str | None] = [None] * len(operand)
+    index_labels: list[str | None] = [None] * len(indices)
+    result_labels: list[str | None] = [None] * len(eqn.result_values[0].shape)
+    for a, b in zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    ):
+        operand_labels[a] = index_labels[b] = names[a]
+    collapsed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [d for d in range(len(operand)) if d not in collapsed]
+    for dim, offset in zip(kept, numbers.offset_dims, strict=True):
+        if sizes[dim] == operand[dim] and dim not in numbers.start_index_map:
+            operand_labels[dim] = result_labels[offset] = names[dim]
+    free = [d for d in range(len(result_labels)) if d not in numbers.offset_dims]
+    # The result's other dimensions are those of the indices, the index vector left out.
+    for dim, position in zip(range(len(indices) - 1), free, strict=True):
+        result_labels[position] = index_labels[dim]
+    return Signature(
+        role="reduce",
+        operands=(tuple(operand_labels), tuple(index_labels)),
+        results=(tuple(result_labels),),
+    )
+
+
+def _lower_take(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
+    numbers = eqn.params["dimension_numbers"]
+    whole = eqn.operand_values[0].shape
+    sizes = tuple(
+        block if size == full and dim not in numbers.start_index_map else size
+        for dim, (size, full, block) in enumerate(
+            zip(eqn.params["slice_sizes"], whole, operands[0].shape, strict=True)
+        )
+    )
+    return eqn.bind(*operands, slice_sizes=sizes)
+
+
+def _reduction(
+    fill: Literal["zero", "lowest", "highest"] | None, split_reduced: bool = True, **kwargs: Any
+) -> Rule:
+    return Rule(
+        kind="reduce",
+        signature=_signature(fill, split_reduced),
+        lower=kwargs.get("lower", bind_lowering),
+        flops=_reduce_flops,
+        combines=kwargs.get("combines", False),
+    )
+
+
+RULES = {
+    "reduce_sum": _reduction("zero"),
+    "reduce_max": _reduction("lowest", lower=_lower_extremum, combines=True),
+    "reduce_min": _reduction("highest", lower=_lower_extremum, combines=True),
+    "reduce_prod": _reduction(None, split_reduced=False),
+    "reduce_and": _reduction(None, split_reduced=False),
+    "reduce_or": _reduction(None, split_reduced=False),
+    "argmax": _reduction(None, split_reduced=False),
+    "argmin": _reduction(None, split_reduced=False),
+    "gather": Rule(kind="take", signature=_take_signature, lower=_lower_take),
+}

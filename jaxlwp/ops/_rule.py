@@ -1,0 +1,167 @@
+"""What an operator rule says: the dimension names of an operator's tensors, its work, its lowering.
+
+A `Signature` names the dimensions of every operand and result, in the manner of einsum: dimensions
+with the same name are split together. From it follow, for any config, the layout in which each
+operand must arrive, the layout of the results, and the reductions over split dimensions that appear
+in no result. Windowed dimensions (convolution, pooling) name the window, from which the halo
+exchange follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxlwp._program import Equation
+
+Labels = tuple[str | None, ...]
+"""For each dimension of an array its dimension name; None where it cannot be split."""
+
+Role = Literal["anchor", "reduce", "follow", "lazy"]
+"""How an operator becomes part of a layer.
+
+anchor: starts a layer. reduce: starts a layer which later operators on the same operand join
+(softmax, normalisation, losses). follow: joins the layer of its operand (bias, activation). lazy:
+evaluated where it is used, in the layout asked for (broadcasts, iota, random bits).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A window that slides over one dimension.
+
+    Attributes:
+      size: elements under the window, dilation not counted.
+      stride: step between windows.
+      dilation: distance between the window's elements.
+      pad_low: padding before the first element.
+      pad_high: padding after the last element.
+    """
+
+    size: int
+    stride: int
+    dilation: int
+    pad_low: int
+    pad_high: int
+
+    @property
+    def extent(self) -> int:
+        """Elements from the first to the last under the window."""
+        return (self.size - 1) * self.dilation + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """Dimension names of an operator's tensors.
+
+    Attributes:
+      role: how this use of the operator joins a layer.
+      operands: labels of each operand. A dimension that appears in operands but in no result is
+        reduced.
+      results: labels of each result.
+      windows: dimension name -> window, for windowed dimensions of the first operand.
+      even: dimensions that may be split only by a degree that divides their size.
+      fill: the neutral element that padding holds in an operand ("zero" or "lowest"); None for
+        elementwise operators, whose padding does not mix with data.
+    """
+
+    role: Role
+    operands: tuple[Labels, ...]
+    results: tuple[Labels, ...]
+    windows: dict[str, Window] = field(default_factory=dict)
+    even: frozenset[str] = frozenset()
+    fill: Literal["zero", "lowest", "highest"] | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All dimension names."""
+        every = (label for labels in self.operands + self.results for label in labels)
+        return frozenset(label for label in every if label is not None)
+
+    @property
+    def reduced(self) -> frozenset[str]:
+        """Dimension names of operands that appear in no result."""
+        kept = {label for labels in self.results for label in labels}
+        return frozenset(self.names - kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What a lowering may know about the device it runs on.
+
+    Attributes:
+      result_shapes: local shapes of the results.
+      offsets: for each result, the global index of its first element in each dimension (traced
+        integers, or 0).
+      haloed: dimension names whose halo and padding are already in the operand.
+      varying: mesh axes over which the operands vary.
+      reduced_axes: mesh axes that split a reduced dimension. Partial sums are added by the caller;
+        a lowering with `combines` set does its own combination over them.
+    """
+
+    result_shapes: tuple[tuple[int, ...], ...]
+    offsets: tuple[tuple[Any, ...], ...]
+    haloed: frozenset[str] = frozenset()
+    varying: tuple[str, ...] = ()
+    reduced_axes: tuple[str, ...] = ()
+
+
+Lowering = Callable[[Equation, Sequence[Any], Local], tuple[Any, ...]]
+
+
+def elementwise_flops(
+    eqn: Equation, operands: Sequence[Sequence[int]], results: Sequence[Sequence[int]]
+) -> float:
+    """One operation per element of the largest result."""
+    return float(max((_size(shape) for shape in results), default=0))
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """All that the project knows about one operator.
+
+    Attributes:
+      kind: the layer kind that reports show, such as "conv".
+      signature: the dimension names for an equation; None if this use of the operator has no rule.
+      lower: evaluates the operator on one device's blocks.
+      flops: floating-point operations of the forward pass for given local operand and result
+        shapes.
+      combines: the lowering itself combines partial results over a split reduced dimension.
+    """
+
+    kind: str
+    signature: Callable[[Equation], Signature | None]
+    lower: Lowering
+    flops: Callable[[Equation, Sequence[Sequence[int]], Sequence[Sequence[int]]], float] = (
+        elementwise_flops
+    )
+    combines: bool = False
+
+
+def bind_lowering(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
+    """Lowering of operators whose parameters do not depend on shapes."""
+    return eqn.bind(*operands)
+
+
+def spatial_names(rank: int) -> tuple[str, ...]:
+    """Names of `rank` spatial dimensions."""
+    return {0: (), 1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}.get(
+        rank, tuple(f"space{i}" for i in range(rank))
+    )
+
+
+def default_names(rank: int) -> tuple[str, ...]:
+    """Names for the dimensions of an activation of the given rank: sample, space, channel."""
+    if rank == 0:
+        return ()
+    if rank == 1:
+        return ("sample",)
+    return ("sample", *spatial_names(rank - 2), "channel")

@@ -1,0 +1,47 @@
+"""Eight simulated CPU devices for every test, and small meshes over them.
+
+The environment is set at import time because JAX reads it once, when it is first imported.
+JAXLWP_TEST_PLATFORM (say "cuda") runs the tests on another platform.
+"""
+
+import os
+import re
+
+_DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+
+def _with_device_count(xla_flags: str, count: int) -> str:
+    """Returns `xla_flags` asking for `count` simulated devices, its other flags kept."""
+    others = re.sub(rf"{_DEVICE_COUNT_FLAG}=\S*", "", xla_flags).split()
+    return " ".join([*others, f"{_DEVICE_COUNT_FLAG}={count}"])
+
+
+os.environ["XLA_FLAGS"] = _with_device_count(os.environ.get("XLA_FLAGS", ""), 8)
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLWP_TEST_PLATFORM", "cpu")
+# A program out of another run's cache would be tested instead of the one just compiled.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
+
+
+def _mesh(*axis_names: str) -> Mesh:
+    shape = (2,) * len(axis_names)
+    devices = jax.devices()
+    if len(devices) < 2 ** len(shape):
+        pytest.skip(f"needs {2 ** len(shape)} devices, {devices[0].platform} has {len(devices)}")
+    return Mesh(np.array(devices[: 2 ** len(shape)]).reshape(shape), axis_names)
+
+
+@pytest.fixture(scope="session")
+def mesh22() -> Mesh:
+    """Four devices as 2x2, axes "a" and "b"."""
+    return _mesh("a", "b")
+
+
+@pytest.fixture(scope="session")
+def mesh222() -> Mesh:
+    """Eight devices as 2x2x2, axes "a", "b" and "c"."""
+    return _mesh("a", "b", "c")
