@@ -128,7 +128,13 @@ class _Run:
         return self.moved(value, layout, layout_axes(layout))
 
     def moved(self, value: int, layout: Layout, active: frozenset[str]) -> Any:
-        """Block of a made value in another layout."""
+        """Block of a made value in another layout; readers that want the same share it."""
+        key = (value, layout, active)
+        if key not in self.cache:
+            self.cache[key] = self.move(*key)
+        return self.cache[key]
+
+    def move(self, value: int, layout: Layout, active: frozenset[str]) -> Any:
         placed = self.made[value]
         block = placed.block
         if value in self.program.constants and (active or layout_axes(layout)):

@@ -64,6 +64,8 @@ class CostTables:
     Attributes:
         compute_s: per layer, shape (C_l,), seconds of forward and backward (t_C).
         sync_s: per layer, shape (C_l,), seconds of gradient synchronisation (t_S).
+        exchange_s: per layer, shape (C_l,), seconds of transfers inside the layer (halo exchange,
+            partial sums); part of the transfer cost. Zero if left out.
         edges: pairs (i, j) of different layer indices. Parallel edges are legal, in either
             direction, and their costs add up; the direction only fixes the array's axes.
         transfer_s: per edge (i, j), shape (C_i, C_j), seconds of data movement (t_X).
@@ -78,6 +80,7 @@ class CostTables:
     sync_s: tuple[FloatArray, ...]
     edges: tuple[tuple[int, int], ...]
     transfer_s: tuple[FloatArray, ...]
+    exchange_s: tuple[FloatArray, ...] = ()
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -96,6 +99,12 @@ class CostTables:
             _frozen_copy(check_costs(f"sync_s[{n}]{label[n]}", costs, compute[n].shape))
             for n, costs in enumerate(self.sync_s)
         ]
+        inside = self.exchange_s or tuple(np.zeros_like(costs) for costs in compute)
+        _check_count("CostTables.exchange_s", len(inside), layers, "layer")
+        exchange = [
+            _frozen_copy(check_costs(f"exchange_s[{n}]{label[n]}", costs, compute[n].shape))
+            for n, costs in enumerate(inside)
+        ]
         edges = check_edges(self.edges, layers)
         transfer = [
             _frozen_copy(
@@ -109,14 +118,16 @@ class CostTables:
         ]
         object.__setattr__(self, "compute_s", tuple(compute))
         object.__setattr__(self, "sync_s", tuple(sync))
+        object.__setattr__(self, "exchange_s", tuple(exchange))
         object.__setattr__(self, "edges", edges)
         object.__setattr__(self, "transfer_s", tuple(transfer))
         object.__setattr__(self, "names", tuple(self.names))
 
     @property
     def node_costs_s(self) -> tuple[FloatArray, ...]:
-        """Per layer, shape (C_l,): compute plus sync cost in seconds, what a search needs."""
-        return tuple(c + s for c, s in zip(self.compute_s, self.sync_s, strict=True))
+        """Per layer, shape (C_l,): all of its own costs in seconds, what a search needs."""
+        parts = zip(self.compute_s, self.sync_s, self.exchange_s, strict=True)
+        return tuple(compute + sync + exchange for compute, sync, exchange in parts)
 
     @property
     def num_configs(self) -> tuple[int, ...]:
@@ -148,7 +159,8 @@ class CostTables:
             transfer_s=_sum(
                 table[choices[i], choices[j]]
                 for (i, j), table in zip(self.edges, self.transfer_s, strict=True)
-            ),
+            )
+            + _sum(t[c] for t, c in zip(self.exchange_s, choices, strict=True)),
             sync_s=_sum(t[c] for t, c in zip(self.sync_s, choices, strict=True)),
         )
 

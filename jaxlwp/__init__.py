@@ -1,0 +1,55 @@
+"""jaxlwp: layer-wise parallelism for convolutional networks in JAX.
+
+`parallelize` traces a loss function, prices every way of splitting every layer over a device mesh,
+finds the best combination exactly, and returns a `Plan` that is called like the loss function.
+Every step is public on its own: `trace`, `device_graph`, `price`, `search`, `bind`.
+"""
+
+from jaxlwp._calibrate import Rates, device_graph, make_mesh, measure
+from jaxlwp._config import Config
+from jaxlwp._cost import AnalyticCostModel, CostModel, strategy_collectives
+from jaxlwp._devices import DeviceGraph, MeshAxis
+from jaxlwp._graph import ComputationGraph, Edge, Layer
+from jaxlwp._hlo import CompiledCollective, compiled_collectives
+from jaxlwp._layout import Collective
+from jaxlwp._plan import Plan, bind, parallelize
+from jaxlwp._search import SearchResult, SearchSpace, price, search
+from jaxlwp._solve import Solution, solve
+from jaxlwp._strategy import BASELINES, Strategy
+from jaxlwp._tables import Cost, CostTables
+from jaxlwp._trace import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BASELINES",
+    "AnalyticCostModel",
+    "Collective",
+    "CompiledCollective",
+    "ComputationGraph",
+    "Config",
+    "Cost",
+    "CostModel",
+    "CostTables",
+    "DeviceGraph",
+    "Edge",
+    "Layer",
+    "MeshAxis",
+    "Plan",
+    "Rates",
+    "SearchResult",
+    "SearchSpace",
+    "Solution",
+    "Strategy",
+    "bind",
+    "compiled_collectives",
+    "device_graph",
+    "make_mesh",
+    "measure",
+    "parallelize",
+    "price",
+    "search",
+    "solve",
+    "strategy_collectives",
+    "trace",
+]

@@ -1,0 +1,366 @@
+"""What a config costs: the collectives that it performs, and the time they and the work take.
+
+The collectives of a layer under a config, and of a change of layout between two layers, are data
+(`Collective`) computed from the same operator signatures, halo geometry and moves that the
+lowering carries out. A `CostModel` turns work and collectives into seconds; it answers two
+questions: what does a layer cost under a config, and what does moving a tensor cost.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from jaxlwp._config import Config, Layout, enumerate_configs
+from jaxlwp._devices import DeviceGraph
+from jaxlwp._graph import ComputationGraph, Layer, Member, Use
+from jaxlwp._halo import plan_halo
+from jaxlwp._layout import (
+    Collective,
+    degree,
+    even_layout,
+    layout_axes,
+    local_shape,
+    move_collectives,
+    plan_moves,
+)
+from jaxlwp._tables import Cost, CostTables
+from jaxlwp.ops import RULES
+
+# --- collectives ---------------------------------------------------------------------------------
+
+
+def member_collectives(
+    member: Member, config: Config, axis_sizes: dict[str, int]
+) -> tuple[Collective, ...]:
+    """Halo exchanges and sums of partial results of one operator under a config."""
+    return (
+        *_halo_collectives(member, config, axis_sizes),
+        *_partial_collectives(member, config, axis_sizes),
+    )
+
+
+def _halo_collectives(
+    member: Member, config: Config, axis_sizes: dict[str, int]
+) -> list[Collective]:
+    signature, eqn = member.signature, member.equation
+    result: list[Collective] = []
+    value = eqn.operand_values[0] if eqn.operand_values else None
+    split = [name for name in sorted(signature.windows) if config.axes(name)]
+    if value is None or not split:
+        return result
+    block = list(local_shape(value.shape, config.layout(signature.operands[0]), axis_sizes))
+    for name in split:
+        axes = config.axes(name)
+        dim = signature.operands[0].index(name)
+        out_size = eqn.result_values[0].shape[signature.results[0].index(name)]
+        halo = plan_halo(
+            value.shape[dim], out_size, signature.windows[name], degree(axes, axis_sizes)
+        )
+        rest = math.prod(size for d, size in enumerate(block) if d != dim)
+        num_bytes = halo.exchanged * rest * value.itemsize
+        for backward in (False, True):
+            if num_bytes and (member.gradient[0] or not backward):
+                result.append(
+                    Collective(
+                        kind="collective-permute",
+                        axes=axes,
+                        num_bytes=num_bytes,
+                        backward=backward,
+                    )
+                )
+        block[dim] = halo.rows  # the next dimension's halo carries the rows just received
+    return result
+
+
+def _partial_collectives(
+    member: Member, config: Config, axis_sizes: dict[str, int]
+) -> list[Collective]:
+    signature, eqn = member.signature, member.equation
+    axes = tuple(a for a in axis_sizes for n in signature.reduced if a in config.axes(n))
+    if not axes:
+        return []
+    result = []
+    for labels, value in zip(signature.results, eqn.result_values, strict=True):
+        shape = local_shape(value.shape, config.layout(labels), axis_sizes)
+        num_bytes = math.prod(shape) * value.itemsize
+        # A maximum that is differentiated also counts the elements that attain it.
+        extra = RULES[eqn.name].combines and member.gradient[0]
+        result += [Collective(kind="all-reduce", axes=axes, num_bytes=num_bytes)] * (1 + extra)
+    return result
+
+
+def use_collectives(
+    use: Use, source_config: Config, config: Config, axis_sizes: dict[str, int]
+) -> tuple[Collective, ...]:
+    """Collectives that bring a value from its source's layout to the one its reader wants."""
+    source = use_source_layout(use, source_config, axis_sizes)
+    active = frozenset(axis for name in use.active for axis in config.axes(name))
+    return layout_collectives(
+        use.info.shape,
+        use.info.itemsize,
+        source,
+        config.layout(use.labels),
+        active,
+        use.gradient,
+        tuple(axis_sizes.items()),
+    )
+
+
+def use_source_layout(use: Use, source_config: Config, axis_sizes: dict[str, int]) -> Layout:
+    """Layout in which the reader finds the value."""
+    layout = source_config.layout(use.source_labels)
+    return even_layout(use.info.shape, layout, axis_sizes) if use.argument else layout
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def layout_collectives(
+    shape: tuple[int, ...],
+    itemsize: int,
+    source: Layout,
+    target: Layout,
+    active: frozenset[str],
+    gradient: bool,
+    axes: tuple[tuple[str, int], ...],
+) -> tuple[Collective, ...]:
+    """Collectives of a change of layout; cached, since layers share shapes."""
+    axis_sizes = dict(axes)
+    moves = plan_moves(
+        shape=shape, source=source, target=target, active=active, axis_sizes=axis_sizes
+    )
+    return move_collectives(shape, itemsize, source, moves, axis_sizes, gradient=gradient)
+
+
+def layer_collectives(
+    layer: Layer, config: Config, axis_sizes: dict[str, int]
+) -> tuple[Collective, ...]:
+    """Collectives inside a layer, those of its own arguments (gradient synchronisation) left out."""
+    inside = [c for m in layer.members for c in member_collectives(m, config, axis_sizes)]
+    for use in layer.uses:
+        if use.source == layer.index and not use.argument:
+            inside += use_collectives(use, config, config, axis_sizes)
+    return tuple(inside)
+
+
+def argument_collectives(
+    layer: Layer, config: Config, axis_sizes: dict[str, int]
+) -> tuple[Collective, ...]:
+    """Collectives of the arguments that the layer owns: above all gradient synchronisation."""
+    return tuple(
+        collective
+        for use in layer.uses
+        if use.source == layer.index and use.argument
+        for collective in use_collectives(use, config, config, axis_sizes)
+    )
+
+
+def strategy_collectives(
+    graph: ComputationGraph, configs: Sequence[Config], axis_sizes: dict[str, int]
+) -> tuple[Collective, ...]:
+    """Every collective of one training step (forward and backward) under a strategy.
+
+    Readers that want a value in the same layout share one change of layout, as in the lowered
+    function; the sum over edges in the cost tables counts each reader.
+    """
+    result: list[Collective] = []
+    for layer, config in zip(graph.layers, configs, strict=True):
+        for member in layer.members:
+            result += member_collectives(member, config, axis_sizes)
+    changes: dict[tuple[int, Layout, Layout, frozenset[str]], bool] = {}
+    for value, source, target, active, gradient in _changes(graph, configs, axis_sizes):
+        key = (value, source, target, active)
+        changes[key] = changes.get(key, False) or gradient
+    for (value, source, target, active), gradient in changes.items():
+        info = graph.program.values[value]
+        result += layout_collectives(
+            info.shape, info.itemsize, source, target, active, gradient, tuple(axis_sizes.items())
+        )
+    return tuple(result)
+
+
+def _changes(
+    graph: ComputationGraph, configs: Sequence[Config], axis_sizes: dict[str, int]
+) -> Iterator[tuple[int, Layout, Layout, frozenset[str], bool]]:
+    """Every change of layout: what layers read, and the function's outputs (evenly split)."""
+    for layer, config in zip(graph.layers, configs, strict=True):
+        for use in layer.uses:
+            source = use_source_layout(use, configs[use.source], axis_sizes)
+            active = frozenset(axis for name in use.active for axis in config.axes(name))
+            yield use.value, source, config.layout(use.labels), active, use.gradient
+    for value in graph.program.outputs:
+        if value in graph.homes:
+            home, labels = graph.homes[value]
+            source = configs[home].layout(labels)
+            target = even_layout(graph.program.values[value].shape, source, axis_sizes)
+            yield value, source, target, layout_axes(target), False
+
+
+# --- seconds -------------------------------------------------------------------------------------
+
+
+class CostModel(Protocol):
+    """Two questions: a layer under a config, and moving a tensor between two layouts."""
+
+    def layer(self, layer: Layer, config: Config) -> Cost:
+        """Compute, internal transfer (halo, partial sums) and sync seconds of a layer."""
+        ...
+
+    def transfer_s(self, use: Use, source_config: Config, config: Config) -> float:
+        """Seconds to bring a value from one layer's layout to another's, both directions."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyticCostModel:
+    """Roofline times of the local shapes and alpha-beta times of the collectives.
+
+    Attributes:
+      devices: rates of devices and links.
+    """
+
+    devices: DeviceGraph
+
+    def layer(self, layer: Layer, config: Config) -> Cost:
+        """See `CostModel`."""
+        sizes = self.devices.axis_sizes
+        return Cost(
+            compute_s=sum(self._operator_s(m, config) for m in layer.members),
+            transfer_s=self._total_s(layer_collectives(layer, config, sizes)),
+            sync_s=self._total_s(argument_collectives(layer, config, sizes)),
+        )
+
+    def transfer_s(self, use: Use, source_config: Config, config: Config) -> float:
+        """See `CostModel`."""
+        return self._total_s(
+            use_collectives(use, source_config, config, self.devices.axis_sizes)
+        )
+
+    def _total_s(self, collectives: Sequence[Collective]) -> float:
+        return sum(self.devices.collective_s(c) for c in collectives)
+
+    def _operator_s(self, member: Member, config: Config) -> float:
+        """Forward and backward seconds of one operator on its local shapes."""
+        signature, eqn = member.signature, member.equation
+        sizes = self.devices.axis_sizes
+
+        def blocks(labels: Sequence[tuple[str | None, ...]], values: Sequence[object]) -> list:
+            return [
+                local_shape(value.shape, config.layout(names), sizes)  # type: ignore[attr-defined]
+                for names, value in zip(labels, values, strict=True)
+            ]
+
+        operands = blocks(signature.operands, eqn.operand_values)
+        results = blocks(signature.results, eqn.result_values)
+        rule = RULES.get(eqn.name)
+        flops = rule.flops(eqn, operands, results) if rule else _unknown_flops(operands, results)
+        kind = rule.kind if rule else "unknown"
+        rate = {
+            "conv": self.devices.conv_flops_per_s,
+            "dense": self.devices.dense_flops_per_s,
+        }.get(kind)
+        values = (*eqn.operand_values, *eqn.result_values)
+        moved = sum(
+            math.prod(shape) * value.itemsize
+            for shape, value in zip((*operands, *results), values, strict=True)
+        )
+        passes = 1 + sum(member.gradient)
+        if rate is None:
+            # Elementwise work is fused with its neighbours: what counts is one pass over memory.
+            return min(passes, 2) * moved / self.devices.memory_bytes_per_s
+        once_s = max(flops / rate, moved / self.devices.memory_bytes_per_s)
+        return passes * (once_s + self.devices.overhead_s)
+
+
+def _unknown_flops(operands: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]]) -> float:
+    return float(sum(math.prod(shape) for shape in (*operands, *results)))
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def layer_configs(
+    graph: ComputationGraph, devices: DeviceGraph, *, interchangeable: bool = True
+) -> tuple[tuple[Config, ...], ...]:
+    """The configs of every layer; see `enumerate_configs`."""
+    return tuple(
+        enumerate_configs(
+            sizes=layer.dimensions,
+            even=layer.even,
+            axis_groups=devices.axis_groups,
+            axis_sizes=devices.axis_sizes,
+            interchangeable=interchangeable,
+        )
+        for layer in graph.layers
+    )
+
+
+def build_tables(
+    graph: ComputationGraph,
+    configs: Sequence[Sequence[Config]],
+    model: CostModel,
+    axis_sizes: dict[str, int],
+) -> CostTables:
+    """Price every config of every layer and every pair of configs on every edge.
+
+    Args:
+      graph: the computation graph.
+      configs: the configs of each layer.
+      model: the cost model.
+      axis_sizes: devices along each mesh axis.
+
+    Returns:
+      The cost tables, in seconds, with layers and edges in the graph's order.
+    """
+    priced = [
+        [model.layer(layer, config) for config in choices]
+        for layer, choices in zip(graph.layers, configs, strict=True)
+    ]
+    edges = graph.edges
+    return CostTables(
+        compute_s=tuple(np.array([c.compute_s for c in row]) for row in priced),
+        exchange_s=tuple(np.array([c.transfer_s for c in row]) for row in priced),
+        sync_s=tuple(np.array([c.sync_s for c in row]) for row in priced),
+        edges=tuple((edge.source, edge.target) for edge in edges),
+        transfer_s=tuple(
+            _edge_table(edge.use, configs[edge.source], configs[edge.target], model, axis_sizes)
+            for edge in edges
+        ),
+        names=tuple(layer.name for layer in graph.layers),
+    )
+
+
+def _edge_table(
+    use: Use,
+    sources: Sequence[Config],
+    targets: Sequence[Config],
+    model: CostModel,
+    axis_sizes: dict[str, int],
+) -> np.ndarray:
+    """Transfer seconds for every pair; configs that give the same layout are priced once."""
+    rows, row_of = _distinct([use_source_layout(use, c, axis_sizes) for c in sources])
+    columns, column_of = _distinct(
+        [(c.layout(use.labels), frozenset(a for n in use.active for a in c.axes(n))) for c in targets]
+    )
+    unique = np.array(
+        [
+            [model.transfer_s(use, sources[i], targets[j]) for j in columns]
+            for i in rows
+        ]
+    )
+    return unique[np.ix_(row_of, column_of)]
+
+
+def _distinct(keys: Sequence[object]) -> tuple[list[int], list[int]]:
+    """First position of every distinct key, and for each key the number of its class."""
+    classes: dict[object, int] = {}
+    first: list[int] = []
+    for position, key in enumerate(keys):
+        if key not in classes:
+            classes[key] = len(first)
+            first.append(position)
+    return first, [classes[key] for key in keys]

@@ -1,0 +1,339 @@
+"""Plans: a strategy bound to a mesh, called like the function that it was made from."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlwp._calibrate import Rates, device_graph, make_mesh
+from jaxlwp._config import Layout
+from jaxlwp._cost import strategy_collectives
+from jaxlwp._devices import DeviceGraph
+from jaxlwp._graph import ComputationGraph
+from jaxlwp._layout import Collective
+from jaxlwp._lower import Lowered
+from jaxlwp._search import SearchResult, SearchSpace, check_mesh, price, search
+from jaxlwp._strategy import Strategy
+from jaxlwp._tables import Cost
+from jaxlwp._trace import trace
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """A training function, split over a mesh by a strategy.
+
+    Call it like the function: `plan(params, *batch)`. It works under `jax.jit`, `jax.grad`,
+    `jax.value_and_grad` (also with `has_aux=True`) and with donated buffers.
+
+    Attributes:
+      space: the priced space that the strategy is from.
+      strategy: the strategy.
+      mesh: the device mesh.
+      result: the search result, if the strategy was searched for.
+      in_tree: structure of (params, *batch).
+      out_tree: structure of the function's output.
+    """
+
+    space: SearchSpace
+    strategy: Strategy
+    mesh: Mesh
+    result: SearchResult | None = None
+    in_tree: Any = field(repr=False)
+    out_tree: Any = field(repr=False)
+
+    @property
+    def graph(self) -> ComputationGraph:
+        """The computation graph."""
+        return self.space.graph
+
+    @property
+    def cost(self) -> Cost:
+        """Predicted seconds of one training step, decomposed."""
+        return self.space.evaluate(self.strategy)
+
+    @functools.cached_property
+    def collectives(self) -> tuple[Collective, ...]:
+        """Every collective that one training step (loss and gradients) performs."""
+        configs = self.strategy.for_graph(self.graph)
+        return strategy_collectives(self.graph, configs, self.space.devices.axis_sizes)
+
+    @functools.cached_property
+    def lowered(self) -> Lowered:
+        """The function on one device's blocks."""
+        return Lowered(
+            graph=self.graph,
+            configs=self.strategy.for_graph(self.graph),
+            axis_sizes=self.space.devices.axis_sizes,
+        )
+
+    @functools.cached_property
+    def shardings(self) -> tuple[Any, ...]:
+        """Shardings of (params, *batch), as a pytree of the same structure."""
+        flat = [self._sharding(layout) for layout in self.lowered.input_layouts()]
+        return tuple(jax.tree.unflatten(self.in_tree, flat))
+
+    @property
+    def param_shardings(self) -> Any:
+        """Shardings of the parameters, as a pytree of the same structure."""
+        return self.shardings[0]
+
+    @property
+    def batch_shardings(self) -> tuple[Any, ...]:
+        """Shardings of the arguments after the parameters."""
+        return self.shardings[1:]
+
+    def _sharding(self, layout: Layout) -> NamedSharding:
+        return NamedSharding(self.mesh, partition_spec(layout))
+
+    @functools.cached_property
+    def _function(self) -> Callable[..., Any]:
+        mapped = jax.shard_map(
+            self.lowered,
+            mesh=self.mesh,
+            in_specs=tuple(partition_spec(x) for x in self.lowered.input_layouts()),
+            out_specs=tuple(partition_spec(x) for x in self.lowered.output_layouts()),
+        )
+        return jax.jit(lambda *flat: mapped(*flat))
+
+    def __call__(self, params: Any, *batch: Any) -> Any:
+        """The function's output, computed on the mesh.
+
+        Raises:
+          ValueError: the arguments differ in structure, shape or dtype from the traced ones.
+        """
+        flat = self._check_arguments((params, *batch))
+        return jax.tree.unflatten(self.out_tree, self._function(*flat))
+
+    def _check_arguments(self, arguments: tuple[Any, ...]) -> list[Any]:
+        flat, tree = jax.tree.flatten(arguments)
+        if tree != self.in_tree:
+            raise ValueError(
+                f"plan: the arguments have the structure {tree}, but the plan was made for "
+                f"{self.in_tree}; pass parameters and batch as to parallelize, or make a new plan"
+            )
+        program = self.graph.program
+        for index, leaf, name in zip(
+            program.inputs, flat, self.graph.argument_names, strict=True
+        ):
+            want, have = program.values[index], jax.typeof(leaf)
+            if tuple(have.shape) != want.shape or have.dtype != want.dtype:
+                raise ValueError(
+                    f"plan: {name} is {have.dtype}{list(have.shape)}, but the plan was made for "
+                    f"{want.dtype}{list(want.shape)}; pass arrays of that shape (drop or pad the "
+                    "last incomplete batch), or make a plan for the new one"
+                )
+        return flat
+
+    def place(self, state: Any) -> Any:
+        """Put a training state on the mesh.
+
+        Leaves that stand for a parameter (the parameters themselves, and leaves of the optimizer
+        state whose path ends in a parameter's path and that have its shape) are split like it;
+        all other arrays are replicated.
+
+        Args:
+          state: parameters, an optimizer state, a Flax `TrainState`, or any pytree of them.
+
+        Returns:
+          The same pytree, its leaves placed.
+        """
+        leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+        placed = [jax.device_put(leaf, self.sharding_for(path, leaf)) for path, leaf in leaves]
+        return jax.tree.unflatten(tree, placed)
+
+    def place_batch(self, *batch: Any) -> Any:
+        """Put a batch on the mesh as the first layers want it; returns what it was given.
+
+        Args:
+          *batch: the arguments after the parameters, or the first few of them.
+
+        Raises:
+          ValueError: a shape or dtype differs from the traced one.
+        """
+        given, wanted = list(batch), list(self.batch_shardings[: len(batch)])
+        names = iter(self.graph.argument_names[self.graph.num_parameters :])
+        infos = iter(self.graph.program.inputs[self.graph.num_parameters :])
+        for leaf, name, index in zip(jax.tree.leaves(given), names, infos, strict=False):
+            want = self.graph.program.values[index].shape
+            if tuple(jax.typeof(leaf).shape) != want:
+                raise ValueError(
+                    f"place_batch: {name} has shape {tuple(jax.typeof(leaf).shape)}, but the plan "
+                    f"was made for {want}; drop or pad the last incomplete batch, or make a plan "
+                    "for the new shape"
+                )
+        if jax.tree.structure(given) != jax.tree.structure(wanted):
+            raise ValueError(
+                f"place_batch: the batch has the structure {jax.tree.structure(given)}, but the "
+                f"plan was made for {jax.tree.structure(wanted)}; pass the batch as to parallelize"
+            )
+        placed = jax.device_put(given, wanted)
+        return placed[0] if len(placed) == 1 else tuple(placed)
+
+    def sharding_for(self, path: Sequence[Any], leaf: Any) -> NamedSharding:
+        """Sharding of a leaf of a training state: that of the parameter it stands for."""
+        keys = tuple(_key(entry) for entry in path)
+        shape = tuple(jax.typeof(leaf).shape)
+        best = max(
+            (
+                (len(suffix), sharding)
+                for suffix, want, sharding in self._parameter_paths
+                if want == shape and (not suffix or keys[-len(suffix) :] == suffix)
+            ),
+            key=operator.itemgetter(0),
+            default=None,
+        )
+        return best[1] if best else NamedSharding(self.mesh, PartitionSpec())
+
+    @functools.cached_property
+    def _parameter_paths(self) -> list[tuple[tuple[str, ...], tuple[int, ...], NamedSharding]]:
+        leaves = jax.tree_util.tree_flatten_with_path(self.param_shardings)[0]
+        shapes = [self.graph.program.values[i].shape for i in self.graph.program.inputs]
+        return [
+            (tuple(_key(entry) for entry in path), shape, sharding)
+            for (path, sharding), shape in zip(leaves, shapes, strict=False)
+        ]
+
+    def __str__(self) -> str:
+        """A row per layer: config, PartitionSpec, seconds and bytes."""
+        from jaxlwp._report import plan_text
+
+        return plan_text(self)
+
+
+def _key(entry: Any) -> str:
+    """Name of one step of a pytree path, whatever its kind."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def partition_spec(layout: Layout) -> PartitionSpec:
+    """The PartitionSpec of a layout."""
+    entries = [axes[0] if len(axes) == 1 else axes or None for axes in layout]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def parallelize(
+    fn: Callable[..., Any],
+    params: Any,
+    *batch: Any,
+    devices: Sequence[Any] | int | None = None,
+    mesh: Mesh | None = None,
+    strategy: str | Strategy = "search",
+    rates: Rates | DeviceGraph | None = None,
+) -> Plan:
+    """Trace, price, search and bind: from a loss function to a sharded one.
+
+    Args:
+      fn: loss function, called as `fn(params, *batch)`; returns a scalar loss, or a tuple whose
+        first element is the loss.
+      params: pytree of parameters (arrays or `jax.ShapeDtypeStruct`).
+      *batch: the other arguments, likewise; their shapes are the plan's shapes.
+      devices: devices or how many of `jax.devices()`; all by default.
+      mesh: a mesh of the user's own, in place of `devices`; its axes keep their names.
+      strategy: "search", "data", "model", "owt", "spatial", or a `Strategy`.
+      rates: rates of devices and links by hand; measured (under 20 s, cached) by default.
+
+    Returns:
+      A plan, to be called like `fn`.
+
+    Raises:
+      ValueError: more devices than exist, a loss that is not a scalar, an unknown strategy or one
+        for another model, a batch that the devices do not divide under strategy "data", a rate
+        that is not a positive number.
+    """
+    if not isinstance(strategy, (str, Strategy)):
+        raise ValueError(
+            f"strategy: {strategy!r} is a {type(strategy).__name__}; give 'search', a baseline's "
+            "name, or a Strategy"
+        )
+    mesh = mesh if mesh is not None else make_mesh(_devices(devices))
+    graph = trace(fn, params, *batch)
+    out_tree = _check_loss(fn, graph, params, *batch)
+    if isinstance(rates, DeviceGraph):
+        rated = rates
+    else:
+        rated = device_graph(mesh, rates=rates)
+    if isinstance(strategy, Strategy):
+        check_mesh(strategy, rated.axis_sizes)
+        strategy.for_graph(graph)
+    space = price(graph, rated)
+    result = search(space) if strategy == "search" else None
+    if result is not None:
+        chosen = result.strategy
+    else:
+        chosen = strategy if isinstance(strategy, Strategy) else space.baseline(strategy)
+    return bind(space, chosen, mesh, (params, *batch), out_tree, result)
+
+
+def bind(
+    space: SearchSpace,
+    strategy: Strategy,
+    mesh: Mesh,
+    arguments: tuple[Any, ...],
+    out_tree: Any,
+    result: SearchResult | None = None,
+) -> Plan:
+    """Bind a strategy to a mesh.
+
+    Args:
+      space: the priced space.
+      strategy: a strategy of this space.
+      mesh: the mesh; its axes must be the strategy's.
+      arguments: (params, *batch), for their structure.
+      out_tree: structure of the function's output.
+      result: where the strategy comes from.
+
+    Raises:
+      ValueError: the strategy is for another mesh or model.
+    """
+    check_mesh(strategy, {str(name): size for name, size in mesh.shape.items()})
+    space.choices(strategy)
+    return Plan(
+        space=space,
+        strategy=strategy,
+        mesh=mesh,
+        result=result,
+        in_tree=jax.tree.structure(arguments),
+        out_tree=out_tree,
+    )
+
+
+def _devices(devices: Sequence[Any] | int | None) -> Sequence[Any]:
+    if devices is None:
+        return jax.devices()
+    if isinstance(devices, int):
+        present = jax.devices()
+        if not 1 <= devices <= len(present):
+            raise ValueError(
+                f"devices: {devices} asked for, {len(present)} exist ({present[0].device_kind}); "
+                "ask for fewer, or simulate with "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}"
+            )
+        return present[:devices]
+    return devices
+
+
+def _check_loss(fn: Callable[..., Any], graph: ComputationGraph, *arguments: Any) -> Any:
+    """Structure of the output; its first leaf must be a scalar loss."""
+    out = jax.eval_shape(fn, *arguments)
+    loss = out[0] if isinstance(out, tuple) else out
+    leaves = jax.tree.leaves(loss)
+    value = graph.program.values[graph.program.outputs[0]]
+    if len(leaves) != 1 or value.shape != () or not value.differentiable:
+        raise ValueError(
+            f"loss function: its {'first output' if isinstance(out, tuple) else 'output'} is "
+            f"{jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', loss)}; a loss must be one "
+            "floating-point scalar: reduce it (for instance with .mean()) and return "
+            "anything else as the second element of a tuple"
+        )
+    return jax.tree.structure(out)

@@ -1,0 +1,112 @@
+"""Reports: what a plan looks like as a table. Core code never imports this module at load time."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxlwp._config import Config
+from jaxlwp._cost import argument_collectives, layer_collectives, use_collectives
+
+if TYPE_CHECKING:
+    from jaxlwp._plan import Plan
+
+
+def render(table: Table, width: int = 150) -> str:
+    """A table as plain text."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, no_color=True).print(table)
+    return buffer.getvalue()
+
+
+def seconds(value: float) -> str:
+    """Seconds in milliseconds with three digits that matter."""
+    return f"{value * 1e3:.3g}"
+
+
+def num_bytes(value: float) -> str:
+    """Bytes in a readable unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def plan_table(plan: Plan) -> Table:
+    """A row per layer: config, PartitionSpec of its output, compute, transfer, sync, bytes.
+
+    Transfer is what happens inside the layer (halo, partial sums) and on its incoming edges.
+    """
+    space, sizes = plan.space, plan.space.devices.axis_sizes
+    configs = plan.strategy.for_graph(plan.graph)
+    choices = space.choices(plan.strategy)
+    tables = space.tables
+    cost = plan.cost
+    proof = ""
+    if plan.result is not None:
+        proof = ", optimal" if plan.result.optimal else f", within {plan.result.gap:.1%}"
+    table = Table(
+        title=(
+            f"strategy {plan.strategy.name} on {space.devices.num_devices} x "
+            f"{space.devices.device_kind} {sizes}: predicted {seconds(cost.total_s)} ms a step"
+            f"{proof}"
+        ),
+        caption=(
+            f"compute {seconds(cost.compute_s)} ms, transfer {seconds(cost.transfer_s)} ms, sync "
+            f"{seconds(cost.sync_s)} ms; rates: {space.devices.source}"
+        ),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("layer", "kind", "config", "output PartitionSpec"):
+        table.add_column(column)
+    for column in ("compute ms", "transfer ms", "sync ms", "bytes/device"):
+        table.add_column(column, justify="right")
+    for layer, config in zip(plan.graph.layers, configs, strict=True):
+        i = choices[layer.index]
+        transfer_s = tables.exchange_s[layer.index][i] + sum(
+            table_s[choices[source], choices[target]]
+            for (source, target), table_s in zip(tables.edges, tables.transfer_s, strict=True)
+            if target == layer.index
+        )
+        table.add_row(
+            layer.name,
+            layer.kind if layer.has_rule else f"{layer.kind} (no rule)",
+            config.describe(sizes),
+            _output_spec(plan, layer.index, config),
+            seconds(tables.compute_s[layer.index][i]),
+            seconds(transfer_s),
+            seconds(tables.sync_s[layer.index][i]),
+            num_bytes(_layer_bytes(plan, layer.index, configs)),
+        )
+    return table
+
+
+def _layer_bytes(plan: Plan, index: int, configs: tuple[Config, ...]) -> int:
+    layer, sizes = plan.graph.layers[index], plan.space.devices.axis_sizes
+    collectives = [
+        *layer_collectives(layer, configs[index], sizes),
+        *argument_collectives(layer, configs[index], sizes),
+    ]
+    for use in layer.uses:
+        if use.source != index:
+            collectives += use_collectives(use, configs[use.source], configs[index], sizes)
+    return sum(c.num_bytes for c in collectives)
+
+
+def _output_spec(plan: Plan, index: int, config: Config) -> str:
+    from jaxlwp._plan import partition_spec
+
+    member = plan.graph.layers[index].members[-1]
+    return str(partition_spec(config.layout(member.signature.results[0]))).replace(
+        "PartitionSpec", "P"
+    )
+
+
+def plan_text(plan: Plan) -> str:
+    """`plan_table` as text."""
+    return render(plan_table(plan))
