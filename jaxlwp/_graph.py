@@ -105,6 +105,8 @@ class ComputationGraph:
       gradients: values that have a cotangent when the loss is differentiated by the parameters.
       argument_names: name of each program input, such as "params['Conv_0']['kernel']".
       num_parameters: how many of the program's inputs are leaves of the first argument.
+      changed: positions of the inputs that the function replaces (state of NNX modules); their
+        new values are the program's last outputs.
     """
 
     layers: tuple[Layer, ...]
@@ -116,6 +118,7 @@ class ComputationGraph:
     gradients: frozenset[int] = field(repr=False)
     argument_names: tuple[str, ...] = field(repr=False)
     num_parameters: int
+    changed: tuple[int, ...] = ()
 
     @property
     def edges(self) -> tuple[Edge, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlwp._calibrate import Rates, device_graph, make_mesh
@@ -104,11 +105,20 @@ class Plan:
     def __call__(self, params: Any, *batch: Any) -> Any:
         """The function's output, computed on the mesh.
 
+        State that the function changes in NNX modules (random counts, statistics) is changed in
+        the modules passed here too.
+
         Raises:
           ValueError: the arguments differ in structure, shape or dtype from the traced ones.
         """
         flat = self._check_arguments((params, *batch))
-        return jax.tree.unflatten(self.out_tree, self._function(*flat))
+        results = self._function(*flat)
+        count = len(results) - len(self.graph.changed)
+        for position, value in zip(self.graph.changed, results[count:], strict=True):
+            flat[position] = value
+        if self.graph.changed:
+            _write_back((params, *batch), jax.tree.unflatten(self.in_tree, flat))
+        return jax.tree.unflatten(self.out_tree, results[:count])
 
     def _check_arguments(self, arguments: tuple[Any, ...]) -> list[Any]:
         flat, tree = jax.tree.flatten(arguments)
@@ -204,6 +214,13 @@ class Plan:
         from jaxlwp._report import plan_text
 
         return plan_text(self)
+
+
+def _write_back(arguments: tuple[Any, ...], changed: tuple[Any, ...]) -> None:
+    """Update NNX modules among the arguments with their changed state."""
+    for old, new in zip(arguments, changed, strict=True):
+        if isinstance(old, nnx.Module):
+            nnx.update(old, nnx.state(new))
 
 
 def _key(entry: Any) -> str:
@@ -325,7 +342,7 @@ def _devices(devices: Sequence[Any] | int | None) -> Sequence[Any]:
 
 def _check_loss(fn: Callable[..., Any], graph: ComputationGraph, *arguments: Any) -> Any:
     """Structure of the output; its first leaf must be a scalar loss."""
-    out = jax.eval_shape(fn, *arguments)
+    out = jax.eval_shape(lambda *args: fn(*args), *arguments)
     loss = out[0] if isinstance(out, tuple) else out
     leaves = jax.tree.leaves(loss)
     value = graph.program.values[graph.program.outputs[0]]

@@ -12,6 +12,7 @@ from jaxlwp._config import Config
 from jaxlwp._cost import argument_collectives, layer_collectives, use_collectives
 
 if TYPE_CHECKING:
+    from jaxlwp._compare import Comparison
     from jaxlwp._plan import Plan
 
 
@@ -110,3 +111,70 @@ def _output_spec(plan: Plan, index: int, config: Config) -> str:
 def plan_text(plan: Plan) -> str:
     """`plan_table` as text."""
     return render(plan_table(plan))
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row per strategy: step time, collective bytes and memory, predicted and measured."""
+    rounds = len(comparison.results[0].times_s)
+    cores = f", simulated on {comparison.machine['cpu_count']} processor cores"
+    simulated = cores if comparison.machine["simulated"] else ""
+    table = Table(
+        title=(
+            f"{comparison.model}, batch {comparison.batch}, training step on "
+            f"{comparison.devices.num_devices} x {comparison.devices.device_kind}{simulated}"
+        ),
+        caption=_comparison_notes(comparison),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("strategy")
+    for column in (
+        "predicted ms",
+        f"measured ms\n(median of {rounds})",
+        "min..max ms",
+        "speed-up\nover data",
+        "bytes/device\npredicted",
+        "bytes/device\ncompiled",
+        "arguments\n/device",
+        "temporaries\n/device",
+        "peak\n/device",
+    ):
+        table.add_column(column, justify="right")
+    for result in comparison.results:
+        agrees = result.compiled_bytes_by_kind == result.predicted_bytes_by_kind
+        table.add_row(
+            result.strategy,
+            seconds(result.predicted_s),
+            seconds(result.measured_s),
+            f"{seconds(min(result.times_s))}..{seconds(max(result.times_s))}",
+            f"{comparison.speedup(result.strategy):.2f}x",
+            num_bytes(result.predicted_bytes),
+            num_bytes(result.compiled_bytes) + ("" if agrees else " *"),
+            num_bytes(result.argument_bytes),
+            num_bytes(result.temporary_bytes),
+            num_bytes(result.peak_bytes),
+        )
+    return table
+
+
+def _comparison_notes(comparison: Comparison) -> str:
+    """What the columns mean, and where the compiled bytes differ from the predicted ones."""
+    notes = [
+        f"predicted: loss and gradients, from rates {comparison.devices.source}; measured: the "
+        "optimizer's update too",
+        "bytes: operands of the step's collectives; arguments: parameters, optimizer state, batch",
+    ]
+    for result in comparison.results:
+        predicted, compiled = result.predicted_bytes_by_kind, result.compiled_bytes_by_kind
+        for kind in sorted(predicted | compiled):
+            if predicted.get(kind, 0) != compiled.get(kind, 0):
+                notes.append(
+                    f"* {result.strategy}: {kind} {predicted.get(kind, 0):,} B predicted, "
+                    f"{compiled.get(kind, 0):,} B compiled"
+                )
+    return "\n".join(notes)
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """`comparison_table` as text."""
+    return render(comparison_table(comparison))

@@ -42,10 +42,21 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any) -> ComputationGraph:
       ValueError: `fn` has side effects.
     """
     shapes = jax.tree.map(_shape_of, (params, *args))
-    program = flatten(jax.make_jaxpr(fn)(*shapes))
+    leaves, tree = jax.tree.flatten(shapes)
+    changed: list[int] = []
+
+    def flat_fn(*flat: Any) -> Any:
+        arguments = jax.tree.unflatten(tree, flat)
+        out = fn(*arguments)
+        # Flax NNX modules keep random counts and statistics by changing themselves.
+        after = jax.tree.leaves(arguments)
+        changed[:] = [i for i, (old, new) in enumerate(zip(flat, after, strict=True)) if new is not old]
+        return *jax.tree.leaves(out), *(after[i] for i in changed)
+
+    program = flatten(jax.make_jaxpr(flat_fn)(*leaves))
     paths = jax.tree_util.tree_flatten_with_path((params, *args))[0]
     names = tuple(_path_name(path) for path, _ in paths)
-    return build_graph(program, names, len(jax.tree.leaves(params)))
+    return build_graph(program, names, len(jax.tree.leaves(params)), tuple(changed))
 
 
 def _shape_of(leaf: Any) -> Any:
@@ -225,7 +236,10 @@ class _Grouping:
 
 
 def build_graph(
-    program: Program, argument_names: tuple[str, ...], num_parameters: int
+    program: Program,
+    argument_names: tuple[str, ...],
+    num_parameters: int,
+    changed: tuple[int, ...] = (),
 ) -> ComputationGraph:
     """Group a program's equations into layers and find what each layer reads.
 
@@ -233,6 +247,8 @@ def build_graph(
       program: the flat program; its first output is the loss.
       argument_names: a name for each program input.
       num_parameters: how many inputs, from the first, are differentiated.
+      changed: positions of the inputs that the function replaces; their new values are the
+        program's last outputs.
     """
     grouping = _Grouping(program)
     gradients = values_with_cotangent(program, num_parameters)
@@ -258,6 +274,7 @@ def build_graph(
         gradients=gradients,
         argument_names=argument_names,
         num_parameters=num_parameters,
+        changed=changed,
     )
 
 

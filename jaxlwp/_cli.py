@@ -1,0 +1,340 @@
+"""The command line: `jaxlwp plan MODEL` and `jaxlwp compare MODEL`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import rich.progress
+from rich.console import Console
+
+from jaxlwp import __version__
+from jaxlwp._calibrate import Rates, device_graph, make_mesh
+from jaxlwp._compare import ROUNDS, Progress, batch_size, compare, is_simulated
+from jaxlwp._model import DEFAULT_BATCH, load_workload
+from jaxlwp._plan import parallelize
+from jaxlwp._strategy import BASELINES, Strategy
+
+_DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def _at_least_one(_: click.Context, option: click.Parameter, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise click.ClickException(f"{option.opts[0]}: {value} given; give a number of at least 1")
+    return value
+
+
+def _input_shape(
+    _: click.Context, option: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", value, re.ASCII):
+        raise click.ClickException(
+            f"{option.opts[0]}: {value!r} given; give the shape of one example as sizes of at "
+            "least 1 joined by x, channels last, as in 224x224x3"
+        )
+    return tuple(int(size) for size in value.split("x"))
+
+
+def _positive(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise click.ClickException(
+            f"{option.opts[0]}: {value} given; a rate must be a positive finite number: give one, "
+            "or leave all rates out to measure them"
+        )
+    return value
+
+
+def _not_negative(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 <= value < math.inf:
+        raise click.ClickException(
+            f"{option.opts[0]}: {value} given; a latency must be a finite number of seconds of at "
+            "least 0: give one, or leave all rates out to measure them"
+        )
+    return value
+
+
+def _target_file(_: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    """Find out before a long run that its result cannot be written."""
+    if value is None:
+        return None
+    folder = value.absolute().parent
+    if not folder.is_dir():
+        problem = f"there is no folder {folder}; make it, or give another path"
+    elif value.is_dir():
+        problem = "it is a folder; give a file in it"
+    elif not os.access(folder, os.W_OK):
+        problem = f"the folder {folder} is read-only; give another path"
+    else:
+        return value
+    raise click.ClickException(f"{option.opts[0]}: cannot write {value}: {problem}")
+
+
+_SHARED_OPTIONS = (
+    click.argument("model"),
+    click.option(
+        "--devices", type=int, callback=_at_least_one, help="How many devices; all by default."
+    ),
+    click.option(
+        "--batch",
+        type=int,
+        callback=_at_least_one,
+        help=f"Examples in a batch; {DEFAULT_BATCH} by default.",
+    ),
+    click.option(
+        "--input",
+        "input_shape",
+        metavar="HxWxC",
+        callback=_input_shape,
+        help="Shape of one example; the model's input_shape by default.",
+    ),
+    click.option(
+        "--flops",
+        type=float,
+        callback=_positive,
+        help="Operations per second of one device. The rates are given all four or not at all; "
+        "by default they are measured, and kept for the next time.",
+    ),
+    click.option(
+        "--memory-bandwidth",
+        type=float,
+        callback=_positive,
+        help="Bytes per second that one device reads and writes.",
+    ),
+    click.option(
+        "--latency", type=float, callback=_not_negative, help="Seconds per step of a collective."
+    ),
+    click.option(
+        "--bandwidth",
+        type=float,
+        callback=_positive,
+        help="Bytes per second that one device sends.",
+    ),
+)
+
+
+def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_SHARED_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _rates_by_hand(given: dict[str, float | None]) -> Rates | None:
+    names = {name: "--" + name.replace("_", "-") for name in given}
+    missing = [names[name] for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise click.ClickException(
+            f"{', '.join(missing)}: missing; rates by hand are given all four or not at all: give "
+            f"all of {', '.join(names.values())}, or none to measure them"
+        )
+    values = {name: value or 0.0 for name, value in given.items()}
+    return Rates(
+        flops_per_s=values["flops"],
+        memory_bytes_per_s=values["memory_bandwidth"],
+        latency_s=(values["latency"],),
+        link_bytes_per_s=(values["bandwidth"],),
+    )
+
+
+# --- devices, progress, errors, files --------------------------------------------------------
+
+
+def _provide_devices(count: int | None) -> list[Any]:
+    """The devices to use: those that exist, or simulated ones if there are only processors.
+
+    The flag has to be set before JAX starts its backends, and means nothing to accelerators.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    asked = [int(n) for n in re.findall(rf"{_DEVICE_COUNT_FLAG}=(\d+)", flags)]
+    if count is not None and count > max(asked, default=1):
+        others = re.sub(rf"{_DEVICE_COUNT_FLAG}=\S*", "", flags).split()
+        os.environ["XLA_FLAGS"] = " ".join([*others, f"{_DEVICE_COUNT_FLAG}={count}"])
+    present = jax.devices()
+    if count is not None and count > len(present):
+        raise click.ClickException(
+            f"--devices: {count} given, but {len(present)} exist ({present[0].device_kind}); ask "
+            "for fewer, or set JAX_PLATFORMS=cpu to simulate them"
+        )
+    return present[:count]
+
+
+def _describe(devices: list[Any]) -> str:
+    cores = f", simulated on {os.cpu_count()} processor cores" if is_simulated(devices) else ""
+    return f"{len(devices)} x {devices[0].device_kind}{cores}"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """Progress bars on stderr, none if it is not a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+    )
+    tasks: dict[str, rich.progress.TaskID] = {}
+    with rich.progress.Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bars:
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield report
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors that the user can mend are told in one line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        raise click.ClickException(" ".join(str(error).split())) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file in one step: it is complete or as it was before."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+@click.group()
+@click.version_option(__version__, prog_name="jaxlwp")
+def main() -> None:
+    """Find, show and measure the fastest layer-wise parallelization of a network.
+
+    MODEL is module:attribute, such as models.alexnet:AlexNet, and is looked for in the current
+    folder too. It names a Flax module (Linen or NNX), which is trained as a classifier of random
+    data, or a function that returns (loss_fn, params, batch).
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+@main.command()
+@_shared_options
+@click.option(
+    "--strategy",
+    default="search",
+    help=f"search, {', '.join(BASELINES)}, or a .json file that --save wrote; search by default.",
+)
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    callback=_target_file,
+    help="Write the strategy to this JSON file.",
+)
+def plan(
+    model: str,
+    devices: int | None,
+    batch: int | None,
+    input_shape: tuple[int, ...] | None,
+    strategy: str,
+    save: Path | None,
+    **rates: float | None,
+) -> None:
+    """Find a strategy for MODEL and print it, a row per layer."""
+    by_hand = _rates_by_hand(rates)
+    chosen = _provide_devices(devices)
+    with _one_line_errors(), _progress() as progress:
+        wanted = Strategy.load(strategy) if strategy.endswith(".json") else strategy
+        work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
+        mesh = make_mesh(chosen)
+        progress("measuring device rates", 0, 1)
+        rated = device_graph(mesh, rates=by_hand)
+        progress("measuring device rates", 1, 1)
+        progress("tracing, pricing and searching", 0, 1)
+        found = parallelize(
+            work.loss, work.params, *work.batch, mesh=mesh, strategy=wanted, rates=rated
+        )
+    click.echo(f"{model}, batch {batch_size(work.batch)}, on {_describe(chosen)}")
+    click.echo(str(found), nl=False)
+    if save is not None:
+        with _one_line_errors():
+            _write(save, found.strategy.to_json())
+        click.echo(f"wrote {save}")
+
+
+@main.command("compare")
+@_shared_options
+@click.option(
+    "--rounds",
+    type=int,
+    default=ROUNDS,
+    callback=_at_least_one,
+    help=f"Measured steps of each strategy, after one to warm up; {ROUNDS} by default.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    callback=_target_file,
+    help="Write the results to this JSON file.",
+)
+def compare_command(
+    model: str,
+    devices: int | None,
+    batch: int | None,
+    input_shape: tuple[int, ...] | None,
+    rounds: int,
+    json_file: Path | None,
+    **rates: float | None,
+) -> None:
+    """Run the strategy found for MODEL and every baseline, and print predicted and measured."""
+    by_hand = _rates_by_hand(rates)
+    chosen = _provide_devices(devices)
+    with _one_line_errors(), _progress() as progress:
+        _check_divides(batch or DEFAULT_BATCH, len(chosen))
+        progress("making the model", 0, 1)
+        work = load_workload(model, batch=batch, input_shape=input_shape)
+        progress("making the model", 1, 1)
+        _check_divides(batch_size(work.batch), len(chosen))
+        comparison = compare(
+            work.loss,
+            work.params,
+            *work.batch,
+            devices=chosen,
+            rounds=rounds,
+            rates=by_hand,
+            name=model,
+            on_progress=progress,
+        )
+    click.echo(str(comparison), nl=False)
+    if json_file is not None:
+        with _one_line_errors():
+            _write(json_file, comparison.to_json())
+        click.echo(f"wrote {json_file}")
+
+
+def _check_divides(size: int, devices: int) -> None:
+    """Data parallelism, which everything is compared with, splits the batch evenly."""
+    if size % devices:
+        raise click.ClickException(
+            f"--batch: {size} examples cannot be shared evenly by {devices} devices, as data "
+            f"parallelism must; give a multiple of {devices}, or fewer devices (`jaxlwp plan` "
+            "takes any batch)"
+        )

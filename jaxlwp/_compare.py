@@ -1,0 +1,414 @@
+"""Comparison: the strategy found and every baseline, predicted and measured in one run.
+
+What is measured is a whole training step: loss, gradients and an SGD update with momentum, state
+donated. The steps take turns, in an order that rotates, so that whatever else the machine does
+meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlwp._calibrate import Rates, device_graph, make_mesh
+from jaxlwp._devices import DeviceGraph
+from jaxlwp._hlo import bytes_by_kind, compiled_collectives
+from jaxlwp._plan import Plan, bind, parallelize
+from jaxlwp._plan import _devices as choose_devices
+from jaxlwp._strategy import BASELINES
+from jaxlwp._tables import Cost
+
+FORMAT_VERSION = 1
+STRATEGIES = ("search", *BASELINES)
+ROUNDS = 7
+OPTIMIZER = optax.sgd(1e-4, momentum=0.9)
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how many parts of it are done, and of how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyResult:
+    """One strategy of a comparison.
+
+    Attributes:
+      strategy: its name.
+      predicted: predicted seconds of a step without the optimizer, decomposed.
+      times_s: measured seconds of a step, one for each round.
+      predicted_bytes_by_kind: operand bytes per device of a step's collectives, as predicted.
+      compiled_bytes_by_kind: the same, counted in the compiled step.
+      argument_bytes: bytes per device of parameters, optimizer state and batch.
+      temporary_bytes: bytes per device of the compiled step's temporaries.
+      peak_bytes: bytes per device at the step's peak, by the compiler's account.
+    """
+
+    strategy: str
+    predicted: Cost
+    times_s: tuple[float, ...]
+    predicted_bytes_by_kind: dict[str, int]
+    compiled_bytes_by_kind: dict[str, int]
+    argument_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+
+    @property
+    def predicted_s(self) -> float:
+        """Predicted seconds of a step."""
+        return self.predicted.total_s
+
+    @property
+    def measured_s(self) -> float:
+        """Median of the measured seconds of a step."""
+        return statistics.median(self.times_s)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Predicted operand bytes per device of a step's collectives."""
+        return sum(self.predicted_bytes_by_kind.values())
+
+    @property
+    def compiled_bytes(self) -> int:
+        """Operand bytes per device of the collectives in the compiled step."""
+        return sum(self.compiled_bytes_by_kind.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Strategies of one model on one machine, measured in one run.
+
+    Attributes:
+      model: its name.
+      batch: examples in a batch.
+      devices: the mesh and the rates that the predictions are from.
+      machine: platform, device kind, whether the devices are simulated, processor and system.
+      versions: of jaxlwp and what it runs on.
+      date: when, in UTC, ISO 8601.
+      results: one per strategy.
+    """
+
+    model: str
+    batch: int
+    devices: DeviceGraph = field(repr=False)
+    machine: dict[str, Any] = field(repr=False)
+    versions: dict[str, str] = field(repr=False)
+    date: str
+    results: tuple[StrategyResult, ...]
+
+    def result(self, strategy: str) -> StrategyResult:
+        """The result of a strategy.
+
+        Raises:
+          KeyError: it was not compared.
+        """
+        return {result.strategy: result for result in self.results}[strategy]
+
+    def speedup(self, strategy: str) -> float:
+        """How many times faster than data parallelism a strategy was measured to be."""
+        return self.result("data").measured_s / self.result(strategy).measured_s
+
+    def to_json(self) -> str:
+        """As JSON text.
+
+        Keys: `format_version`, `model`, `batch`, `devices` (how many), `rounds`, `date`,
+        `machine`, `versions`, `rates` (mesh axes and rates of the prediction), and `results`, a
+        list with, for each strategy:
+
+        - `strategy`: "search", "data", "model", "owt" or "spatial";
+        - `predicted_s`: its sum, and `predicted_compute_s`, `predicted_transfer_s`,
+          `predicted_sync_s`;
+        - `measured_s`: the median; `measured_min_s`, `measured_max_s`, and all `times_s`;
+        - `speedup`: over data parallelism, of the medians;
+        - `predicted_bytes`, `compiled_bytes`: operand bytes per device of a step's collectives,
+          and `predicted_bytes_by_kind`, `compiled_bytes_by_kind`;
+        - `argument_bytes`, `temporary_bytes`, `peak_bytes`: memory per device.
+        """
+        content = {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "batch": self.batch,
+            "devices": self.devices.num_devices,
+            "rounds": len(self.results[0].times_s),
+            "date": self.date,
+            "machine": self.machine,
+            "versions": self.versions,
+            "rates": self.devices.to_json(),
+            "results": [self._result_json(result) for result in self.results],
+        }
+        return json.dumps(content, indent=2)
+
+    def _result_json(self, result: StrategyResult) -> dict[str, Any]:
+        return {
+            "strategy": result.strategy,
+            "predicted_s": result.predicted_s,
+            "predicted_compute_s": result.predicted.compute_s,
+            "predicted_transfer_s": result.predicted.transfer_s,
+            "predicted_sync_s": result.predicted.sync_s,
+            "measured_s": result.measured_s,
+            "measured_min_s": min(result.times_s),
+            "measured_max_s": max(result.times_s),
+            "times_s": list(result.times_s),
+            "speedup": self.speedup(result.strategy),
+            "predicted_bytes": result.predicted_bytes,
+            "compiled_bytes": result.compiled_bytes,
+            "predicted_bytes_by_kind": result.predicted_bytes_by_kind,
+            "compiled_bytes_by_kind": result.compiled_bytes_by_kind,
+            "argument_bytes": result.argument_bytes,
+            "temporary_bytes": result.temporary_bytes,
+            "peak_bytes": result.peak_bytes,
+        }
+
+    def __str__(self) -> str:
+        """A row per strategy: time, bytes and memory, predicted and measured."""
+        from jaxlwp._report import comparison_text
+
+        return comparison_text(self)
+
+
+def compare(
+    fn: Callable[..., Any],
+    params: Any,
+    *batch: Any,
+    devices: Sequence[Any] | int | None = None,
+    rounds: int = ROUNDS,
+    rates: Rates | DeviceGraph | None = None,
+    name: str | None = None,
+    on_progress: Progress | None = None,
+) -> Comparison:
+    """Run the strategy found and every baseline, and set them against the prediction.
+
+    Args:
+      fn: loss function, as for `parallelize`.
+      params: pytree of floating-point arrays.
+      *batch: the other arguments, arrays; the data first.
+      devices: devices or how many of `jax.devices()`; all by default.
+      rounds: measured steps of each strategy, after one to warm up.
+      rates: rates by hand; measured (under 20 s, cached) by default.
+      name: of the model, for the report; the function's by default.
+      on_progress: called as `on_progress(what, done, total)`.
+
+    Returns:
+      The comparison.
+
+    Raises:
+      ValueError: fewer rounds than one, or as `parallelize`: above all a batch that the devices
+        do not divide, so that data parallelism does not apply.
+    """
+    if rounds < 1:
+        raise ValueError(f"compare: rounds is {rounds}; it must be at least 1: 7 give a median")
+    progress = on_progress or (lambda what, done, total: None)
+    plans = _make_plans(fn, params, batch, devices, rates, progress)
+    state = (params, OPTIMIZER.init(params))
+    steps: list[_Step] = []
+    for plan in plans:
+        progress("compiling steps", len(steps), len(plans))
+        steps.append(_compile(plan, state, batch))
+    progress("compiling steps", len(steps), len(plans))
+    times = _measure(steps, state, batch, rounds, progress)
+    mesh_devices = list(plans[0].mesh.devices.flat)
+    return Comparison(
+        model=name or str(getattr(fn, "__qualname__", type(fn).__name__)),
+        batch=batch_size(batch),
+        devices=plans[0].space.devices,
+        machine=_machine(mesh_devices),
+        versions=_versions(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        results=tuple(_result(step, taken) for step, taken in zip(steps, times, strict=True)),
+    )
+
+
+def batch_size(batch: tuple[Any, ...]) -> int:
+    """Examples in a batch: the first dimension of its first array that has one."""
+    shapes = (tuple(leaf.shape) for leaf in jax.tree.leaves(batch) if hasattr(leaf, "shape"))
+    return next((shape[0] for shape in shapes if shape), 1)
+
+
+def _make_plans(
+    fn: Callable[..., Any],
+    params: Any,
+    batch: tuple[Any, ...],
+    devices: Sequence[Any] | int | None,
+    rates: Rates | DeviceGraph | None,
+    progress: Progress,
+) -> list[Plan]:
+    """The plan found, and one per baseline over the same priced space."""
+    mesh = make_mesh(choose_devices(devices))
+    progress("measuring device rates", 0, 1)
+    rated = rates if isinstance(rates, DeviceGraph) else device_graph(mesh, rates=rates)
+    progress("measuring device rates", 1, 1)
+    progress("tracing, pricing and searching", 0, 1)
+    found = parallelize(fn, params, *batch, mesh=mesh, rates=rated)
+    arguments = (params, *batch)
+    baselines = [
+        bind(found.space, found.space.baseline(name), mesh, arguments, found.out_tree)
+        for name in BASELINES
+    ]
+    progress("tracing, pricing and searching", 1, 1)
+    return [found, *baselines]
+
+
+# --- one training step -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A compiled training step of one plan, and how its state is laid out."""
+
+    plan: Plan
+    program: Any
+    state_shardings: Any
+
+    def place(self, state: Any, batch: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        # Placed arrays may share memory with what they were placed from. The step gives its state
+        # away, so it gets a copy.
+        copy = jax.jit(
+            lambda state: jax.tree.map(jnp.copy, state), out_shardings=self.state_shardings
+        )
+        data = self.plan.place_batch(*batch)
+        return copy(self.plan.place(state)), (data,) if len(batch) == 1 else data
+
+
+def _compile(plan: Plan, state: Any, batch: tuple[Any, ...]) -> _Step:
+    def loss(params: Any, *batch: Any) -> tuple[Any, Any]:
+        out = plan(params, *batch)
+        return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+
+    def step(state: Any, *batch: Any) -> tuple[Any, Any]:
+        params, momentum = state
+        value, gradients = jax.value_and_grad(loss, has_aux=True)(params, *batch)
+        updates, momentum = OPTIMIZER.update(gradients, momentum, params)
+        return (optax.apply_updates(params, updates), momentum), value
+
+    shardings = jax.tree_util.tree_map_with_path(plan.sharding_for, state)
+
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, *plan.batch_shardings),
+        out_shardings=(shardings, None),
+    )
+    # Shapes alone: the arrays given may be committed to devices of their own.
+    arguments = jax.eval_shape(lambda *arguments: arguments, state, *batch)
+    program = jitted.lower(*arguments).compile()
+    return _Step(plan=plan, program=program, state_shardings=shardings)
+
+
+def _result(step: _Step, times_s: Sequence[float]) -> StrategyResult:
+    predicted: dict[str, int] = {}
+    for collective in step.plan.collectives:
+        predicted[collective.kind] = predicted.get(collective.kind, 0) + collective.num_bytes
+    memory = step.program.memory_analysis()
+    return StrategyResult(
+        strategy=step.plan.strategy.name,
+        predicted=step.plan.cost,
+        times_s=tuple(times_s),
+        predicted_bytes_by_kind=predicted,
+        compiled_bytes_by_kind=bytes_by_kind(compiled_collectives(step.program.as_text())),
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=_peak_bytes(step),
+    )
+
+
+def _peak_bytes(step: _Step) -> int:
+    """Bytes per device that a step needs at once, by the compiler's account."""
+    memory = step.program.memory_analysis()
+    every = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    # On CPUs the compiler's own peak leaves the temporaries out.
+    on_cpu = step.plan.mesh.devices.flat[0].platform == "cpu"
+    return int(every if on_cpu else memory.peak_memory_in_bytes or every)
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+def _measure(
+    steps: Sequence[_Step], state: Any, batch: tuple[Any, ...], rounds: int, progress: Progress
+) -> list[list[float]]:
+    """Seconds of every step, `rounds` times, in rotating order.
+
+    The states of all steps stay on the devices if memory allows; otherwise each is placed, and
+    its step warmed up, anew for every turn.
+    """
+    stay = _all_fit(steps)
+    placed: dict[int, tuple[Any, tuple[Any, ...]]] = {}
+    times: list[list[float]] = [[] for _ in steps]
+    turns = [(i + shift) % len(steps) for shift in range(rounds) for i in range(len(steps))]
+    for turn, number in enumerate(turns):
+        progress("timing steps", turn, len(turns))
+        program = steps[number].program
+        if number not in placed:
+            first, data = steps[number].place(state, batch)
+            placed[number] = _finished(program(first, *data))[0], data
+        current, data = placed.pop(number)
+        start = time.perf_counter()
+        current, _ = _finished(program(current, *data))
+        times[number].append(time.perf_counter() - start)
+        if stay:
+            placed[number] = current, data
+        del current, data
+    progress("timing steps", len(turns), len(turns))
+    return times
+
+
+def _finished(results: Any) -> Any:
+    """The results of a program, once it has computed them."""
+    for leaf in jax.tree.leaves(results):
+        leaf.block_until_ready()
+    return results
+
+
+def _all_fit(steps: Sequence[_Step]) -> bool:
+    """Whether the states of all steps fit into memory beside the largest step's temporaries."""
+    held = [step.program.memory_analysis().argument_size_in_bytes for step in steps]
+    largest = max(_peak_bytes(step) - h for step, h in zip(steps, held, strict=True))
+    devices = list(steps[0].plan.mesh.devices.flat)
+    stats = devices[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:  # simulated devices share the host's memory
+        pages = os.sysconf("SC_AVPHYS_PAGES")
+        free = 0.8 * pages * os.sysconf("SC_PAGE_SIZE") / len(devices)
+    else:
+        return True
+    return bool(sum(held) + largest <= free)
+
+
+def _machine(devices: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "simulated": is_simulated(devices),
+        "processor": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def is_simulated(devices: Sequence[Any]) -> bool:
+    """Whether the devices share one host's processor."""
+    return len(devices) > 1 and devices[0].platform == "cpu"
+
+
+def _versions() -> dict[str, str]:
+    from jaxlwp import __version__
+
+    others = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {"jaxlwp": __version__} | {name: importlib.metadata.version(name) for name in others}

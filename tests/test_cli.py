@@ -1,0 +1,317 @@
+"""The command line: plans, comparisons, models of every kind, and errors of one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from click.testing import CliRunner, Result
+
+from jaxlwp import BASELINES
+from jaxlwp._cli import main
+from jaxlwp._model import Workload, load_workload
+
+LENET = "models.lenet:LeNet5"
+RATES = "--flops 1e9 --memory-bandwidth 1e9 --latency 1e-5 --bandwidth 1e9".split()
+ROOT = Path(__file__).parent.parent
+
+MODULES = """
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+number = 3
+
+
+class Normed(nn.Module):
+    features: int = 4
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(self.features, (3,))(x)
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(5)(x.reshape(x.shape[0], -1))
+
+
+class Wordless(nn.Module):
+    input_shape: ClassVar = (8, 8, 1)
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(4, (3, 3))(x)
+
+
+class Needy(nn.Module):
+    features: int
+    input_shape: ClassVar = (8, 8, 1)
+
+    def __call__(self, x):
+        return x
+
+
+class Graph(nnx.Module):
+    input_shape = (8, 8, 1)
+
+    def __init__(self, *, rngs, image_size=16):
+        self.norm = nnx.BatchNorm(image_size * image_size, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.dense = nnx.Linear(image_size * image_size, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(self.dropout(self.norm(x.reshape(x.shape[0], -1))))
+
+
+instance = Normed(features=6)
+
+
+def triple(batch=16):
+    def loss(params, x, y):
+        return jnp.mean((x @ params["w"] - y) ** 2)
+
+    return loss, {"w": np.zeros((6, 2), np.float32)}, (np.ones((batch, 6), np.float32), 1.0)
+
+
+def fixed():
+    return (lambda w, x: jnp.mean(x @ w)), np.zeros((6, 2), np.float32), np.ones((16, 6))
+
+
+def pair():
+    return 1, 2
+
+
+def broken():
+    raise RuntimeError("no data here")
+
+
+def unfit():
+    return (lambda w, x: jnp.mean(x @ w)), np.zeros((6, 2)), (np.ones((4, 5)),)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every test has its own module search path, XLA flags and measured rates."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    monkeypatch.setenv("JAXLWP_CACHE_DIR", str(tmp_path / "rates"))
+
+
+@pytest.fixture
+def user_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a user's modules, as current folder."""
+    (tmp_path / "user_models.py").write_text(MODULES)
+    (tmp_path / "user_broken.py").write_text("import surely_not_installed\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "user_models", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def eight() -> None:
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+# --- plan ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("eight")
+def test_plan_of_each_strategy_and_a_saved_one(tmp_path: Path) -> None:
+    saved = tmp_path / "found.json"
+    options = [LENET, "--devices", "8", "--batch", "16", *RATES]
+
+    found = _run("plan", *options, "--save", str(saved))
+    again = _run("plan", *options, "--strategy", str(saved))
+    data = _run("plan", *options, "--strategy", "data", "--input", "32x32x1")
+
+    assert found.exit_code == again.exit_code == data.exit_code == 0, found.output + again.output
+    assert f"{LENET}, batch 16, on 8 x " in found.stdout
+    assert "strategy search on 8 x " in found.stdout
+    assert "optimal" in found.stdout
+    assert all(layer in found.stdout for layer in ("conv1", "conv2", "fc3", "fc4", "fc5"))
+    assert len(json.loads(saved.read_text())["configs"]) > 5
+    rows = [line for line in found.stdout.splitlines() if "│" in line]
+    assert rows == [line for line in again.stdout.splitlines() if "│" in line]
+    assert "strategy data on 8 x " in data.stdout
+    assert "sample=8" in data.stdout
+    assert sorted(tmp_path.iterdir()) == [saved]  # nothing half written, no rates measured
+
+
+@pytest.mark.usefixtures("eight")
+def test_plan_splits_a_batch_unevenly() -> None:
+    result = _run("plan", LENET, "--devices", "8", "--batch", "6", *RATES)
+    assert result.exit_code == 0, result.output
+
+
+def test_simulates_devices_when_nothing_says_how_many(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAXLWP_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "jaxlwp", "plan", LENET, "--devices", "8", *RATES]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"on 8 x cpu, simulated on {os.cpu_count()} processor cores" in done.stdout
+    assert "strategy search on 8 x cpu" in done.stdout
+
+
+# --- compare -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("eight")
+def test_compare(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+
+    result = _run(
+        "compare", LENET, "--devices", "8", "--batch", "16",
+        "--rounds", "2", "--json", str(file), *RATES,
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    assert f"{LENET}, batch 16, training step on 8 x " in result.stdout
+    data = json.loads(file.read_text())
+    assert (data["model"], data["batch"], data["devices"]) == (LENET, 16, 8)
+    assert {"machine", "versions", "date", "rates"} <= set(data)
+    assert data["rounds"] == 2
+    assert [entry["strategy"] for entry in data["results"]] == ["search", *BASELINES]
+    for entry in data["results"]:
+        assert entry["strategy"] in result.stdout
+        assert entry["predicted_bytes_by_kind"] == entry["compiled_bytes_by_kind"]
+        assert entry["predicted_bytes"] == entry["compiled_bytes"] > 0
+        assert entry["peak_bytes"] > 0
+        assert 0 < entry["measured_min_s"] <= entry["measured_s"] <= entry["measured_max_s"]
+        assert entry["predicted_s"] > 0
+    assert sorted(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.usefixtures("user_models")
+def test_compare_writes_no_file_when_it_fails() -> None:
+    result = _run("compare", "user_models:unfit", "--devices", "1", "--json", "out.json", *RATES)
+    assert result.exit_code == 1
+    assert not Path("out.json").exists()
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def _shapes(work: Workload) -> Any:
+    return jax.tree.map(lambda x: (jax.typeof(x).shape, jax.typeof(x).dtype), work.batch[:2])
+
+
+@pytest.mark.usefixtures("user_models")
+@pytest.mark.parametrize(
+    ("name", "shape", "count"),
+    [
+        ("user_models:Normed", (16, 2), 16 * 4 * 5 + 5 + 3 * 2 * 4 + 4 + 4 + 4),
+        ("user_models:instance", (16, 2), 16 * 6 * 5 + 5 + 3 * 2 * 6 + 6 + 6 + 6),
+        ("user_models:Graph", None, 64 * 5 + 5 + 64 + 64),
+    ],
+)
+def test_flax_modules(name: str, shape: tuple[int, ...] | None, count: int) -> None:
+    sys.path.insert(0, os.getcwd())
+    real = load_workload(name, batch=6, input_shape=shape)
+    shapes = load_workload(name, batch=6, input_shape=shape, abstract=True)
+
+    assert sum(leaf.size for leaf in jax.tree.leaves(real.params)) == count
+    assert real.batch[0].shape == (6, *(shape or (8, 8, 1)))
+    assert real.batch[1].shape == (6,)
+    assert jax.tree.structure(shapes.params) == jax.tree.structure(real.params)
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(shapes.params))
+    abstract = jax.eval_shape(lambda *arguments: arguments, real.params, *real.batch)
+    assert jax.tree.leaves(abstract) == jax.tree.leaves((shapes.params, *shapes.batch))
+    loss = real.loss(real.params, *real.batch)
+    assert loss.shape == ()
+    assert 0.5 < loss < 10  # log 5 is 1.6
+
+
+@pytest.mark.usefixtures("user_models")
+@pytest.mark.parametrize(
+    ("name", "batch", "size"), [("triple", None, 16), ("triple", 4, 4), ("fixed", None, 16)]
+)
+def test_functions(name: str, batch: int | None, size: int) -> None:
+    sys.path.insert(0, os.getcwd())
+    work = load_workload(f"user_models:{name}", batch=batch)
+    assert work.batch[0].shape == (size, 6)
+    assert work.loss(work.params, *work.batch).shape == ()
+
+
+@pytest.mark.usefixtures("user_models")
+def test_plan_of_a_users_model() -> None:
+    options = ["--devices", "2", "--batch", "4", *RATES] if len(jax.devices()) > 1 else RATES
+    linen = _run("plan", "user_models:Normed", "--input", "16x2", *options)
+    graph = _run("plan", "user_models:Graph", *options)
+    function = _run("plan", "user_models:triple", *options)
+    for result in (linen, graph, function):
+        assert result.exit_code == 0, result.output
+        assert "compute" in result.stdout
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+ERRORS = [
+    (["plan", "models.lenet"], "'models.lenet' is not of the form module:attribute"),
+    (["plan", ":LeNet5"], "is not of the form module:attribute"),
+    (["plan", "no_such_module:Net"], "module no_such_module does not import"),
+    (["plan", "user_broken:Net"], "surely_not_installed"),
+    (["plan", "models.lenet:LeNet6"], "no attribute 'LeNet6'; name one that it has (its classes:"),
+    (["plan", "user_models:number"], "is the int 3; it must be a Flax module"),
+    (["plan", "user_models:Normed"], "has no input_shape"),
+    (["plan", "user_models:Wordless"], "returns arrays of shapes [[32, 8, 8, 4]]"),
+    (["plan", "user_models:Needy"], "fails on input [32, 8, 8, 1] (TypeError: "),
+    (["plan", "user_models:pair"], "must return the triple (loss_fn, params, batch)"),
+    (["plan", "user_models:broken"], "the function fails (RuntimeError: no data here)"),
+    (["plan", "user_models:unfit"], "loss_fn(params, *batch) fails (TypeError: "),
+    (["plan", "user_models:fixed", "--batch", "4"], "takes no argument 'batch', so --batch has"),
+    (["plan", "user_models:triple", "--input", "4x4"], "so --input has no effect"),
+    (["plan", LENET, "--input", "2x2x1"], "fails on input [32, 2, 2, 1]"),
+    (["plan", LENET, "--input", "28x28,1"], "--input: '28x28,1' given"),
+    (["plan", LENET, "--input", "28x0x1"], "--input: '28x0x1' given"),
+    (["plan", LENET, "--batch", "0"], "--batch: 0 given; give a number of at least 1"),
+    (["plan", LENET, "--devices", "0"], "--devices: 0 given; give a number of at least 1"),
+    (["plan", LENET, "--devices", "4096"], "--devices: 4096 given, but"),
+    (["plan", LENET, "--flops", "nan"], "--flops: nan given; a rate must be a positive finite"),
+    (["plan", LENET, "--bandwidth", "-1"], "--bandwidth: -1.0 given; a rate must be"),
+    (["plan", LENET, "--latency", "-1"], "--latency: -1.0 given; a latency must be"),
+    (["plan", LENET, "--flops", "1e9"], "--memory-bandwidth, --latency, --bandwidth: missing"),
+    (["plan", LENET, "--strategy", "best", *RATES], "strategy: 'best' is unknown; give 'search'"),
+    (["plan", LENET, "--strategy", "no.json"], "No such file or directory: 'no.json'"),
+    (["plan", LENET, "--strategy", "bad.json"], "not a strategy file"),
+    (["plan", LENET, "--save", "nowhere/x.json"], "--save: cannot write nowhere/x.json: there is"),
+    (["compare", LENET, "--json", "nowhere/x.json"], "--json: cannot write nowhere/x.json: there"),
+    (["compare", LENET, "--json", "."], "--json: cannot write .: it is a folder"),
+    (["compare", LENET, "--rounds", "0"], "--rounds: 0 given; give a number of at least 1"),
+    (["compare", LENET, "--devices", "2", "--batch", "3"], "--batch: 3 examples cannot be shared"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=lambda value: str(value)[:60])
+def test_errors_are_one_line(arguments: list[str], message: str, user_models: Path) -> None:
+    if "2" in arguments and len(jax.devices()) < 2:
+        pytest.skip("needs 2 devices")
+    (user_models / "bad.json").write_text("{}")
+
+    result = _run(*arguments)
+
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)  # no traceback
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("Error: ")
+    assert message in lines[0]
+
+
+def test_help_and_version() -> None:
+    assert "compare" in _run("--help").stdout
+    assert "--memory-bandwidth" in _run("plan", "--help").stdout
+    assert "jaxlwp" in _run("--version").stdout

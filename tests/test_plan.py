@@ -1,0 +1,249 @@
+"""Plans in use: calling, placing, training-state shardings, and clear errors for bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.sharding import Mesh, PartitionSpec
+
+import jaxlwp
+from models.lenet import LeNet5
+
+RATES = jaxlwp.Rates(
+    flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
+)
+MODEL = LeNet5()
+IMAGES = jax.random.normal(jax.random.key(0), (16, 28, 28, 1))
+LABELS = jnp.arange(16) % 10
+PARAMS = MODEL.init(jax.random.key(1), IMAGES)
+
+
+def loss_fn(params: Any, images: Any, labels: Any) -> Any:
+    logits = MODEL.apply(params, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def loss_with_aux(params: Any, batch: Any) -> Any:
+    logits = MODEL.apply(params, batch["image"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return losses.mean(), {"logits": logits, "accuracy": (logits.argmax(-1) == batch["label"]).mean()}
+
+
+def make_plan(**kwargs: Any) -> jaxlwp.Plan:
+    return jaxlwp.parallelize(loss_fn, PARAMS, IMAGES, LABELS, rates=RATES, **kwargs)
+
+
+def close(actual: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.max(np.abs(b))))
+
+
+def test_called_like_the_function() -> None:
+    plan = make_plan()
+    close(plan(PARAMS, IMAGES, LABELS), loss_fn(PARAMS, IMAGES, LABELS))
+    close(jax.jit(jax.grad(plan))(PARAMS, IMAGES, LABELS), jax.grad(loss_fn)(PARAMS, IMAGES, LABELS))
+
+
+def test_aux_dictionary_batch_and_argmax() -> None:
+    batch = {"image": IMAGES, "label": LABELS}
+    plan = jaxlwp.parallelize(loss_with_aux, PARAMS, batch, rates=RATES)
+    step = jax.jit(jax.value_and_grad(plan, has_aux=True))
+    actual = step(plan.place(PARAMS), plan.place_batch(batch))
+    close(actual, jax.value_and_grad(loss_with_aux, has_aux=True)(PARAMS, batch))
+    assert actual[0][1].keys() == {"logits", "accuracy"}
+
+
+def test_train_state_follows_its_parameters_and_buffers_are_donated() -> None:
+    plan = make_plan(strategy="model")
+    state = TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=optax.adam(1e-3))
+    state = plan.place(state)
+    flat = jax.tree.leaves(plan.param_shardings)
+    for tree in (state.params, state.opt_state[0].mu, state.opt_state[0].nu):
+        assert [leaf.sharding for leaf in jax.tree.leaves(tree)] == flat
+    assert any(leaf.sharding.spec != PartitionSpec() for leaf in jax.tree.leaves(state.params))
+    assert state.opt_state[0].count.sharding.is_fully_replicated
+
+    def step(state: Any, images: Any, labels: Any) -> Any:
+        loss, grads = jax.value_and_grad(plan)(state.params, images, labels)
+        return state.apply_gradients(grads=grads), loss
+
+    batch = plan.place_batch(IMAGES, LABELS)
+    before = state
+    state, _ = jax.jit(step, donate_argnums=0)(state, *batch)
+    assert jax.tree.leaves(before.params)[0].is_deleted()
+    assert [leaf.sharding for leaf in jax.tree.leaves(state.params)] == flat
+    assert int(state.step) == 1
+
+
+def test_mesh_of_the_users_own() -> None:
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("rows", "columns"))
+    plan = make_plan(mesh=mesh)
+    assert plan.space.devices.axis_sizes == {"rows": 4, "columns": 2}
+    close(plan(PARAMS, IMAGES, LABELS), loss_fn(PARAMS, IMAGES, LABELS))
+
+
+def test_strategy_is_saved_and_loaded(tmp_path: Any) -> None:
+    plan = make_plan(devices=4)
+    plan.strategy.save(tmp_path / "plan.json")
+    loaded = jaxlwp.Strategy.load(tmp_path / "plan.json")
+    assert loaded == plan.strategy
+    again = make_plan(devices=4, strategy=loaded)
+    assert again.cost == plan.cost
+    assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+
+
+def test_search_is_no_worse_than_the_baselines() -> None:
+    plan = make_plan()
+    assert plan.result is not None and plan.result.optimal
+    for name in jaxlwp.BASELINES:
+        assert plan.cost.total_s <= plan.space.evaluate(plan.space.baseline(name)).total_s
+
+
+def test_table_names_every_layer_and_unknown_operators() -> None:
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sort(x @ params, axis=-1)[:, 0])
+
+    params, x = jnp.ones((6, 8)), jax.random.normal(jax.random.key(3), (8, 6))
+    plan = jaxlwp.parallelize(loss, params, x, rates=RATES, strategy="data")
+    text = str(plan)
+    assert all(layer.name in text for layer in plan.graph.layers)
+    assert [layer.kind for layer in plan.graph.unknown()][0] == "sort"
+    assert "(no rule)" in text
+    close(jax.value_and_grad(plan)(params, x), jax.value_and_grad(loss)(params, x))
+
+
+def test_nnx_module_state_is_written_back() -> None:
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.linear = nnx.Linear(6, 8, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.dropout(self.linear(x))
+
+    def loss(model: Net, x: Any) -> Any:
+        return jnp.mean(model(x) ** 2)
+
+    def losses(parallel: bool) -> list[float]:
+        model = Net(nnx.Rngs(0))
+        x = jax.random.normal(jax.random.key(0), (8, 6))
+        fn = jaxlwp.parallelize(loss, model, x, rates=RATES) if parallel else loss
+        step = nnx.jit(lambda model, x: nnx.value_and_grad(fn)(model, x)[0])
+        return [float(step(model, x)) for _ in range(3)]
+
+    np.testing.assert_allclose(losses(True), losses(False), rtol=1e-6)
+    assert len(set(losses(False))) == 3
+
+
+def test_layers_are_named_by_module_or_parameter_path() -> None:
+    linen = jaxlwp.trace(loss_fn, PARAMS, IMAGES, LABELS)
+    assert [x.name for x in linen.layers if x.kind in ("conv", "dense")] == list(PARAMS["params"])
+    model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    graph = jaxlwp.trace(lambda m, x: jnp.sum(m(x)), model, jnp.ones((8, 6)))
+    assert [x.name for x in graph.layers if x.kind == "dense"] == ["layers/0", "layers/1"]
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_batch_not_divisible() -> None:
+    with pytest.raises(ValueError, match=r"'data'.*batch of 12, which 8 devices.*multiple of 8"):
+        jaxlwp.parallelize(
+            loss_fn, PARAMS, IMAGES[:12], LABELS[:12], rates=RATES, strategy="data"
+        )
+
+
+def test_search_splits_a_batch_that_is_not_divisible() -> None:
+    plan = jaxlwp.parallelize(loss_fn, PARAMS, IMAGES[:13], LABELS[:13], rates=RATES)
+    close(plan(PARAMS, IMAGES[:13], LABELS[:13]), loss_fn(PARAMS, IMAGES[:13], LABELS[:13]))
+
+
+def test_more_devices_than_exist() -> None:
+    with pytest.raises(ValueError, match=r"devices: 64 asked for, 8 exist.*fewer"):
+        make_plan(devices=64)
+
+
+def test_parameters_that_do_not_match() -> None:
+    plan = make_plan()
+    other = jax.tree.map(lambda x: jnp.zeros((*x.shape, 1)), PARAMS)
+    with pytest.raises(ValueError, match=r"params.*conv1.*plan was made for.*make a plan"):
+        plan(other, IMAGES, LABELS)
+    with pytest.raises(ValueError, match=r"structure"):
+        plan(PARAMS["params"], IMAGES, LABELS)
+
+
+def test_batch_of_another_size() -> None:
+    plan = make_plan()
+    with pytest.raises(ValueError, match=r"args\[0\].*\[8, 28, 28, 1\].*drop or pad"):
+        plan(PARAMS, IMAGES[:8], LABELS[:8])
+    with pytest.raises(ValueError, match=r"place_batch: args\[0\] has shape \(8, 28, 28, 1\)"):
+        plan.place_batch(IMAGES[:8], LABELS[:8])
+
+
+@pytest.mark.parametrize("field", ["flops_per_s", "memory_bytes_per_s"])
+@pytest.mark.parametrize("value", [float("nan"), -1.0, 0.0, float("inf")])
+def test_bad_rates(field: str, value: float) -> None:
+    rates = {"flops_per_s": 1e10, "memory_bytes_per_s": 1e9, field: value}
+    with pytest.raises(ValueError, match=r"per_s is .*; a rate must be a positive finite number"):
+        jaxlwp.parallelize(loss_fn, PARAMS, IMAGES, LABELS, rates=jaxlwp.Rates(**rates))
+
+
+def test_bad_link_rates() -> None:
+    with pytest.raises(ValueError, match=r"MeshAxis 'a': latency_s is -1"):
+        jaxlwp.MeshAxis(name="a", size=2, latency_s=-1.0, bytes_per_s=1e9)
+    with pytest.raises(ValueError, match=r"MeshAxis 'a': bytes_per_s is nan"):
+        jaxlwp.MeshAxis(name="a", size=2, latency_s=0.0, bytes_per_s=float("nan"))
+
+
+def test_loss_that_is_not_a_scalar() -> None:
+    def per_sample(params: Any, images: Any, labels: Any) -> Any:
+        logits = MODEL.apply(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    with pytest.raises(ValueError, match=r"its output is float32\[16\]; a loss must be one.*mean"):
+        jaxlwp.parallelize(per_sample, PARAMS, IMAGES, LABELS, rates=RATES)
+
+
+def test_strategy_for_another_model_mesh_or_shape() -> None:
+    strategy = make_plan(devices=4).strategy
+    with pytest.raises(ValueError, match=r"mesh axes.*search again"):
+        make_plan(devices=8, strategy=strategy)
+    with pytest.raises(ValueError, match=r"another model.*lacks layers"):
+        jaxlwp.parallelize(
+            lambda w, x: jnp.mean(x @ w), jnp.ones((4, 4)), jnp.ones((8, 4)),
+            rates=RATES, devices=4, strategy=strategy,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"fingerprint.*search again"):
+        jaxlwp.parallelize(
+            loss_fn, PARAMS, IMAGES[:8], LABELS[:8], rates=RATES, devices=4, strategy=strategy
+        )
+
+
+def test_unknown_strategy() -> None:
+    with pytest.raises(ValueError, match=r"strategy: 'fastest' is unknown; give 'search'"):
+        make_plan(strategy="fastest")
+    with pytest.raises(ValueError, match=r"strategy: 3 is a int"):
+        make_plan(strategy=3)
+
+
+def test_side_effects_are_refused() -> None:
+    def noisy(params: Any, images: Any, labels: Any) -> Any:
+        jax.debug.print("loss")
+        return loss_fn(params, images, labels)
+
+    with pytest.raises(ValueError, match=r"side effects.*remove debug prints"):
+        jaxlwp.parallelize(noisy, PARAMS, IMAGES, LABELS, rates=RATES)
+
+
+def test_corrupt_strategy_file(tmp_path: Any) -> None:
+    path = tmp_path / "strategy.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"not a strategy file"):
+        jaxlwp.Strategy.load(path)
