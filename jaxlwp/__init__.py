@@ -6,6 +6,7 @@ Every step is public on its own: `trace`, `device_graph`, `price`, `search`, `bi
 """
 
 from jaxlwp._calibrate import Rates, device_graph, make_mesh, measure
+from jaxlwp._compare import Comparison, StrategyResult, compare
 from jaxlwp._config import Config
 from jaxlwp._cost import AnalyticCostModel, CostModel, strategy_collectives
 from jaxlwp._devices import DeviceGraph, MeshAxis
@@ -25,6 +26,7 @@ __all__ = [
     "BASELINES",
     "AnalyticCostModel",
     "Collective",
+    "Comparison",
     "CompiledCollective",
     "ComputationGraph",
     "Config",
@@ -41,7 +43,9 @@ __all__ = [
     "SearchSpace",
     "Solution",
     "Strategy",
+    "StrategyResult",
     "bind",
+    "compare",
     "compiled_collectives",
     "device_graph",
     "make_mesh",

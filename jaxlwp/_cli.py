@@ -84,7 +84,10 @@ def _target_file(_: click.Context, option: click.Parameter, value: Path | None) 
 _SHARED_OPTIONS = (
     click.argument("model"),
     click.option(
-        "--devices", type=int, callback=_at_least_one, help="How many devices; all by default."
+        "--devices",
+        type=int,
+        callback=_at_least_one,
+        help="How many devices; all by default. Without accelerators they are simulated.",
     ),
     click.option(
         "--batch",

@@ -22,11 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlwp._calibrate import Rates, device_graph, make_mesh
+from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp._plan import Plan, bind, parallelize
-from jaxlwp._plan import _devices as choose_devices
 from jaxlwp._strategy import BASELINES
 from jaxlwp._tables import Cost
 
@@ -262,21 +261,28 @@ def _make_plans(
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Memory:
+    """Bytes per device that a compiled step takes; see `StrategyResult`."""
+
+    argument_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Step:
-    """A compiled training step of one plan, and how its state is laid out."""
+    """A compiled training step of one plan."""
 
     plan: Plan
     program: Any
-    state_shardings: Any
+    memory: _Memory
 
     def place(self, state: Any, batch: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        # Placed arrays may share memory with what they were placed from. The step gives its state
-        # away, so it gets a copy.
-        copy = jax.jit(
-            lambda state: jax.tree.map(jnp.copy, state), out_shardings=self.state_shardings
-        )
+        # The step gives its state away, and placed arrays may share memory with what they were
+        # placed from: a copy of it.
+        placed = self.plan.place(jax.tree.map(jnp.copy, state))
         data = self.plan.place_batch(*batch)
-        return copy(self.plan.place(state)), (data,) if len(batch) == 1 else data
+        return placed, (data,) if len(batch) == 1 else data
 
 
 def _compile(plan: Plan, state: Any, batch: tuple[Any, ...]) -> _Step:
@@ -301,38 +307,36 @@ def _compile(plan: Plan, state: Any, batch: tuple[Any, ...]) -> _Step:
     # Shapes alone: the arrays given may be committed to devices of their own.
     arguments = jax.eval_shape(lambda *arguments: arguments, state, *batch)
     program = jitted.lower(*arguments).compile()
-    return _Step(plan=plan, program=program, state_shardings=shardings)
+    memory = _memory(program, plan.mesh.devices.flat[0].platform)
+    return _Step(plan=plan, program=program, memory=memory)
 
 
 def _result(step: _Step, times_s: Sequence[float]) -> StrategyResult:
     predicted: dict[str, int] = {}
     for collective in step.plan.collectives:
         predicted[collective.kind] = predicted.get(collective.kind, 0) + collective.num_bytes
-    memory = step.program.memory_analysis()
     return StrategyResult(
         strategy=step.plan.strategy.name,
         predicted=step.plan.cost,
         times_s=tuple(times_s),
         predicted_bytes_by_kind=predicted,
         compiled_bytes_by_kind=bytes_by_kind(compiled_collectives(step.program.as_text())),
-        argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=_peak_bytes(step),
+        argument_bytes=step.memory.argument_bytes,
+        temporary_bytes=step.memory.temporary_bytes,
+        peak_bytes=step.memory.peak_bytes,
     )
 
 
-def _peak_bytes(step: _Step) -> int:
-    """Bytes per device that a step needs at once, by the compiler's account."""
-    memory = step.program.memory_analysis()
-    every = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+def _memory(program: Any, platform: str) -> _Memory:
+    stats = program.memory_analysis()
+    argument_bytes, temporary_bytes = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    new_bytes = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    every_bytes = argument_bytes + temporary_bytes + new_bytes
     # On CPUs the compiler's own peak leaves the temporaries out.
-    on_cpu = step.plan.mesh.devices.flat[0].platform == "cpu"
-    return int(every if on_cpu else memory.peak_memory_in_bytes or every)
+    peak_bytes = every_bytes if platform == "cpu" else stats.peak_memory_in_bytes or every_bytes
+    return _Memory(
+        argument_bytes=argument_bytes, temporary_bytes=temporary_bytes, peak_bytes=peak_bytes
+    )
 
 
 # --- measuring -------------------------------------------------------------------------------
@@ -343,10 +347,10 @@ def _measure(
 ) -> list[list[float]]:
     """Seconds of every step, `rounds` times, in rotating order.
 
-    The states of all steps stay on the devices if memory allows; otherwise each is placed, and
-    its step warmed up, anew for every turn.
+    The states of as many steps as memory allows stay on the devices; the others are placed, and
+    their steps warmed up, anew for every turn.
     """
-    stay = _all_fit(steps)
+    stay = _staying([step.memory for step in steps], _free_bytes(steps[0].plan))
     placed: dict[int, tuple[Any, tuple[Any, ...]]] = {}
     times: list[list[float]] = [[] for _ in steps]
     turns = [(i + shift) % len(steps) for shift in range(rounds) for i in range(len(steps))]
@@ -360,7 +364,7 @@ def _measure(
         start = time.perf_counter()
         current, _ = _finished(program(current, *data))
         times[number].append(time.perf_counter() - start)
-        if stay:
+        if number in stay:
             placed[number] = current, data
         del current, data
     progress("timing steps", len(turns), len(turns))
@@ -374,20 +378,28 @@ def _finished(results: Any) -> Any:
     return results
 
 
-def _all_fit(steps: Sequence[_Step]) -> bool:
-    """Whether the states of all steps fit into memory beside the largest step's temporaries."""
-    held = [step.program.memory_analysis().argument_size_in_bytes for step in steps]
-    largest = max(_peak_bytes(step) - h for step, h in zip(steps, held, strict=True))
-    devices = list(steps[0].plan.mesh.devices.flat)
+def _staying(memories: Sequence[_Memory], free_bytes: float) -> set[int]:
+    """The steps, smallest state first, whose states fit beside the largest step in progress."""
+    stay: set[int] = set()
+    used_bytes = max(memory.peak_bytes for memory in memories)
+    for number in sorted(range(len(memories)), key=lambda n: memories[n].argument_bytes):
+        used_bytes += memories[number].argument_bytes
+        if used_bytes <= free_bytes:
+            stay.add(number)
+    return stay
+
+
+def _free_bytes(plan: Plan) -> float:
+    """Bytes of memory per device that a comparison may take."""
+    devices = list(plan.mesh.devices.flat)
     stats = devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:  # simulated devices share the host's memory
-        pages = os.sysconf("SC_AVPHYS_PAGES")
-        free = 0.8 * pages * os.sysconf("SC_PAGE_SIZE") / len(devices)
-    else:
-        return True
-    return bool(sum(held) + largest <= free)
+        return 0.9 * float(stats["bytes_limit"] - stats["bytes_in_use"])
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        # Simulated devices share the host's memory, and others want some of it.
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 0.5 * free_bytes / len(devices)
+    return 0.0
 
 
 def _machine(devices: Sequence[Any]) -> dict[str, Any]:

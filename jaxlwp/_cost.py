@@ -29,8 +29,9 @@ from jaxlwp._layout import (
     move_collectives,
     plan_moves,
 )
+from jaxlwp._program import Value
 from jaxlwp._tables import Cost, CostTables
-from jaxlwp.ops import RULES
+from jaxlwp.ops import RULES, Labels
 
 # --- collectives ---------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ def layout_collectives(
 def layer_collectives(
     layer: Layer, config: Config, axis_sizes: dict[str, int]
 ) -> tuple[Collective, ...]:
-    """Collectives inside a layer, those of its own arguments (gradient synchronisation) left out."""
+    """Collectives inside a layer; those of its own arguments (gradient synchronisation) not."""
     inside = [c for m in layer.members for c in member_collectives(m, config, axis_sizes)]
     for use in layer.uses:
         if use.source == layer.index and not use.argument:
@@ -171,33 +172,65 @@ def strategy_collectives(
     for layer, config in zip(graph.layers, configs, strict=True):
         for member in layer.members:
             result += member_collectives(member, config, axis_sizes)
-    changes: dict[tuple[int, Layout, Layout, frozenset[str]], bool] = {}
-    for value, source, target, active, gradient in _changes(graph, configs, axis_sizes):
-        key = (value, source, target, active)
-        changes[key] = changes.get(key, False) or gradient
-    for (value, source, target, active), gradient in changes.items():
-        info = graph.program.values[value]
-        result += layout_collectives(
-            info.shape, info.itemsize, source, target, active, gradient, tuple(axis_sizes.items())
-        )
+    changes: dict[_Change, bool] = {}
+    for change, gradient in _changes(graph, configs, axis_sizes):
+        changes[change] = changes.get(change, False) or gradient
+    done: set[tuple[object, ...]] = set()
+    for change, gradient in changes.items():
+        result += _change_collectives(graph, change, gradient, axis_sizes, done)
     return tuple(result)
+
+
+_Change = tuple[int, Layout, Layout, frozenset[str]]
+"""A change of layout: value, source, target, axes over which the reader is active."""
+
+
+def _change_collectives(
+    graph: ComputationGraph,
+    change: _Change,
+    gradient: bool,
+    axis_sizes: dict[str, int],
+    done: set[tuple[object, ...]],
+) -> Iterator[Collective]:
+    """Collectives of a change of layout; forward moves that were done already are left out.
+
+    Two readers that are active over different axes have transposes of their own, but as long as
+    their forward moves are the same, the compiler merges them.
+    """
+    value, source, target, active = change
+    info = graph.program.values[value]
+    moves = plan_moves(
+        shape=info.shape, source=source, target=target, active=active, axis_sizes=axis_sizes
+    )
+    path: tuple[object, ...] = (value, source)
+    layout = source
+    for move in moves:
+        if move.kind != "cast":
+            path = (*path, (move.kind, move.axes, move.dim, move.to_dim))
+        for collective in move_collectives(
+            info.shape, info.itemsize, layout, [move], axis_sizes, gradient=gradient
+        ):
+            if collective.backward or path not in done:
+                yield collective
+        done.add(path)
+        layout = move.after
 
 
 def _changes(
     graph: ComputationGraph, configs: Sequence[Config], axis_sizes: dict[str, int]
-) -> Iterator[tuple[int, Layout, Layout, frozenset[str], bool]]:
-    """Every change of layout: what layers read, and the function's outputs (evenly split)."""
+) -> Iterator[tuple[_Change, bool]]:
+    """Every change of layout (what layers read, the function's outputs); has it a gradient."""
     for layer, config in zip(graph.layers, configs, strict=True):
         for use in layer.uses:
             source = use_source_layout(use, configs[use.source], axis_sizes)
             active = frozenset(axis for name in use.active for axis in config.axes(name))
-            yield use.value, source, config.layout(use.labels), active, use.gradient
+            yield (use.value, source, config.layout(use.labels), active), use.gradient
     for value in graph.program.outputs:
         if value in graph.homes:
             home, labels = graph.homes[value]
             source = configs[home].layout(labels)
             target = even_layout(graph.program.values[value].shape, source, axis_sizes)
-            yield value, source, target, layout_axes(target), False
+            yield (value, source, target, layout_axes(target)), False
 
 
 # --- seconds -------------------------------------------------------------------------------------
@@ -236,9 +269,7 @@ class AnalyticCostModel:
 
     def transfer_s(self, use: Use, source_config: Config, config: Config) -> float:
         """See `CostModel`."""
-        return self._total_s(
-            use_collectives(use, source_config, config, self.devices.axis_sizes)
-        )
+        return self._total_s(use_collectives(use, source_config, config, self.devices.axis_sizes))
 
     def _total_s(self, collectives: Sequence[Collective]) -> float:
         return sum(self.devices.collective_s(c) for c in collectives)
@@ -248,9 +279,9 @@ class AnalyticCostModel:
         signature, eqn = member.signature, member.equation
         sizes = self.devices.axis_sizes
 
-        def blocks(labels: Sequence[tuple[str | None, ...]], values: Sequence[object]) -> list:
+        def blocks(labels: Sequence[Labels], values: Sequence[Value]) -> list[tuple[int, ...]]:
             return [
-                local_shape(value.shape, config.layout(names), sizes)  # type: ignore[attr-defined]
+                local_shape(value.shape, config.layout(names), sizes)
                 for names, value in zip(labels, values, strict=True)
             ]
 
@@ -271,12 +302,14 @@ class AnalyticCostModel:
         passes = 1 + sum(member.gradient)
         if rate is None:
             # Elementwise work is fused with its neighbours: what counts is one pass over memory.
-            return min(passes, 2) * moved / self.devices.memory_bytes_per_s
+            return float(min(passes, 2) * moved / self.devices.memory_bytes_per_s)
         once_s = max(flops / rate, moved / self.devices.memory_bytes_per_s)
-        return passes * (once_s + self.devices.overhead_s)
+        return float(passes * (once_s + self.devices.overhead_s))
 
 
-def _unknown_flops(operands: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]]) -> float:
+def _unknown_flops(
+    operands: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]]
+) -> float:
     return float(sum(math.prod(shape) for shape in (*operands, *results)))
 
 
@@ -343,14 +376,13 @@ def _edge_table(
 ) -> np.ndarray:
     """Transfer seconds for every pair; configs that give the same layout are priced once."""
     rows, row_of = _distinct([use_source_layout(use, c, axis_sizes) for c in sources])
-    columns, column_of = _distinct(
-        [(c.layout(use.labels), frozenset(a for n in use.active for a in c.axes(n))) for c in targets]
-    )
+    wanted = [
+        (c.layout(use.labels), frozenset(a for name in use.active for a in c.axes(name)))
+        for c in targets
+    ]
+    columns, column_of = _distinct(wanted)
     unique = np.array(
-        [
-            [model.transfer_s(use, sources[i], targets[j]) for j in columns]
-            for i in rows
-        ]
+        [[model.transfer_s(use, sources[i], targets[j]) for j in columns] for i in rows]
     )
     return unique[np.ix_(row_of, column_of)]
 

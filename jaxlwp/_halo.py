@@ -47,9 +47,7 @@ def plan_halo(size: int, out_size: int, window: Window, parts: int) -> Halo:
     """Geometry for an input of `size` and an output of `out_size` rows over `parts` devices."""
     block, out_block = cdiv(size, parts), cdiv(out_size, parts)
     rows = (out_block - 1) * window.stride + window.extent
-    starts = tuple(
-        i * out_block * window.stride - window.pad_low - i * block for i in range(parts)
-    )
+    starts = tuple(i * out_block * window.stride - window.pad_low - i * block for i in range(parts))
     # Rows beyond the outermost device need no exchange: they are padding.
     left = min(max(0, -min(starts)), (parts - 1) * block)
     right = min(max(0, max(starts) + rows - block), (parts - 1) * block)
@@ -83,7 +81,8 @@ def exchange(x: Any, dim: int, axes: Sequence[str], halo: Halo, size: int, fill:
     position = lax.broadcasted_iota(jnp.int32, y.shape, dim) - first + index * halo.block
     y = jnp.where((position >= 0) & (position < size), y, jnp.asarray(fill, y.dtype))
     if len(set(halo.starts)) == 1:
-        return lax.slice_in_dim(y, halo.starts[0] + first, halo.starts[0] + first + halo.rows, axis=dim)
+        fixed = halo.starts[0] + first
+        return lax.slice_in_dim(y, fixed, fixed + halo.rows, axis=dim)
     start = jnp.asarray(halo.starts, jnp.int32)[index] + first
     return lax.dynamic_slice_in_dim(y, start, halo.rows, dim)
 
@@ -106,4 +105,3 @@ def _hops(
         wanted -= rows
         distance += 1
     return pieces
-

@@ -132,7 +132,7 @@ def plan_moves(
     return _plan(sizes, source, target, active, tuple(axis_sizes.items()))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _plan(
     sizes: tuple[int, ...],
     source: Layout,
@@ -169,7 +169,10 @@ def _rearrangements(
     for order in itertools.permutations(flat):
         rest = iter(order)
         layout = tuple(tuple(itertools.islice(rest, len(axes))) for axes in source)
-        same = all(degree(a, axis_sizes) == degree(b, axis_sizes) for a, b in zip(source, layout))
+        same = all(
+            degree(a, axis_sizes) == degree(b, axis_sizes)
+            for a, b in zip(source, layout, strict=True)
+        )
         if same and layout != source:
             result.append(layout)
     return result
@@ -316,10 +319,12 @@ def _next_gather(change: _Change, active: frozenset[str]) -> Move | None:
         if not gone or gone[-1] in coming:
             continue
         varying = gone[-1] in active
-        alike = itertools.takewhile(
-            lambda axis: axis not in coming and (axis in active) == varying, reversed(gone)
-        )
-        count = len(list(alike))
+        count = 0
+        while count < len(gone):
+            axis = gone[-1 - count]
+            if axis in coming or (axis in active) != varying:
+                break
+            count += 1
         if change.whole_out[dim] and count < len(gone):
             if set(gone) & coming:
                 continue

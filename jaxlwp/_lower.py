@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxlwp._config import Config, Layout
@@ -200,6 +200,8 @@ class _Run:
                     blocks, eqn.operand_values, signature.operands, strict=True
                 )
             ]
+        elif _elementwise(eqn):
+            blocks = self.spread(eqn, signature, config, blocks)
         for name in sorted(haloed):
             blocks[0] = self.with_halo(blocks[0], eqn, signature, name, config)
         reduced_axes = tuple(
@@ -252,30 +254,66 @@ class _Run:
                 block = jnp.where(position < size, block, jnp.asarray(fill, block.dtype))
         return block
 
+    def spread(
+        self, eqn: Equation, signature: Signature, config: Config, blocks: Sequence[Any]
+    ) -> list[Any]:
+        """Make operands that an elementwise operator broadcasts into padding full, padding zeroed.
+
+        Their cotangents are summed over the padding, where the other operand may hold what turns
+        even a zero cotangent into NaN (log 0, 1 / 0). Zeroing the result would be too late.
+        """
+        labels, shape = signature.results[0], eqn.result_values[0].shape
+        layout = config.layout(labels)
+        return [
+            self.mask(
+                jnp.broadcast_to(block, local_shape(shape, layout, self.axis_sizes)),
+                shape,
+                layout,
+                0,
+            )
+            if self.broadcasts(operand, operand_labels, labels, shape, layout)
+            else block
+            for operand, operand_labels, block in zip(
+                eqn.operands, signature.operands, blocks, strict=True
+            )
+        ]
+
+    def broadcasts(
+        self,
+        operand: int,
+        operand_labels: Labels,
+        labels: Labels,
+        shape: Sequence[int],
+        layout: Layout,
+    ) -> bool:
+        """Whether an operand with a cotangent is broadcast over a result's padding."""
+        uneven = {
+            label
+            for label, size, axes in zip(labels, shape, layout, strict=True)
+            if size % degree(axes, self.axis_sizes)
+        }
+        return operand in self.graph.gradients and not uneven <= set(operand_labels)
+
     def masked_results(
         self, eqn: Equation, signature: Signature, config: Config, results: Sequence[Any]
     ) -> tuple[Any, ...]:
         """Zero the padding where elements have mixed or a parameter was broadcast into it."""
         masked = []
-        for block, value, labels in zip(
-            results, eqn.result_values, signature.results, strict=True
-        ):
+        for block, value, labels in zip(results, eqn.result_values, signature.results, strict=True):
             layout = config.layout(labels)
-            uneven = {
-                label
-                for label, size, axes in zip(labels, value.shape, layout, strict=True)
-                if size % degree(axes, self.axis_sizes)
-            }
-            broadcast = any(
-                operand in self.graph.gradients and not uneven <= set(operand_labels)
-                for operand, operand_labels in zip(
-                    eqn.operands, signature.operands, strict=True
-                )
+            broadcast = not _elementwise(eqn) and any(
+                self.broadcasts(operand, operand_labels, labels, value.shape, layout)
+                for operand, operand_labels in zip(eqn.operands, signature.operands, strict=True)
             )
-            if uneven and (signature.fill is not None or broadcast):
+            if signature.fill is not None or broadcast:
                 block = self.mask(block, value.shape, layout, 0)
             masked.append(block)
         return tuple(masked)
+
+
+def _elementwise(eqn: Equation) -> bool:
+    rule = RULES.get(eqn.name)
+    return rule is not None and rule.kind == "elementwise"
 
 
 def _fill(signature: Signature, dtype: Any) -> Any:
@@ -284,5 +322,5 @@ def _fill(signature: Signature, dtype: Any) -> Any:
         return 0
     if jnp.issubdtype(dtype, jnp.inexact):
         return -jnp.inf if signature.fill == "lowest" else jnp.inf
-    info = jnp.iinfo(dtype)
+    info: Any = np.iinfo(dtype)
     return info.min if signature.fill == "lowest" else info.max

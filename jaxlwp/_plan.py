@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp._calibrate import Rates, device_graph, make_mesh
+from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
 from jaxlwp._config import Layout
 from jaxlwp._cost import strategy_collectives
 from jaxlwp._devices import DeviceGraph
@@ -122,15 +122,13 @@ class Plan:
 
     def _check_arguments(self, arguments: tuple[Any, ...]) -> list[Any]:
         flat, tree = jax.tree.flatten(arguments)
-        if tree != self.in_tree:
+        if not bool(tree == self.in_tree):
             raise ValueError(
                 f"plan: the arguments have the structure {tree}, but the plan was made for "
                 f"{self.in_tree}; pass parameters and batch as to parallelize, or make a new plan"
             )
         program = self.graph.program
-        for index, leaf, name in zip(
-            program.inputs, flat, self.graph.argument_names, strict=True
-        ):
+        for index, leaf, name in zip(program.inputs, flat, self.graph.argument_names, strict=True):
             want, have = program.values[index], jax.typeof(leaf)
             if tuple(have.shape) != want.shape or have.dtype != want.dtype:
                 raise ValueError(
@@ -145,7 +143,8 @@ class Plan:
 
         Leaves that stand for a parameter (the parameters themselves, and leaves of the optimizer
         state whose path ends in a parameter's path and that have its shape) are split like it;
-        all other arrays are replicated.
+        all other arrays are replicated. A placed array may share memory with the one given:
+        once it is donated to a jitted step, the one given is gone too.
 
         Args:
           state: parameters, an optimizer state, a Flax `TrainState`, or any pytree of them.
@@ -177,10 +176,11 @@ class Plan:
                     f"was made for {want}; drop or pad the last incomplete batch, or make a plan "
                     "for the new shape"
                 )
-        if jax.tree.structure(given) != jax.tree.structure(wanted):
+        have, expected = jax.tree.structure(given), jax.tree.structure(wanted)
+        if not bool(have == expected):
             raise ValueError(
-                f"place_batch: the batch has the structure {jax.tree.structure(given)}, but the "
-                f"plan was made for {jax.tree.structure(wanted)}; pass the batch as to parallelize"
+                f"place_batch: the batch has the structure {have}, but the "
+                f"plan was made for {expected}; pass the batch as to parallelize"
             )
         placed = jax.device_put(given, wanted)
         return placed[0] if len(placed) == 1 else tuple(placed)
@@ -273,7 +273,7 @@ def parallelize(
             f"strategy: {strategy!r} is a {type(strategy).__name__}; give 'search', a baseline's "
             "name, or a Strategy"
         )
-    mesh = mesh if mesh is not None else make_mesh(_devices(devices))
+    mesh = mesh if mesh is not None else make_mesh(choose_devices(devices))
     graph = trace(fn, params, *batch)
     out_tree = _check_loss(fn, graph, params, *batch)
     if isinstance(rates, DeviceGraph):
@@ -323,21 +323,6 @@ def bind(
         in_tree=jax.tree.structure(arguments),
         out_tree=out_tree,
     )
-
-
-def _devices(devices: Sequence[Any] | int | None) -> Sequence[Any]:
-    if devices is None:
-        return jax.devices()
-    if isinstance(devices, int):
-        present = jax.devices()
-        if not 1 <= devices <= len(present):
-            raise ValueError(
-                f"devices: {devices} asked for, {len(present)} exist ({present[0].device_kind}); "
-                "ask for fewer, or simulate with "
-                f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}"
-            )
-        return present[:devices]
-    return devices
 
 
 def _check_loss(fn: Callable[..., Any], graph: ComputationGraph, *arguments: Any) -> Any:

@@ -24,14 +24,15 @@ def render(table: Table, width: int = 150) -> str:
 
 
 def seconds(value: float) -> str:
-    """Seconds in milliseconds with three digits that matter."""
-    return f"{value * 1e3:.3g}"
+    """Seconds in milliseconds with three digits that matter, in full from a second on."""
+    milliseconds = value * 1e3
+    return f"{milliseconds:,.0f}" if milliseconds >= 999.5 else f"{milliseconds:.3g}"
 
 
 def num_bytes(value: float) -> str:
     """Bytes in a readable unit."""
     for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
+        if value < 999.5:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB"

@@ -188,9 +188,5 @@ def _widest(
     for dimension in dimensions:
         alone = [c for c in choices if len(c.splits) == 1 and c.axes(dimension)]
         if alone:
-            return max(
-                alone, key=lambda c: math.prod(axis_sizes[a] for a in c.axes(dimension))
-            )
+            return max(alone, key=lambda c: math.prod(axis_sizes[a] for a in c.axes(dimension)))
     return Config()
-
-

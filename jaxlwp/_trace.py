@@ -50,7 +50,8 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any) -> ComputationGraph:
         out = fn(*arguments)
         # Flax NNX modules keep random counts and statistics by changing themselves.
         after = jax.tree.leaves(arguments)
-        changed[:] = [i for i, (old, new) in enumerate(zip(flat, after, strict=True)) if new is not old]
+        pairs = enumerate(zip(flat, after, strict=True))
+        changed[:] = [i for i, (old, new) in pairs if new is not old]
         return *jax.tree.leaves(out), *(after[i] for i in changed)
 
     program = flatten(jax.make_jaxpr(flat_fn)(*leaves))
@@ -95,8 +96,9 @@ def match_labels(
         for letter, label in zip(letters, labels, strict=True):
             if letter is None and label is not None:
                 blocked.add(label)
-            elif letter is not None and label is not None and names.setdefault(letter, label) != label:
-                return None
+            elif letter is not None and label is not None:
+                if names.setdefault(letter, label) != label:
+                    return None
     if len(set(names.values())) != len(names):
         return None
     return names, blocked
@@ -181,9 +183,7 @@ class _Grouping:
         elif signature.role == "anchor" or not self.join(position, eqn, signature, placed):
             self.open(position, eqn, self.named(eqn, signature), rule.kind)
 
-    def join(
-        self, position: int, eqn: Equation, signature: Signature, placed: list[int]
-    ) -> bool:
+    def join(self, position: int, eqn: Equation, signature: Signature, placed: list[int]) -> bool:
         """Add the equation to the latest layer that knows all its placed operands."""
         shared = set.intersection(*(set(self.known[i]) for i in placed)) if placed else set()
         for layer in sorted(shared, reverse=True):
@@ -214,9 +214,7 @@ class _Grouping:
     ) -> None:
         kind = "join" if kind == "elementwise" else kind
         reduce = signature.role == "reduce"
-        self.drafts.append(
-            _Draft(kind=kind, scope=eqn.scope, reduce=reduce, has_rule=has_rule)
-        )
+        self.drafts.append(_Draft(kind=kind, scope=eqn.scope, reduce=reduce, has_rule=has_rule))
         layer = len(self.drafts) - 1
         if reduce:
             for operand, labels in zip(eqn.operands, signature.operands, strict=True):
@@ -291,23 +289,32 @@ class _Reader:
         self.grouping, self.gradients, self.owners, self.layer = grouping, gradients, owners, layer
         self.members: list[Member] = []
         self.uses: dict[tuple[int, Labels, frozenset[str]], Use] = {}
-        self.made: set[tuple[int, Labels, frozenset[str]]] = set()
+        self.made: dict[tuple[int, Labels, frozenset[str]], bool] = {}
 
-    def read(self, eqn: Equation, signature: Signature) -> None:
-        for operand, labels in zip(eqn.operands, signature.operands, strict=True):
-            self.want(operand, labels, signature.names)
-        gradient = tuple(operand in self.gradients for operand in eqn.operands)
+    def read(
+        self, eqn: Equation, signature: Signature, active: frozenset[str] | None = None
+    ) -> None:
+        """Read an operator's operands; `active` is its own dimensions unless it is pulled."""
+        reached = any(result in self.gradients for result in eqn.results)
+        gradient = tuple(reached and operand in self.gradients for operand in eqn.operands)
+        names = signature.names if active is None else active
+        for operand, labels, flows in zip(eqn.operands, signature.operands, gradient, strict=True):
+            self.want(operand, labels, names, flows)
         self.members.append(Member(equation=eqn, signature=signature, gradient=gradient))
 
-    def want(self, value: int, labels: Labels, active: frozenset[str]) -> None:
+    def want(self, value: int, labels: Labels, active: frozenset[str], gradient: bool) -> None:
         program = self.grouping.program
-        if value in program.constants or (value, labels, active) in self.made:
+        key = (value, labels, active)
+        if value in program.constants or self.made.get(key) == gradient:
             return
-        self.made.add((value, labels, active))
+        gradient = gradient or self.made.get(key, False)
+        known, self.made[key] = key in self.made, gradient
         if value in self.grouping.lazy:
+            if known:
+                return
             eqn = program.equations[self.grouping.lazy[value]]
             signature = pull(eqn, eqn.results.index(value), labels)
-            self.pulled(eqn, signature or whole(eqn), active if signature else frozenset())
+            self.read(eqn, signature or whole(eqn), active if signature else frozenset())
             return
         argument = value not in self.grouping.homes
         if argument:
@@ -326,14 +333,8 @@ class _Reader:
             source=source,
             source_labels=source_labels,
             argument=argument,
-            gradient=value in self.gradients,
+            gradient=gradient,
         )
-
-    def pulled(self, eqn: Equation, signature: Signature, active: frozenset[str]) -> None:
-        for operand, labels in zip(eqn.operands, signature.operands, strict=True):
-            self.want(operand, labels, active)
-        gradient = tuple(operand in self.gradients for operand in eqn.operands)
-        self.members.append(Member(equation=eqn, signature=signature, gradient=gradient))
 
 
 def _layer(index: int, name: str, draft: _Draft, reader: _Reader) -> Layer:

@@ -33,7 +33,8 @@ def loss_fn(params: Any, images: Any, labels: Any) -> Any:
 def loss_with_aux(params: Any, batch: Any) -> Any:
     logits = MODEL.apply(params, batch["image"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    return losses.mean(), {"logits": logits, "accuracy": (logits.argmax(-1) == batch["label"]).mean()}
+    accuracy = (logits.argmax(-1) == batch["label"]).mean()
+    return losses.mean(), {"logits": logits, "accuracy": accuracy}
 
 
 def make_plan(**kwargs: Any) -> jaxlwp.Plan:
@@ -48,7 +49,8 @@ def close(actual: Any, expected: Any) -> None:
 def test_called_like_the_function() -> None:
     plan = make_plan()
     close(plan(PARAMS, IMAGES, LABELS), loss_fn(PARAMS, IMAGES, LABELS))
-    close(jax.jit(jax.grad(plan))(PARAMS, IMAGES, LABELS), jax.grad(loss_fn)(PARAMS, IMAGES, LABELS))
+    gradients = jax.jit(jax.grad(plan))(PARAMS, IMAGES, LABELS)
+    close(gradients, jax.grad(loss_fn)(PARAMS, IMAGES, LABELS))
 
 
 def test_aux_dictionary_batch_and_argmax() -> None:
@@ -155,9 +157,7 @@ def test_layers_are_named_by_module_or_parameter_path() -> None:
 
 def test_batch_not_divisible() -> None:
     with pytest.raises(ValueError, match=r"'data'.*batch of 12, which 8 devices.*multiple of 8"):
-        jaxlwp.parallelize(
-            loss_fn, PARAMS, IMAGES[:12], LABELS[:12], rates=RATES, strategy="data"
-        )
+        jaxlwp.parallelize(loss_fn, PARAMS, IMAGES[:12], LABELS[:12], rates=RATES, strategy="data")
 
 
 def test_search_splits_a_batch_that_is_not_divisible() -> None:

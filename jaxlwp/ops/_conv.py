@@ -65,13 +65,11 @@ def _lower(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, .
 def _flops(
     eqn: Equation, operands: Sequence[Sequence[int]], results: Sequence[Sequence[int]]
 ) -> float:
-    out_channels = operands[1][eqn.params["dimension_numbers"].rhs_spec[0]]
+    out_channels = int(operands[1][eqn.params["dimension_numbers"].rhs_spec[0]])
     # Two operations (multiply, add) per result element and kernel element of its channel.
     return 2.0 * math.prod(results[0]) * math.prod(operands[1]) / max(out_channels, 1)
 
 
 RULES = {
-    "conv_general_dilated": Rule(
-        kind="conv", signature=_signature, lower=_lower, flops=_flops
-    )
+    "conv_general_dilated": Rule(kind="conv", signature=_signature, lower=_lower, flops=_flops)
 }

@@ -39,11 +39,7 @@ def _flops(
     eqn: Equation, operands: Sequence[Sequence[int]], results: Sequence[Sequence[int]]
 ) -> float:
     (contract, _), _ = eqn.params["dimension_numbers"]
-    return 2.0 * math.prod(results[0]) * math.prod(operands[0][d] for d in contract)
+    return 2.0 * math.prod(results[0]) * float(math.prod(operands[0][d] for d in contract))
 
 
-RULES = {
-    "dot_general": Rule(
-        kind="dense", signature=_signature, lower=bind_lowering, flops=_flops
-    )
-}
+RULES = {"dot_general": Rule(kind="dense", signature=_signature, lower=bind_lowering, flops=_flops)}

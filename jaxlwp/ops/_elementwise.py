@@ -21,8 +21,8 @@ from jaxlwp.ops._rule import Labels, Local, Rule, Signature, bind_lowering
 POINTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp "
     "convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt "
-    "imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or "
-    "population_count pow real reduce_precision rem round rsqrt select_n shift_left "
+    "imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not "
+    "or population_count pow real reduce_precision rem round rsqrt select_n shift_left "
     "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan "
     "tanh xor"
 ).split()

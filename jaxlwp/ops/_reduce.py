@@ -41,7 +41,7 @@ def _lower_extremum(eqn: Equation, operands: Sequence[Any], local: Local) -> tup
     """Maximum or minimum over a split dimension, differentiated as JAX does: ties share equally."""
     if not local.reduced_axes:
         return eqn.bind(*operands)
-    over = lax.pmax if eqn.name == "reduce_max" else lax.pmin
+    over: Any = lax.pmax if eqn.name == "reduce_max" else lax.pmin
     axes, mesh_axes = eqn.params["axes"], local.reduced_axes
 
     @jax.custom_jvp

@@ -99,6 +99,8 @@ def _iota_signature(eqn: Equation) -> Signature | None:
 def _lower_iota(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
     shape, dim = local.result_shapes[0], eqn.params["dimension"]
     iota = lax.broadcasted_iota(eqn.params["dtype"], shape, dim)
+    # It has no operand from which it would become varying where its reader is active.
+    iota = lax.pcast(iota, local.varying, to="varying")
     start = local.offsets[0][dim]
     return (iota + start.astype(iota.dtype) if not isinstance(start, int) else iota,)
 
@@ -125,7 +127,7 @@ RULES = {
 } | {
     name: _WHOLE
     for name in (
-        "random_bits random_fold_in random_seed random_split random_wrap random_unwrap random_clone "
-        "threefry2x32 shuffle"
+        "random_bits random_fold_in random_seed random_split random_wrap random_unwrap "
+        "random_clone threefry2x32 shuffle"
     ).split()
 }

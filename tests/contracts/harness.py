@@ -15,7 +15,7 @@ import dataclasses
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,13 +40,18 @@ SEED_VARIABLE = "JAXLWP_SWEEP_SEED"
 
 # The sweep compiles thousands of small programs and runs each once. These leave all of XLA's passes
 # over the program in place and only make the machine code cheap: four times faster to compile.
-_COMPILER_OPTIONS: dict[str, Any] = {
+_CPU_OPTIONS: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
 
 Shape = tuple[int, ...]
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """Options that compile fast; None where they do not apply."""
+    return _CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
 
 
 def draw_seed() -> int:
@@ -98,7 +103,16 @@ class Wrong:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a sweep found."""
+    """What a sweep found.
+
+    Attributes:
+      graph: the traced function.
+      layer: index of the case's layer.
+      checked: every choice of one config per layer that was run.
+      wrong: those whose numbers differ.
+      worst: largest relative error of all.
+      seed: repeats the sweep.
+    """
 
     graph: ComputationGraph
     layer: int
@@ -145,7 +159,9 @@ def draw(case: Case, seed: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
     # Weights with the output's signs: the loss is a sum of positive numbers. Its relative error
     # would mean nothing if large terms cancelled.
     low, high = (1, 4) if case.whole_numbers else (0.5, 1.5)
-    size = rng.integers(low, high, y.shape) if case.whole_numbers else rng.uniform(low, high, y.shape)
+    size = (
+        rng.integers(low, high, y.shape) if case.whole_numbers else rng.uniform(low, high, y.shape)
+    )
     return params, (jnp.asarray(np.where(y < 0, -size, size), y.dtype), *args)
 
 
@@ -246,7 +262,7 @@ def sweep(case: Case, mesh: Mesh, seed: int, *, fast_compile: bool = True) -> Re
             errors = compare(actual, expected)
             worst = max(worst, *errors.values())
             if not acceptable(errors):
-                wrong.append(_wrong(graph, configs, errors, dict(mesh.shape)))
+                wrong.append(_wrong(graph, configs, errors))
     return Report(
         graph=graph, layer=layer, checked=choices, wrong=tuple(wrong), worst=worst, seed=seed
     )
@@ -264,11 +280,10 @@ def _run(
     def together(params: Any, args: tuple[Any, ...]) -> list[Any]:
         return [jax.value_and_grad(fn, has_aux=True)(params, *args) for fn in functions]
 
-    cpu = mesh.devices.flat[0].platform == "cpu"
     step = jax.jit(
         together,
         in_shardings=NamedSharding(mesh, PartitionSpec()),
-        compiler_options=_COMPILER_OPTIONS if cpu and fast_compile else None,
+        compiler_options=compiler_options(mesh) if fast_compile else None,
     )
     return step(params, args)
 
@@ -292,18 +307,12 @@ def _check_reference(case: Case, expected: Any) -> None:
             raise AssertionError(f"{case.name}: the reference {name} has the maximum {size}")
 
 
-def _wrong(
-    graph: ComputationGraph,
-    configs: tuple[Config, ...],
-    errors: dict[str, float],
-    axis_sizes: dict[str, int],
-) -> Wrong:
-    chosen = "; ".join(_split_texts(graph, configs))
+def _wrong(graph: ComputationGraph, configs: tuple[Config, ...], errors: dict[str, float]) -> Wrong:
+    pairs = zip(graph.layers, configs, strict=True)
+    chosen = "; ".join(f"{layer.name} [{_splits(config)}]" for layer, config in pairs)
     off = ", ".join(f"{k} {e:.1e}" for k, e in errors.items() if not e <= TOLERANCE)
     return Wrong(configs=configs, errors=errors, text=f"{chosen}: {off}")
 
 
-def _split_texts(graph: ComputationGraph, configs: Sequence[Config]) -> Iterator[str]:
-    for layer, config in zip(graph.layers, configs, strict=True):
-        splits = " ".join(f"{name}={'+'.join(axes)}" for name, axes in config.splits)
-        yield f"{layer.name} [{splits}]"
+def _splits(config: Config) -> str:
+    return " ".join(f"{name}={'+'.join(axes)}" for name, axes in config.splits)

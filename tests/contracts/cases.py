@@ -1,0 +1,465 @@
+"""The operators of the sweep, each with even and uneven sizes.
+
+Sizes are chosen against blocks: batch 5 over 4 parts leaves the last device with padding only, 7
+rows over 4 parts have fewer rows a block than a window reads, 13 and 27 never divide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from .harness import Case
+
+SPACE = frozenset({"height", "width"})
+IMAGE = frozenset({"sample", "channel"}) | SPACE
+CONV = IMAGE | {"reduction"}
+DENSE = frozenset({"sample", "channel", "reduction"})
+TABLE = frozenset({"sample", "channel"})
+
+# --- convolution -------------------------------------------------------------------------------
+
+
+def conv(
+    name: str,
+    x: tuple[int, ...],
+    kernel: tuple[int, ...],
+    *,
+    stride: int = 1,
+    padding: Any = "SAME",
+    dilation: int = 1,
+    numbers: tuple[str, str, str] = ("NHWC", "HWIO", "NHWC"),
+    dimensions: frozenset[str] = CONV,
+    **kwargs: Any,
+) -> Case:
+    def apply(params: Any) -> Any:
+        rank = len(x) - 2
+        y = lax.conv_general_dilated(
+            params["x"],
+            params["kernel"],
+            (stride,) * rank,
+            padding,
+            rhs_dilation=(dilation,) * rank,
+            dimension_numbers=numbers,
+        )
+        return jax.nn.relu(y + params["bias"]) if "bias" in params else y
+
+    params = {"x": x, "kernel": kernel} | kwargs.pop("more", {})
+    return Case(name=name, apply=apply, params=params, kind="conv", dimensions=dimensions, **kwargs)
+
+
+CONVOLUTIONS = [
+    conv("conv-3x3/1", (4, 16, 16, 4), (3, 3, 4, 8)),
+    conv("conv-3x3/1-stored", (4, 16, 16, 4), (3, 3, 4, 8), front=False),
+    conv("conv-3x3/1-13", (5, 13, 13, 3), (3, 3, 3, 6)),
+    conv("conv-3x3/1-14x15", (3, 14, 15, 5), (3, 3, 5, 7)),
+    conv("conv-3x3/1-14x15-stored", (3, 14, 15, 5), (3, 3, 5, 7), front=False),
+    conv("conv-5x5/2", (4, 16, 16, 4), (5, 5, 4, 4), stride=2),
+    conv("conv-5x5/2-27x13", (3, 27, 13, 5), (5, 5, 5, 3), stride=2),
+    conv("conv-11x11/4", (2, 32, 32, 4), (11, 11, 4, 4), stride=4),
+    conv("conv-11x11/4-55x27", (3, 55, 27, 3), (11, 11, 3, 5), stride=4),
+    conv("conv-11x11/4-VALID-227", (2, 227, 227, 3), (11, 11, 3, 2), stride=4, padding="VALID"),
+    conv("conv-1x1", (4, 8, 8, 8), (1, 1, 8, 8)),
+    conv("conv-1x1-7", (3, 7, 7, 5), (1, 1, 5, 6)),
+    conv("conv-1x1/2", (4, 16, 16, 4), (1, 1, 4, 8), stride=2),
+    conv("conv-1x1/2-14x13", (5, 14, 13, 5), (1, 1, 5, 7), stride=2),
+    conv("conv-1x1/3-13", (2, 13, 14, 2), (1, 1, 2, 3), stride=3),
+    conv("conv-3x3/2-VALID", (4, 16, 16, 4), (3, 3, 4, 8), stride=2, padding="VALID"),
+    conv("conv-3x3/2-VALID-27x13", (5, 27, 13, 3), (3, 3, 3, 6), stride=2, padding="VALID"),
+    conv("conv-3x3/1-dilated", (4, 16, 16, 4), (3, 3, 4, 4), dilation=2),
+    conv("conv-3x3/1-dilated-13x14", (3, 13, 14, 5), (3, 3, 5, 6), dilation=2),
+    conv(
+        "conv-3x3/2-dilated-VALID",
+        (3, 15, 13, 3),
+        (3, 3, 3, 3),
+        stride=2,
+        dilation=2,
+        padding="VALID",
+    ),
+    conv("conv-7x7/2-stem", (2, 28, 28, 3), (7, 7, 3, 4), stride=2, padding=((3, 3), (3, 3))),
+    # The kernel is larger than a device's block: rows come from several neighbours.
+    conv("conv-7x7/1-7", (3, 7, 7, 3), (7, 7, 3, 5)),
+    # The output is far smaller than the input: a device's rows are mostly another's.
+    conv("conv-11x11/1-VALID-14x15", (2, 14, 15, 3), (11, 11, 3, 3), padding="VALID"),
+    # Padding on one side only, and so much that whole output rows see nothing else.
+    conv("conv-3x3/1-lopsided", (2, 13, 9, 3), (3, 3, 3, 4), padding=((0, 5), (4, 1))),
+    conv("conv-bias-relu", (4, 16, 16, 4), (3, 3, 4, 8), more={"bias": (8,)}, whole_numbers=True),
+    conv(
+        "conv-bias-relu-13x14",
+        (3, 13, 14, 5),
+        (3, 3, 5, 7),
+        more={"bias": (7,)},
+        whole_numbers=True,
+    ),
+    conv("conv-NCHW-13x14", (3, 5, 13, 14), (7, 5, 3, 3), numbers=("NCHW", "OIHW", "NCHW")),
+    conv(
+        "conv-1d-27",
+        (5, 27, 3),
+        (5, 3, 6),
+        stride=2,
+        numbers=("NWC", "WIO", "NWC"),
+        dimensions=frozenset({"sample", "length", "channel", "reduction"}),
+    ),
+    conv(
+        "conv-3d-7x6x5",
+        (3, 7, 6, 5, 2),
+        (3, 3, 3, 2, 4),
+        numbers=("NDHWC", "DHWIO", "NDHWC"),
+        dimensions=CONV | {"depth"},
+    ),
+]
+
+# --- pooling -----------------------------------------------------------------------------------
+
+
+def max_pool(
+    name: str, x: tuple[int, ...], window: int, stride: int, padding: str, **kwargs: Any
+) -> Case:
+    def apply(params: Any) -> Any:
+        return nn.max_pool(params["x"], (window, window), (stride, stride), padding)
+
+    return Case(
+        name=name, apply=apply, params={"x": x}, kind="max_pool", dimensions=IMAGE, **kwargs
+    )
+
+
+def avg_pool(
+    name: str, x: tuple[int, ...], window: int, stride: int, padding: str, include: bool = True
+) -> Case:
+    def apply(params: Any) -> Any:
+        shape = (window, window)
+        return nn.avg_pool(params["x"], shape, (stride, stride), padding, count_include_pad=include)
+
+    return Case(name=name, apply=apply, params={"x": x}, kind="avg_pool", dimensions=IMAGE)
+
+
+POOLS = [
+    max_pool(f"max_pool-{window}/{stride}-{padding}{suffix}", x, window, stride, padding, **kwargs)
+    for window, stride in ((2, 2), (3, 2), (3, 1), (5, 2), (2, 1))
+    for padding in ("SAME", "VALID")
+    for suffix, x, kwargs in (
+        ("", (4, 16, 16, 8), {}),
+        ("-13x14", (3, 13, 14, 5), {}),
+        ("-27x15-ties", (2, 27, 15, 3), {"whole_numbers": True}),
+    )
+]
+POOLS += [
+    max_pool("max_pool-3/2-VALID-55", (3, 55, 55, 3), 3, 2, "VALID"),
+    max_pool("max_pool-3/2-SAME-7-stored", (5, 7, 7, 6), 3, 2, "SAME", front=False),
+    max_pool("max_pool-5/2-VALID-7x9", (5, 9, 11, 7), 5, 2, "VALID"),
+    avg_pool("avg_pool-3/2-SAME", (4, 16, 16, 4), 3, 2, "SAME"),
+    avg_pool("avg_pool-3/2-SAME-13x14", (3, 13, 14, 5), 3, 2, "SAME"),
+    avg_pool("avg_pool-3/2-SAME-exclude", (4, 16, 16, 4), 3, 2, "SAME", include=False),
+    avg_pool("avg_pool-3/2-SAME-exclude-13x14", (3, 13, 14, 5), 3, 2, "SAME", include=False),
+    avg_pool("avg_pool-3/1-SAME", (4, 16, 16, 4), 3, 1, "SAME"),
+    avg_pool("avg_pool-3/1-SAME-7x15", (5, 7, 15, 3), 3, 1, "SAME"),
+    avg_pool("avg_pool-3/1-VALID-27", (2, 27, 14, 3), 3, 1, "VALID"),
+    avg_pool("avg_pool-2/2-VALID-13x7", (3, 13, 9, 5), 2, 2, "VALID"),
+]
+
+# --- dense, flatten, dropout -------------------------------------------------------------------
+
+
+def dense(name: str, x: tuple[int, ...], features: int, **kwargs: Any) -> Case:
+    def apply(params: Any) -> Any:
+        return nn.relu(params["x"] @ params["kernel"] + params["bias"])
+
+    params = {"x": x, "kernel": (x[-1], features), "bias": (features,)}
+    space = SPACE if len(x) == 4 else frozenset()
+    return Case(
+        name=name,
+        apply=apply,
+        params=params,
+        kind="dense",
+        dimensions=DENSE | space,
+        whole_numbers=True,
+        **kwargs,
+    )
+
+
+def flatten_dense(name: str, x: tuple[int, ...], features: int) -> Case:
+    size = int(np.prod(x[1:]))
+
+    def apply(params: Any) -> Any:
+        return params["x"].reshape((x[0], -1)) @ params["kernel"]
+
+    return Case(
+        name=name,
+        apply=apply,
+        params={"x": x, "kernel": (size, features)},
+        kind="dense",
+        dimensions=DENSE,
+    )
+
+
+def random_key(rng: np.random.Generator) -> tuple[Any, ...]:
+    return (jax.random.key(int(rng.integers(2**31))),)
+
+
+def dropout(name: str, x: tuple[int, ...]) -> Case:
+    def apply(params: Any, key: Any) -> Any:
+        y = params["x"] @ params["kernel"]
+        return nn.Dropout(0.4, deterministic=False).apply({}, y, rngs={"dropout": key})
+
+    return Case(
+        name=name,
+        apply=apply,
+        params={"x": x, "kernel": (x[-1], x[-1])},
+        kind="dense",
+        dimensions=DENSE | (SPACE if len(x) == 4 else frozenset()),
+        args=random_key,
+    )
+
+
+DENSE_LAYERS = [
+    dense("dense", (8, 16), 16),
+    dense("dense-stored", (8, 16), 16, front=False),
+    dense("dense-5x13", (5, 13), 7),
+    dense("dense-5x13-stored", (5, 13), 7, front=False),
+    dense("dense-rank4", (4, 8, 8, 4), 8),
+    dense("dense-rank4-7x9", (3, 7, 9, 5), 6),
+    flatten_dense("flatten-dense", (4, 8, 8, 4), 8),
+    flatten_dense("flatten-dense-7x5", (5, 7, 5, 3), 9),
+    dropout("dropout", (8, 16)),
+    dropout("dropout-rank4-7x9", (3, 7, 9, 5)),
+]
+
+# --- reductions and losses ---------------------------------------------------------------------
+
+
+def reduction(
+    name: str, x: tuple[int, ...], apply: Any, dimensions: frozenset[str], **kwargs: Any
+) -> Case:
+    return Case(
+        name=name,
+        apply=apply,
+        params={"x": x},
+        kind=kwargs.pop("kind", "reduce"),
+        dimensions=dimensions,
+        **kwargs,
+    )
+
+
+def labels(shape: tuple[int, ...]) -> Any:
+    return lambda rng: (jnp.asarray(rng.integers(0, shape[1], shape[0])),)
+
+
+def one_hot(shape: tuple[int, ...]) -> Any:
+    return lambda rng: (jax.nn.one_hot(rng.integers(0, shape[1], shape[0]), shape[1]),)
+
+
+def target(shape: tuple[int, ...]) -> Any:
+    return lambda rng: (jnp.asarray(rng.standard_normal(shape), jnp.float32),)
+
+
+def integer_loss(params: Any, label: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(params["x"], label)
+
+
+def one_hot_loss(params: Any, label: Any) -> Any:
+    return optax.softmax_cross_entropy(params["x"], label)
+
+
+def squared_error(params: Any, wanted: Any) -> Any:
+    return jnp.mean((params["x"] - wanted) ** 2)
+
+
+REDUCTIONS = [
+    case
+    for suffix, image, table in (
+        ("", (4, 8, 8, 4), (8, 16)),
+        ("-uneven", (5, 7, 13, 6), (5, 13)),
+    )
+    for case in (
+        reduction(f"mean-space{suffix}", image, lambda p: p["x"].mean((1, 2)), IMAGE),
+        reduction(
+            f"mean-keepdims{suffix}", image, lambda p: p["x"].mean((1, 2), keepdims=True), IMAGE
+        ),
+        reduction(f"mean-all{suffix}", image, lambda p: (p["x"] ** 2).mean(), IMAGE),
+        reduction(f"max-space{suffix}", image, lambda p: p["x"].max((1, 2)), IMAGE),
+        reduction(
+            f"max-space{suffix}-ties",
+            image,
+            lambda p: p["x"].max((1, 2)),
+            IMAGE,
+            whole_numbers=True,
+        ),
+        reduction(f"log_softmax{suffix}", table, lambda p: jax.nn.log_softmax(p["x"]), TABLE),
+        reduction(
+            f"cross_entropy{suffix}",
+            table,
+            integer_loss,
+            frozenset({"sample"}),
+            kind="take",
+            args=labels(table),
+        ),
+        reduction(
+            f"cross_entropy-mean{suffix}",
+            table,
+            lambda p, label: integer_loss(p, label).mean(),
+            frozenset({"sample"}),
+            kind="take",
+            args=labels(table),
+        ),
+        reduction(
+            f"cross_entropy-one_hot{suffix}", table, one_hot_loss, TABLE, args=one_hot(table)
+        ),
+        reduction(f"squared_error{suffix}", table, squared_error, TABLE, args=target(table)),
+    )
+]
+
+# --- more than one layer, and what is not an operator of its own --------------------------------
+
+
+def chain(
+    name: str, x: tuple[int, ...], apply: Any, more: dict[str, tuple[int, ...]], **kwargs: Any
+) -> Case:
+    """A case around a convolution (rank 4) or a dense layer (rank 2)."""
+    image = len(x) == 4
+    return Case(
+        name=name,
+        apply=apply,
+        params={"x": x} | more,
+        kind=kwargs.pop("kind", "conv" if image else "dense"),
+        dimensions=kwargs.pop("dimensions", CONV if image else DENSE),
+        **kwargs,
+    )
+
+
+def convolve(x: Any, kernel: Any, **kwargs: Any) -> Any:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, **kwargs)
+
+
+def batch_norm(params: Any) -> Any:
+    """Output and updated statistics."""
+    count = params["x"].shape[-1]
+    variables = {
+        "params": {"scale": params["scale"], "bias": params["bias"]},
+        "batch_stats": {"mean": jnp.zeros(count), "var": jnp.ones(count)},
+    }
+    norm = nn.BatchNorm(use_running_average=False)
+    return norm.apply(variables, params["x"], mutable=["batch_stats"])
+
+
+def logarithm(params: Any) -> Any:
+    """Where a device's block ends in padding, log 0 and 1 / 0 meet broadcast parameters."""
+    y = jnp.exp(params["x"]) @ jnp.exp(params["kernel"])
+    return jnp.log(y) * params["scale"] + params["offset"] / y
+
+
+def images(shape: tuple[int, ...]) -> Any:
+    return lambda rng: (jnp.asarray(rng.integers(0, 256, shape), jnp.uint8),)
+
+
+MEAN = np.float32([0.5, -1.0, 2.0, 0.1, -0.3])
+
+CHAINS = [
+    chain(
+        "batch_norm",
+        (4, 8, 8, 4),
+        batch_norm,
+        {"scale": (4,), "bias": (4,)},
+        kind="reduce",
+        dimensions=IMAGE,
+    ),
+    chain(
+        "batch_norm-7x9",
+        (5, 7, 9, 5),
+        batch_norm,
+        {"scale": (5,), "bias": (5,)},
+        kind="reduce",
+        dimensions=IMAGE,
+    ),
+    chain(
+        "residual-7x9",
+        (3, 7, 9, 5),
+        lambda p: convolve(p["x"], p["kernel"]) + p["x"],
+        {"kernel": (3, 3, 5, 5)},
+    ),
+    chain(
+        "shared-kernel-7x9",
+        (3, 7, 9, 5),
+        lambda p: convolve(jnp.tanh(convolve(p["x"], p["kernel"])), p["kernel"]),
+        {"kernel": (3, 3, 5, 5)},
+    ),
+    chain(
+        "weight-decay-7x9",
+        (3, 7, 9, 5),
+        lambda p: convolve(p["x"], p["kernel"]) + 0.1 * jnp.sum(p["kernel"] ** 2),
+        {"kernel": (3, 3, 5, 6)},
+    ),
+    chain(
+        "constant-7x9",
+        (3, 7, 9, 5),
+        lambda p: convolve((p["x"] - MEAN) * np.exp(MEAN), p["kernel"]),
+        {"kernel": (3, 3, 5, 6)},
+    ),
+    chain(
+        "bytes-13x14",
+        (3, 5, 5, 5),
+        lambda p, image: convolve(image.astype(jnp.float32) / 255, p["x"]),
+        {},
+        args=images((3, 13, 14, 5)),
+        front=False,
+    ),
+    chain(
+        "logarithm-5x13",
+        (5, 13),
+        logarithm,
+        {"kernel": (13, 7), "scale": (7,), "offset": ()},
+    ),
+    chain(
+        "one_hot-dense",
+        (13, 7),
+        lambda p, label: jax.nn.one_hot(label, 13) @ p["x"],
+        {},
+        args=lambda rng: (jnp.asarray(rng.integers(0, 13, 5)),),
+        front=False,
+    ),
+    # Operators without a rule, or without one for this use: evaluated whole, and right.
+    chain(
+        "grouped-7x9",
+        (3, 7, 9, 4),
+        lambda p: convolve(p["x"], p["kernel"], feature_group_count=2),
+        {"kernel": (3, 3, 2, 6)},
+        kind="conv_general_dilated",
+        dimensions=frozenset(),
+    ),
+    chain(
+        "transposed-7x9",
+        (3, 7, 9, 4),
+        lambda p: lax.conv_transpose(p["x"], p["kernel"], (2, 2), "SAME"),
+        {"kernel": (3, 3, 4, 6)},
+        kind="conv_general_dilated",
+        dimensions=frozenset(),
+    ),
+    chain(
+        "concatenate-7x9",
+        (3, 7, 9, 5),
+        lambda p: jnp.concatenate([convolve(p["x"], p["kernel"]), p["x"]], -1),
+        {"kernel": (3, 3, 5, 6)},
+    ),
+]
+
+CASES = CONVOLUTIONS + POOLS + DENSE_LAYERS + REDUCTIONS + CHAINS
+
+EIGHT_PARTS = [
+    conv("conv-3x3/1", (8, 16, 16, 8), (3, 3, 8, 8)),
+    conv("conv-3x3/1-13x7", (9, 13, 7, 9), (3, 3, 9, 11)),
+    max_pool("max_pool-3/2", (8, 16, 16, 8), 3, 2, "SAME"),
+    max_pool("max_pool-3/2-7x27", (5, 7, 27, 13), 3, 2, "SAME"),
+    max_pool("max_pool-3/1-13x7", (13, 13, 7, 5), 3, 1, "SAME"),
+]
+
+SIX_PARTS = [
+    case
+    for case in CASES
+    if case.name in ("conv-3x3/1-14x15", "max_pool-3/2-SAME-13x14", "dense-5x13", "mean-all-uneven")
+]

@@ -1,0 +1,97 @@
+"""The README's loops run, give one device's losses, and differ from them in few lines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jaxlwp
+from jaxlwp import _calibrate, _compare
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+RATES = jaxlwp.Rates(
+    flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
+)
+MOST_CHANGED_LINES = 6
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+LINEN, NNX = blocks("diff")
+
+
+def changed(block: str, sign: str) -> list[str]:
+    return [line[1:] for line in block.splitlines() if line.startswith(sign)]
+
+
+def version(block: str, sign: str) -> str:
+    """The program before (sign "-") or after (sign "+") the change."""
+    return "\n".join(line[1:] for line in block.splitlines() if line[:1] in (" ", sign))
+
+
+def run(program: str, **names: Any) -> dict[str, Any]:
+    namespace = {"__name__": "readme", **names}
+    exec(compile(program, "README.md", "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(autouse=True)
+def _rates_without_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("JAXLWP_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        _calibrate, "measure", lambda mesh: _calibrate.device_graph(mesh, rates=RATES)
+    )
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("block", [LINEN, NNX], ids=["Linen", "NNX"])
+def test_few_lines_change(block: str) -> None:
+    assert all(line[:1] in (" ", "+", "-") for line in block.splitlines())
+    assert "jaxlwp" not in version(block, "-")
+    assert len(changed(block, "+")) <= MOST_CHANGED_LINES
+    assert len(changed(block, "-")) <= len(changed(block, "+"))
+
+
+def test_nnx_loop() -> None:
+    expected, actual = run(version(NNX, "-")), run(version(NNX, "+"))
+    np.testing.assert_allclose(actual["losses"], expected["losses"], rtol=1e-4)
+    assert len(set(expected["losses"])) == len(expected["losses"])
+    assert actual["plan"].space.devices.num_devices == 8
+    assert actual["plan"].result.optimal
+
+
+def test_linen_loop_then_the_steps_and_the_contracts() -> None:
+    expected, actual = run(version(LINEN, "-")), run(version(LINEN, "+"))
+    np.testing.assert_allclose(actual["losses"], expected["losses"], rtol=1e-4)
+    assert len(set(expected["losses"])) == len(expected["losses"])
+    steps, strategies, same_numbers, same_bytes = blocks("python")
+    namespace = run(steps, **actual)
+    assert namespace["plan"].strategy == actual["plan"].strategy
+    namespace = run(strategies, **namespace)
+    assert namespace["plan"].strategy == namespace["result"].strategy
+    namespace = run(same_bytes, **run(same_numbers, **namespace))
+    compiled_bytes = sum(c.count * c.operand_bytes for c in namespace["compiled"])
+    assert compiled_bytes == sum(c.num_bytes for c in namespace["plan"].collectives) > 0
+
+
+def test_documented_json_keys() -> None:
+    documented = set(re.findall(r"`([a-z_]+)`", README.split("Its `--json`")[1].split("\n## ")[0]))
+    content = _compare.Comparison.to_json.__doc__ or ""
+    written = set(re.findall(r"`([a-z_]+)`", content))
+    assert written <= documented
+
+
+def test_links_lead_somewhere() -> None:
+    root = Path(__file__).parent.parent
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (root / target).exists(), target
+
+
+def test_baselines_are_the_documented_ones() -> None:
+    assert all(f'`"{name}"`' in README for name in jaxlwp.BASELINES)
