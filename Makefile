@@ -8,10 +8,10 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all lint format demo notebook clean
+.PHONY: help venv test test-all lint format demo notebook bench-search bench-space bench-compare clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY)  ## Create .venv and install the package with its development tools
 
@@ -44,6 +44,18 @@ demo: $(READY)  ## Search and run a strategy on simulated devices
 notebook: $(READY)  ## Execute the notebooks; an error in a cell fails
 	@$(if $(NOTEBOOKS),,echo "no notebooks")
 	$(foreach nb,$(NOTEBOOKS),PYTHONPATH="$(CURDIR)" $(BIN)/jupyter execute --timeout=600 "$(nb)" &&) true
+
+SIMULATED := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu
+
+bench-search: $(READY)  ## Time the search on the paper's networks
+	$(SIMULATED) $(BIN)/python -m tests.benchmarks.search
+
+bench-space: $(READY)  ## Measure what one fixed order of mesh axes costs
+	$(SIMULATED) $(BIN)/python -m tests.benchmarks.space
+
+bench-compare: $(READY)  ## Run AlexNet under every strategy on 8 simulated devices
+	$(BIN)/jaxlwp compare models.alexnet:AlexNet --devices 8 --batch 32 \
+		--json tests/benchmarks/results/compare-alexnet.json
 
 clean:  ## Remove the environment and all caches
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -25,8 +25,8 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import jaxlwp
-from jaxlwp._compare import Comparison, compare
 from jaxlwp._model import load_workload
+from jaxlwp._report import comparison_table, plan_table
 from models.lenet import LeNet5
 
 DEVICES = 8
@@ -158,7 +158,7 @@ def digits_part() -> list[str]:
     plan = jaxlwp.parallelize(
         loss_fn, new_state().params, train.images[:BATCH], train.labels[:BATCH], devices=DEVICES
     )
-    CONSOLE.print(str(plan), soft_wrap=True)
+    CONSOLE.print(plan_table(plan))
     CONSOLE.print(f"training {COMPARED_STEPS} steps on one device, for reference ...")
     expected = one_device_losses(train)
     CONSOLE.print(f"training {EPOCHS} epochs under the plan ...")
@@ -178,7 +178,7 @@ def digits_part() -> list[str]:
     return problems
 
 
-def alexnet_part() -> Comparison:
+def alexnet_part() -> jaxlwp.Comparison:
     """What `jaxlwp compare` does, for AlexNet."""
     CONSOLE.rule(f"AlexNet, 224 px, batch {ALEXNET_BATCH}, every strategy", align="left")
     shown: set[str] = set()
@@ -191,7 +191,7 @@ def alexnet_part() -> Comparison:
                 CONSOLE.print(f"{what} ...")
 
         work = load_workload(ALEXNET, batch=ALEXNET_BATCH)
-        comparison = compare(
+        comparison = jaxlwp.compare(
             work.loss,
             work.params,
             *work.batch,
@@ -200,7 +200,7 @@ def alexnet_part() -> Comparison:
             name=ALEXNET,
             on_progress=report,
         )
-    CONSOLE.print(str(comparison), soft_wrap=True)
+    CONSOLE.print(comparison_table(comparison))
     return comparison
 
 

@@ -122,7 +122,7 @@ class Plan:
 
     def _check_arguments(self, arguments: tuple[Any, ...]) -> list[Any]:
         flat, tree = jax.tree.flatten(arguments)
-        if not bool(tree == self.in_tree):
+        if tree != self.in_tree:
             raise ValueError(
                 f"plan: the arguments have the structure {tree}, but the plan was made for "
                 f"{self.in_tree}; pass parameters and batch as to parallelize, or make a new plan"
@@ -176,8 +176,9 @@ class Plan:
                     f"was made for {want}; drop or pad the last incomplete batch, or make a plan "
                     "for the new shape"
                 )
-        have, expected = jax.tree.structure(given), jax.tree.structure(wanted)
-        if not bool(have == expected):
+        have: Any = jax.tree.structure(given)
+        expected: Any = jax.tree.structure(wanted)
+        if have != expected:
             raise ValueError(
                 f"place_batch: the batch has the structure {have}, but the "
                 f"plan was made for {expected}; pass the batch as to parallelize"

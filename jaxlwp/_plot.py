@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from jaxlwp._config import DIMENSIONS
+from jaxlwp._report import seconds
 from jaxlwp._tables import Cost
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def plot_plan(plan: Plan) -> tuple[Figure, tuple[Axes, Axes]]:
     times.tick_params(axis="y", left=False)
     figure.suptitle(
         f"strategy {plan.strategy.name} on {plan.space.devices.num_devices} devices: "
-        f"{plan.cost.total_s:.3g} s a step predicted"
+        f"{seconds(plan.cost.total_s)} ms a step predicted"
     )
     return figure, (splits, times)
 
