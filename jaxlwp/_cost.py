@@ -250,7 +250,7 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyticCostModel:
-    """Roofline times of the local shapes and alpha-beta times of the collectives.
+    """Time of operations and memory traffic of local shapes; alpha-beta times of collectives.
 
     Attributes:
       devices: rates of devices and links.
@@ -303,7 +303,9 @@ class AnalyticCostModel:
         if rate is None:
             # Elementwise work is fused with its neighbours: what counts is one pass over memory.
             return float(min(passes, 2) * moved / self.devices.memory_bytes_per_s)
-        once_s = max(flops / rate, moved / self.devices.memory_bytes_per_s)
+        # A sum, not the roofline's maximum: an operator that reads more for the same operations
+        # is never as fast, and where operations dominate the maximum would hide that.
+        once_s = flops / rate + moved / self.devices.memory_bytes_per_s
         return float(passes * (once_s + self.devices.overhead_s))
 
 

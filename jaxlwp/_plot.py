@@ -6,7 +6,7 @@ Core code never imports this module, and this module imports matplotlib only whe
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxlwp._config import DIMENSIONS
 from jaxlwp._report import seconds
@@ -116,40 +116,40 @@ def _draw_times(axes: Axes, costs: list[Cost]) -> None:
 
 
 def plot_comparison(comparison: Comparison) -> tuple[Figure, Axes]:
-    """Step time of each strategy: predicted, and measured with its fastest and slowest round."""
+    """A row per strategy: milliseconds a step, predicted, and measured from fastest to slowest."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    results, width = comparison.results, 0.38
-    measured = [result.measured_s for result in results]
-    spread: Any = (
-        [middle - min(r.times_s) for middle, r in zip(measured, results, strict=True)],
-        [max(r.times_s) - middle for middle, r in zip(measured, results, strict=True)],
-    )
-    places = range(len(results))
-    axes.bar(
-        [place - width / 2 for place in places],
-        [result.predicted_s for result in results],
-        width,
-        color="#BBBBBB",
-        label="predicted",
-    )
-    axes.bar(
-        [place + width / 2 for place in places],
-        measured,
-        width,
-        yerr=spread,
-        capsize=3,
+    results = comparison.results
+    rows = range(len(results))
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.45 * len(results)), layout="constrained")
+    measured_ms = [result.measured_s * 1e3 for result in results]
+    axes.hlines(
+        rows,
+        [min(result.times_s) * 1e3 for result in results],
+        [max(result.times_s) * 1e3 for result in results],
         color=_CAUSES["compute"],
-        label=f"measured, median of {len(results[0].times_s)}",
+        alpha=0.4,
+        linewidth=6,
+        label="measured, all rounds",
     )
-    axes.set_xticks(places, [result.strategy for result in results])
-    axes.set_ylabel("seconds a step")
+    axes.plot(measured_ms, rows, "o", color=_CAUSES["compute"], label="measured, median")
+    predicted_ms = [result.predicted_s * 1e3 for result in results]
+    axes.plot(predicted_ms, rows, "D", color="#777777", fillstyle="none", label="predicted")
+    for row, result in zip(rows, results, strict=True):
+        place = (measured_ms[row], row - 0.3)
+        axes.text(*place, seconds(result.measured_s), ha="center", va="center", fontsize=8)
+    axes.set_yticks(rows, [result.strategy for result in results])
+    axes.set_ylim(len(results) - 0.5, -0.7)  # the first strategy on top
+    axes.set_xscale("log")
+    for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(1.2, 0.4)))
+    axes.set_xlabel("milliseconds a step, logarithmic")
     axes.set_title(
         f"{comparison.model}, batch {comparison.batch}, "
         f"{comparison.devices.num_devices} x {comparison.devices.device_kind}",
         fontsize=10,
     )
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -81,7 +81,7 @@ def test_one_device() -> None:
     assert {text.get_text() for text in splits.texts} == {"replicated"}
 
 
-def test_comparison_has_two_bars_per_strategy() -> None:
+def test_comparison_has_a_row_per_strategy() -> None:
     results = [
         StrategyResult(
             strategy=name,
@@ -106,8 +106,11 @@ def test_comparison_has_two_bars_per_strategy() -> None:
     )
     figure, axes = plot_comparison(comparison)
     figure.canvas.draw()
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["search", "data"]
-    assert [bar.get_height() for bar in axes.patches] == [0.875, 0.875, 0.5, 0.5]
-    whiskers = axes.collections[0].get_segments()
-    assert [(low[1], high[1]) for low, high in whiskers] == [(0.25, 2.0), (0.25, 2.0)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["search", "data"]
+    measured, predicted = axes.lines
+    assert list(measured.get_xdata()) == [500, 500]
+    assert list(predicted.get_xdata()) == [875, 875]
+    spans = axes.collections[0].get_segments()
+    assert [(span[0][0], span[1][0]) for span in spans] == [(250, 2000), (250, 2000)]
+    assert [text.get_text() for text in axes.texts] == ["500", "500"]
     assert "net" in axes.get_title() and "32" in axes.get_title()

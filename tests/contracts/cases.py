@@ -146,7 +146,7 @@ POOLS = [
     for suffix, x, kwargs in (
         ("", (4, 16, 16, 8), {}),
         ("-13x14", (3, 13, 14, 5), {}),
-        ("-27x15-ties", (2, 27, 15, 3), {"whole_numbers": True}),
+        ("-27x15-ties", (2, 27, 15, 3), {"whole_numbers": True, "front": False}),
     )
 ]
 POOLS += [
@@ -351,7 +351,7 @@ def batch_norm(params: Any) -> Any:
 def logarithm(params: Any) -> Any:
     """Where a device's block ends in padding, log 0 and 1 / 0 meet broadcast parameters."""
     y = jnp.exp(params["x"]) @ jnp.exp(params["kernel"])
-    return jnp.log(y) * params["scale"] + params["offset"] / y
+    return jnp.log(y) * jnp.exp(params["scale"]) + jnp.exp(params["offset"]) / y
 
 
 def images(shape: tuple[int, ...]) -> Any:
@@ -455,7 +455,16 @@ EIGHT_PARTS = [
     conv("conv-3x3/1-13x7", (9, 13, 7, 9), (3, 3, 9, 11)),
     max_pool("max_pool-3/2", (8, 16, 16, 8), 3, 2, "SAME"),
     max_pool("max_pool-3/2-7x27", (5, 7, 27, 13), 3, 2, "SAME"),
+]
+
+EIGHT_PARTS_SLOW = [
+    conv("conv-5x5/2-27x13", (9, 27, 13, 5), (5, 5, 5, 11), stride=2),
+    conv("conv-3x3/1-dilated-27x14", (5, 27, 14, 9), (3, 3, 9, 8), dilation=2),
     max_pool("max_pool-3/1-13x7", (13, 13, 7, 5), 3, 1, "SAME"),
+    max_pool("max_pool-5/2-27x13", (5, 27, 13, 9), 5, 2, "VALID"),
+    avg_pool("avg_pool-3/2-13x27", (9, 13, 27, 5), 3, 2, "SAME", include=False),
+    dense("dense-rank4-7x9", (9, 7, 9, 13), 11),
+    flatten_dense("flatten-dense-8x5", (9, 8, 5, 3), 13),
 ]
 
 SIX_PARTS = [
