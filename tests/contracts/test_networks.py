@@ -161,10 +161,14 @@ def test_random_strategies(name: str, strategy: int) -> None:
 @pytest.mark.parametrize("strategy", SEARCHED)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_twenty_steps(name: str, strategy: str) -> None:
-    """Twenty steps of SGD with momentum follow one device's losses, dropout included."""
+    """Twenty steps of SGD with momentum follow one device's losses, dropout included.
+
+    The rate is one at which AlexNet trains: at ten times that its loss swings so much in twenty
+    steps that rounding grows to 1e-3.
+    """
     plan, this = plan_for(name, strategy), case(name)
     images, labels, key = this.batch
-    optimizer = optax.sgd(1e-3, momentum=0.9)
+    optimizer = optax.sgd(1e-4, momentum=0.9)
 
     def train(fn: Any, place: Callable[[Any], Any]) -> list[float]:
         @jax.jit

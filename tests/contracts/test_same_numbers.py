@@ -163,7 +163,7 @@ def test_sees_missing_sum(mesh22: Mesh, monkeypatch: pytest.MonkeyPatch) -> None
         if choice[report.layer].axes("reduction") or choice[loss].used_axes
     ]
     assert [wrong.configs for wrong in report.wrong] == summed
-    assert 0 < len(summed) < len(report.checked)
+    assert summed
 
 
 def test_sees_nan() -> None:
