@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,6 +32,13 @@ from .harness import (
 )
 
 SEED = draw_seed()
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Thousands of compiled programs would otherwise stay in memory."""
+    yield
+    jax.clear_caches()
 
 
 def name_of(case: Case) -> str:
