@@ -71,8 +71,8 @@ class Layer:
     kind: str
     dimensions: dict[str, tuple[int, ...]]
     even: frozenset[str]
-    members: tuple[Member, ...]
-    uses: tuple[Use, ...]
+    members: tuple[Member, ...] = field(repr=False)
+    uses: tuple[Use, ...] = field(repr=False)
     has_rule: bool = True
 
     @property
@@ -110,7 +110,7 @@ class ComputationGraph:
     """
 
     layers: tuple[Layer, ...]
-    program: Program
+    program: Program = field(repr=False)
     assigned: dict[int, tuple[int, Signature]] = field(repr=False)
     homes: dict[int, tuple[int, Labels]] = field(repr=False)
     lazy: dict[int, int] = field(repr=False)

@@ -25,7 +25,7 @@ from jaxlwp._tables import Cost
 from jaxlwp._trace import trace
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Plan:
     """A training function, split over a mesh by a strategy.
 
@@ -210,7 +210,12 @@ class Plan:
             for (path, sharding), shape in zip(leaves, shapes, strict=False)
         ]
 
-    def __str__(self) -> str:
+    @property
+    def __name__(self) -> str:
+        """What `jax.jit` calls the compiled program; without it, it would print the plan."""
+        return "plan"
+
+    def __repr__(self) -> str:
         """A row per layer: config, PartitionSpec, seconds and bytes."""
         from jaxlwp._report import plan_text
 

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 
 def render(table: Table, width: int = 150) -> str:
-    """A table as plain text."""
+    """A table as plain text, in notebooks too (where rich would show it instead)."""
     buffer = io.StringIO()
-    Console(file=buffer, width=width, no_color=True).print(table)
-    return buffer.getvalue()
+    console = Console(
+        file=buffer, width=width, color_system=None, force_terminal=False, force_jupyter=False
+    )
+    console.print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
 def seconds(value: float) -> str:

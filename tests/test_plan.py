@@ -121,6 +121,14 @@ def test_table_names_every_layer_and_unknown_operators() -> None:
     close(jax.value_and_grad(plan)(params, x), jax.value_and_grad(loss)(params, x))
 
 
+def test_repr_is_the_report_and_short() -> None:
+    plan = make_plan()
+    assert repr(plan) == str(plan) and "conv1" in repr(plan)
+    assert "\x1b" not in str(plan) and not any(x != x.rstrip() for x in str(plan).splitlines())
+    assert len(repr(plan.result)) < 3000 and len(repr(plan.graph)) < 5000
+    assert "jit_plan" in jax.jit(plan).lower(PARAMS, IMAGES, LABELS).as_text()
+
+
 def test_nnx_module_state_is_written_back() -> None:
     class Net(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
