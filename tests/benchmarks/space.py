@@ -7,6 +7,7 @@ enumerates against the optimum over every assignment of mesh axes to dimensions.
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import platform
 import time
@@ -72,12 +73,15 @@ def row(name: str, levels: tuple[int, ...]) -> dict[str, Any]:
 
 def main() -> None:
     """Print the table and write the results."""
-    rows = [row(name, levels) for name in NETWORKS for levels in ((2,), (3,), (1, 2), (2, 2))]
-    for r in rows:
+    rows = []
+    for name, levels in itertools.product(NETWORKS, ((2,), (1, 2), (3,))):
+        rows.append(row(name, levels))
+        r = rows[-1]
         print(
             f"{r['network']:8} axes per level {r['levels']!s:8} lost {r['loss']:8.3%}  "
             f"configs {r['one_order']['configs']:5} of {r['every_order']['configs']:5}  "
-            f"{r['one_order']['wall_s']:6.2f} s of {r['every_order']['wall_s']:6.2f} s"
+            f"{r['one_order']['wall_s']:6.2f} s of {r['every_order']['wall_s']:6.2f} s",
+            flush=True,
         )
     content = {
         "date": datetime.date.today().isoformat(),
