@@ -1,11 +1,15 @@
 """Networks to search strategies for: plain Flax, as a user would write them.
 
-Each class has an `input_shape`, the (height, width, channels) of one image that its source uses.
+Each class has an `input_shape`, the (height, width, channels) of one image that its source uses,
+and attributes that make it small enough to try things on; their defaults are the published ones.
+All take `train`: dropout is on then, and batch normalization uses the batch's own statistics.
 """
 
 from models.alexnet import AlexNet
 from models.alexnet_nnx import AlexNetNNX
+from models.densenet import DenseNet121
+from models.inception import InceptionV3
 from models.lenet import LeNet5
 from models.vgg import VGG16
 
-__all__ = ["VGG16", "AlexNet", "AlexNetNNX", "LeNet5"]
+__all__ = ["VGG16", "AlexNet", "AlexNetNNX", "DenseNet121", "InceptionV3", "LeNet5"]

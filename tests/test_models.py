@@ -1,6 +1,8 @@
 """The networks are the published ones: parameter counts, shapes, and Linen against NNX."""
 
+import functools
 import math
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -10,31 +12,105 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import VGG16, AlexNet, AlexNetNNX, LeNet5
+from models import VGG16, AlexNet, AlexNetNNX, DenseNet121, InceptionV3, LeNet5
 
-# As published: torchvision's documentation for AlexNet and VGG-16. LeNet-5 with a full second
-# convolution, layer by layer.
+# As published: torchvision's documentation, unless something else is said. LeNet-5 has a full
+# second convolution, counted layer by layer.
 LENET5_COUNT = (25 + 1) * 6 + (25 * 6 + 1) * 16 + (400 + 1) * 120 + (120 + 1) * 84 + (84 + 1) * 10
 ALEXNET_COUNT = 61_100_840
-VGG16_COUNT = 138_357_544
+PUBLISHED: dict[str, tuple[Any, int]] = {
+    "lenet5": (LeNet5(), LENET5_COUNT),
+    "alexnet": (AlexNet(), ALEXNET_COUNT),
+    "vgg16": (VGG16(), 138_357_544),
+    "inception_v3": (InceptionV3(), 23_834_568),
+    "inception_v3 aux": (InceptionV3(aux_logits=True), 27_161_264),
+    "densenet121": (DenseNet121(), 7_978_856),
+}
+
+# Small versions with every kind of block: the model, the shape of one input and of its output.
+TINY_INCEPTION = InceptionV3(num_classes=8, blocks=(1, 1, 1), width_multiplier=1 / 8)
+TINY_DENSENET = DenseNet121(num_classes=8, stage_sizes=(2, 1), growth_rate=8, width=16)
+TINY: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
+    "inception_v3": (TINY_INCEPTION, (75, 75, 3), (8,)),
+    "inception_v3 wide": (TINY_INCEPTION, (107, 91, 3), (8,)),
+    "densenet121": (TINY_DENSENET, (32, 32, 3), (8,)),
+    "densenet121 wide": (TINY_DENSENET, (40, 52, 1), (8,)),
+}
 
 
 def _count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _params(model: nn.Module, input_shape: tuple[int, ...]) -> Any:
-    images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+def _inputs(input_shape: tuple[int, ...], batch: int = 5) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, *input_shape), jnp.float32)
 
 
-@pytest.mark.parametrize(
-    ("model", "count"),
-    [(LeNet5(), LENET5_COUNT), (AlexNet(), ALEXNET_COUNT), (VGG16(), VGG16_COUNT)],
-    ids=["lenet5", "alexnet", "vgg16"],
-)
-def test_parameter_count_is_the_published_one(model: Any, count: int) -> None:
-    assert _count(_params(model, model.input_shape)) == count
+def _variables(model: nn.Module, input_shape: tuple[int, ...]) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0), _inputs(input_shape))
+
+
+def _train_step(model: nn.Module, variables: Any, inputs: Any) -> Any:
+    """Returns the output and the new batch statistics."""
+    rngs = {"dropout": jax.random.key(0)}
+    return model.apply(variables, inputs, train=True, mutable=["batch_stats"], rngs=rngs)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_count_is_the_published_one(name: str) -> None:
+    model, count = PUBLISHED[name]
+    assert _count(_variables(model, model.input_shape)["params"]) == count
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_version_trains(name: str) -> None:
+    model, input_shape, output_shape = TINY[name]
+    variables = _variables(model, input_shape)
+
+    output, changed = jax.eval_shape(
+        functools.partial(_train_step, model), variables, _inputs(input_shape)
+    )
+
+    assert (output.shape, output.dtype) == ((5, *output_shape), jnp.float32)
+    old = variables.get("batch_stats", {})
+    new = changed.get("batch_stats", {})
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, old)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_normalization_sees_training(name: str) -> None:
+    model, input_shape, _ = TINY[name]
+    variables = _variables(model, input_shape)
+    step = functools.partial(_train_step, model)
+
+    jaxpr = jax.make_jaxpr(step)(variables, _inputs(input_shape)).jaxpr
+
+    # A statistic that nothing changes would come out as the variable that went in.
+    went_in = {id(variable) for variable in jaxpr.invars}
+    assert not [variable for variable in jaxpr.outvars if id(variable) in went_in]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_layer_computes_in_the_type_asked_for(name: str) -> None:
+    model, input_shape, _ = TINY[name]
+    half = model.clone(dtype=jnp.bfloat16)
+    variables = _variables(half, input_shape)
+    text = str(
+        jax.make_jaxpr(functools.partial(_train_step, half))(variables, _inputs(input_shape))
+    )
+
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    results = re.findall(r":(\w+)\[[^]]*\] = (?:conv_general_dilated|dot_general)", text)
+    assert set(results) == {"bf16"}
+
+
+def test_auxiliary_head_of_inception() -> None:
+    model = TINY_INCEPTION.clone(aux_logits=True)
+    for size in (75, 139, 299):  # its windows shrink with the image
+        outputs, _ = jax.eval_shape(
+            model.init_with_output, jax.random.key(0), _inputs((size, size, 3))
+        )
+        assert [output.shape for output in outputs] == [(5, 8), (5, 8)]
 
 
 def test_nnx_parameter_count_is_the_published_one() -> None:
