@@ -105,7 +105,7 @@ def _counts(length: int, total: int) -> list[tuple[int, ...]]:
 def enumerate_configs(
     *,
     sizes: Mapping[str, tuple[int, ...]],
-    even: Iterable[str] = (),
+    even: Mapping[str, int] | None = None,
     axis_groups: Sequence[Sequence[str]],
     axis_sizes: Mapping[str, int],
     interchangeable: bool = True,
@@ -119,7 +119,7 @@ def enumerate_configs(
     Args:
       sizes: for each parallelizable dimension, all sizes it has in the layer's tensors (a
         convolution's height has two); a degree may exceed none of them.
-      even: dimensions whose degree must divide every size.
+      even: dimension -> a size that its degree must divide.
       axis_groups: mesh axes in groups that are interchangeable, slowest link level first.
       axis_sizes: devices along each mesh axis.
       interchangeable: False enumerates every assignment of axes (the full space).
@@ -128,7 +128,7 @@ def enumerate_configs(
       Configs, the ones that use most devices first; the replicated config is always present.
     """
     names = sorted(sizes, key=dimension_order)
-    must_divide = frozenset(even)
+    must_divide = even or {}
     groups = [tuple(g) for g in axis_groups]
     if not interchangeable:
         groups = [(axis,) for group in groups for axis in group]
@@ -138,8 +138,7 @@ def enumerate_configs(
         if degree == 1:
             return True
         fits = all(degree <= size for size in sizes[dimension])
-        divides = all(size % degree == 0 for size in sizes[dimension])
-        return fits and (divides or dimension not in must_divide)
+        return fits and must_divide.get(dimension, 0) % degree == 0
 
     configs = []
     for counts in itertools.product(*(_counts(len(names), len(group)) for group in groups)):

@@ -19,7 +19,7 @@ import numpy as np
 from jaxlwp._config import Config, Layout, enumerate_configs
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
-from jaxlwp._halo import plan_halo
+from jaxlwp._halo import hops, plan_halo
 from jaxlwp._layout import (
     Collective,
     degree,
@@ -41,42 +41,72 @@ def member_collectives(
 ) -> tuple[Collective, ...]:
     """Halo exchanges and sums of partial results of one operator under a config."""
     return (
-        *_halo_collectives(member, config, axis_sizes),
+        *(
+            collective
+            for piece in halo_pieces(member, config, axis_sizes)
+            for collective in _piece_collectives(piece, member.gradient[0])
+        ),
         *_partial_collectives(member, config, axis_sizes),
     )
 
 
-def _halo_collectives(
-    member: Member, config: Config, axis_sizes: dict[str, int]
-) -> list[Collective]:
+@dataclass(frozen=True, kw_only=True)
+class HaloPiece:
+    """Rows that every device receives from one neighbour.
+
+    Attributes:
+      path: what is exchanged, from the operand on: two operators that read the same operand and
+        have pieces of the same path share them.
+      axes: mesh axes that split the dimension.
+      num_bytes: bytes that each device sends.
+    """
+
+    path: tuple[object, ...]
+    axes: tuple[str, ...]
+    num_bytes: int
+
+
+def halo_pieces(member: Member, config: Config, axis_sizes: dict[str, int]) -> Iterator[HaloPiece]:
+    """The halo exchanges of one operator under a config, in order."""
     signature, eqn = member.signature, member.equation
-    result: list[Collective] = []
-    value = eqn.operand_values[0] if eqn.operand_values else None
     split = [name for name in sorted(signature.windows) if config.axes(name)]
-    if value is None or not split:
-        return result
-    block = list(local_shape(value.shape, config.layout(signature.operands[0]), axis_sizes))
+    if not split:
+        return
+    value, labels = eqn.operand_values[0], signature.operands[0]
+    layout = config.layout(labels)
+    block = list(local_shape(value.shape, layout, axis_sizes))
+    uneven = even_layout(value.shape, layout, axis_sizes) != layout
+    fill = eqn.operands[1] if signature.fill == "value" else signature.fill
+    path: tuple[object, ...] = (fill,) if uneven else ()
     for name in split:
-        axes = config.axes(name)
-        dim = signature.operands[0].index(name)
+        axes, dim = config.axes(name), labels.index(name)
         out_size = eqn.result_values[0].shape[signature.results[0].index(name)]
         halo = plan_halo(
             value.shape[dim], out_size, signature.windows[name], degree(axes, axis_sizes)
         )
         rest = math.prod(size for d, size in enumerate(block) if d != dim)
-        num_bytes = halo.exchanged * rest * value.itemsize
-        for backward in (False, True):
-            if num_bytes and (member.gradient[0] or not backward):
-                result.append(
-                    Collective(
-                        kind="collective-permute",
-                        axes=axes,
-                        num_bytes=num_bytes,
-                        backward=backward,
-                    )
+        for side, wanted in (("left", halo.left), ("right", halo.right)):
+            for distance, rows in hops(halo, wanted):
+                yield HaloPiece(
+                    path=(*path, dim, side, distance, rows),
+                    axes=axes,
+                    num_bytes=rows * rest * value.itemsize,
                 )
+        path = (*path, dim, halo, fill)
         block[dim] = halo.rows  # the next dimension's halo carries the rows just received
-    return result
+        if halo.left_over is None:
+            block[dim] = halo.extent
+
+
+def _piece_collectives(piece: HaloPiece, gradient: bool) -> Iterator[Collective]:
+    for backward in (False, True) if gradient else (False,):
+        if piece.num_bytes:
+            yield Collective(
+                kind="collective-permute",
+                axes=piece.axes,
+                num_bytes=piece.num_bytes,
+                backward=backward,
+            )
 
 
 def _partial_collectives(
@@ -165,13 +195,24 @@ def strategy_collectives(
 ) -> tuple[Collective, ...]:
     """Every collective of one training step (forward and backward) under a strategy.
 
-    Readers that want a value in the same layout share one change of layout, as in the lowered
-    function; the sum over edges in the cost tables counts each reader.
+    Readers that want a value in the same layout share one change of layout, and operators that
+    read it with the same window share one halo exchange, as in the lowered function; the sums in
+    the cost tables count each reader.
     """
     result: list[Collective] = []
+    received: set[tuple[object, ...]] = set()
     for layer, config in zip(graph.layers, configs, strict=True):
         for member in layer.members:
-            result += member_collectives(member, config, axis_sizes)
+            result += _partial_collectives(member, config, axis_sizes)
+            operand = _operand_key(graph, layer, member, config)
+            for piece in halo_pieces(member, config, axis_sizes):
+                for collective in _piece_collectives(piece, member.gradient[0]):
+                    # Forward the compiler merges what only differs in the axes of the gradient.
+                    source = operand if collective.backward else operand[:-1]
+                    key = (*source, piece.path)
+                    if (collective.backward, *key) not in received:
+                        result.append(collective)
+                    received.add((collective.backward, *key))
     changes: dict[_Change, bool] = {}
     for change, gradient in _changes(graph, configs, axis_sizes):
         changes[change] = changes.get(change, False) or gradient
@@ -179,6 +220,16 @@ def strategy_collectives(
     for change, gradient in changes.items():
         result += _change_collectives(graph, change, gradient, axis_sizes, done)
     return tuple(result)
+
+
+def _operand_key(
+    graph: ComputationGraph, layer: Layer, member: Member, config: Config
+) -> tuple[object, ...]:
+    """What identifies the block of a member's first operand: value, layout, and active axes."""
+    value, labels = (member.equation.operands or (-1,))[0], (member.signature.operands or ((),))[0]
+    where = value if value not in graph.lazy else (value, layer.index, labels)
+    active = frozenset(axis for name in member.signature.names for axis in config.axes(name))
+    return where, config.layout(labels), active
 
 
 _Change = tuple[int, Layout, Layout, frozenset[str]]

@@ -60,7 +60,7 @@ class Layer:
       name: unique, from the module path (Linen), the parameter path (NNX) or the operator.
       kind: "conv", "dense", "max_pool", ...
       dimensions: parallelizable dimension -> all sizes that it has in the layer's tensors.
-      even: dimensions that may be split only by a degree that divides their size.
+      even: dimension -> a size that the degree of its split must divide.
       members: the layer's operators in order of evaluation, operators pulled in by uses included.
       uses: the values that it reads.
       has_rule: False for an operator that jaxlwp does not know: it runs replicated.
@@ -70,7 +70,7 @@ class Layer:
     name: str
     kind: str
     dimensions: dict[str, tuple[int, ...]]
-    even: frozenset[str]
+    even: dict[str, int]
     members: tuple[Member, ...] = field(repr=False)
     uses: tuple[Use, ...] = field(repr=False)
     has_rule: bool = True

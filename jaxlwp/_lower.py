@@ -14,17 +14,18 @@ zero on the way out, which stops whatever it holds, NaN included, in both direct
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph
-from jaxlwp._halo import exchange, plan_halo
+from jaxlwp._halo import dilate, exchange, plan_halo
 from jaxlwp._layout import degree, even_layout, layout_axes, local_shape
 from jaxlwp._program import Equation
 from jaxlwp._reshard import reshard
@@ -109,6 +110,7 @@ class _Run:
         self.program = lowered.graph.program
         self.made: dict[int, Placed] = {}
         self.cache: dict[Any, Any] = {}
+        self.memo: dict[Any, tuple[tuple[Any, ...], Any]] = {}
         for value, block in zip(self.program.inputs, blocks, strict=True):
             self.made[value] = Placed(block, lowered.argument_layout(value))
         for value, constant in self.program.constants.items():
@@ -192,18 +194,26 @@ class _Run:
             self.get(operand, labels, active, layer)
             for operand, labels in zip(eqn.operands, signature.operands, strict=True)
         ]
-        haloed = frozenset(name for name in signature.windows if config.axes(name))
+        fills: list[Any] = [0]
         if signature.fill is not None:
+            fills = [
+                blocks[1] if signature.fill == "value" else _fill(signature, value.dtype)
+                for value in eqn.operand_values
+            ]
             blocks = [
-                self.mask(block, value.shape, config.layout(labels), _fill(signature, value.dtype))
-                for block, value, labels in zip(
-                    blocks, eqn.operand_values, signature.operands, strict=True
+                self.once(self.mask, block, value.shape, config.layout(labels), fill)
+                for block, value, labels, fill in zip(
+                    blocks, eqn.operand_values, signature.operands, fills, strict=True
                 )
             ]
         elif _elementwise(eqn):
             blocks = self.spread(eqn, signature, config, blocks)
-        for name in sorted(haloed):
-            blocks[0] = self.with_halo(blocks[0], eqn, signature, name, config)
+        haloed = {}
+        for name in sorted(signature.windows):
+            if config.axes(name):
+                blocks[0], haloed[name] = self.with_halo(
+                    blocks[0], eqn, signature, name, config, fills[0]
+                )
         reduced_axes = tuple(
             axis for axis in self.axis_sizes for n in signature.reduced if axis in config.axes(n)
         )
@@ -233,17 +243,42 @@ class _Run:
                     for axes, size in zip(layout, shape, strict=True)
                 )
             )
-        return Local(result_shapes=tuple(shapes), offsets=tuple(offsets))
+        names = signature.operands[0] if signature.operands else ()
+        return Local(names=names, result_shapes=tuple(shapes), offsets=tuple(offsets))
 
     def with_halo(
-        self, block: Any, eqn: Equation, signature: Signature, name: str, config: Config
-    ) -> Any:
+        self,
+        block: Any,
+        eqn: Equation,
+        signature: Signature,
+        name: str,
+        config: Config,
+        fill: Any,
+    ) -> tuple[Any, tuple[int, int, int]]:
+        """The rows that the operator reads, and what padding and base dilation they still need."""
         dim = signature.operands[0].index(name)
         out = signature.results[0].index(name)
         size, out_size = eqn.operand_values[0].shape[dim], eqn.result_values[0].shape[out]
         axes = config.axes(name)
         halo = plan_halo(size, out_size, signature.windows[name], degree(axes, self.axis_sizes))
-        return exchange(block, dim, axes, halo, size, _fill(signature, block.dtype))
+        block = self.once(exchange, block, dim, axes, halo, size, fill, self.once)
+        if halo.left_over is None:
+            return dilate(block, dim, axes, halo), (0, 0, 1)
+        return block, halo.left_over
+
+    def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The function's value, made once for the same arguments.
+
+        Several convolutions that read one tensor share the rows they receive. The compiler would
+        merge the exchanges of the forward pass, but not their transposes.
+        """
+        key = (
+            function,
+            *(id(x) if isinstance(x, (jax.Array, np.ndarray)) else x for x in arguments),
+        )
+        if key not in self.memo:  # the arguments are kept too: their ids stay theirs
+            self.memo[key] = arguments, function(*arguments)
+        return self.memo[key][1]
 
     def mask(self, block: Any, shape: Sequence[int], layout: Layout, fill: Any) -> Any:
         """The block with `fill` in its padding."""

@@ -7,6 +7,7 @@ stay whole, because their derivative rules are part of the function.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class Equation:
     """One primitive applied to values of the program.
 
     Attributes:
-      primitive: the JAX primitive.
+      primitive: the JAX primitive, or what stands in for one.
       params: its parameters, for global shapes.
       operands: indices of the values read.
       results: indices of the values written.
@@ -51,7 +52,7 @@ class Equation:
       scope: the name stack, such as "AlexNet/Conv_0" (Flax Linen; empty for Flax NNX).
     """
 
-    primitive: jex_core.Primitive
+    primitive: Any
     params: dict[str, Any]
     operands: tuple[int, ...]
     results: tuple[int, ...]
@@ -62,7 +63,7 @@ class Equation:
     @property
     def name(self) -> str:
         """Name of the primitive."""
-        return self.primitive.name
+        return str(self.primitive.name)
 
     def bind(self, *operands: Any, **changes: Any) -> tuple[Any, ...]:
         """Apply the primitive, with some parameters replaced; returns all results."""
@@ -163,24 +164,71 @@ def flatten(closed_jaxpr: Any) -> Program:
     builder = _Builder()
     inputs = [builder.new(var.aval) for var in closed_jaxpr.jaxpr.invars]
     outputs = builder.inline(closed_jaxpr.jaxpr, closed_jaxpr.consts, inputs, "")
-    return _without_dead_code(builder, inputs, outputs)
+    return without_dead_code(
+        Program(
+            values=tuple(builder.values),
+            constants=builder.constants,
+            inputs=tuple(inputs),
+            equations=tuple(builder.equations),
+            outputs=tuple(outputs),
+        )
+    )
 
 
-def _without_dead_code(builder: _Builder, inputs: list[int], outputs: list[int]) -> Program:
+def without_dead_code(program: Program) -> Program:
     """Drop equations none of whose results is used: they would count as layers."""
-    used = set(outputs)
+    used = set(program.outputs)
     kept = []
-    for eqn in reversed(builder.equations):
+    for eqn in reversed(program.equations):
         if used & set(eqn.results):
             used.update(eqn.operands)
             kept.append(eqn)
-    return Program(
-        values=tuple(builder.values),
-        constants={i: c for i, c in builder.constants.items() if i in used},
-        inputs=tuple(inputs),
+    return dataclasses.replace(
+        program,
+        constants={i: c for i, c in program.constants.items() if i in used},
         equations=tuple(reversed(kept)),
-        outputs=tuple(outputs),
     )
+
+
+LARGEST_KNOWN = 1 << 24
+"""Elements of the largest value that is evaluated at trace time."""
+
+
+class KnownValues:
+    """Values of a program that depend on none of its inputs, evaluated when asked for."""
+
+    def __init__(self, program: Program) -> None:
+        self.values = program.values
+        self.constants = program.constants
+        self.sources: dict[int, Equation] = {}
+        self.made: dict[int, np.ndarray | None] = dict.fromkeys(program.inputs)
+        for eqn in program.equations:
+            if any(i in self.made for i in eqn.operands):
+                self.made.update(dict.fromkeys(eqn.results))
+            else:
+                self.sources.update(dict.fromkeys(eqn.results, eqn))
+
+    def __call__(self, index: int) -> np.ndarray | None:
+        """The value, or None if it depends on an input (or is a random key, or very large)."""
+        if index not in self.made:
+            self.made[index] = self._make(index)
+        return self.made[index]
+
+    def _make(self, index: int) -> np.ndarray | None:
+        value = self.values[index]
+        plain = isinstance(value.dtype, np.dtype)
+        if not plain or math.prod(value.shape) > LARGEST_KNOWN:
+            return None
+        if index in self.constants:
+            return np.asarray(self.constants[index])
+        eqn = self.sources[index]
+        operands = [self(operand) for operand in eqn.operands]
+        if any(operand is None for operand in operands):
+            return None
+        with jax.ensure_compile_time_eval():
+            results = eqn.bind(*map(jax.numpy.asarray, operands))
+        self.made.update((i, np.asarray(x)) for i, x in zip(eqn.results, results, strict=True))
+        return self.made[index]
 
 
 def flat_function(fn: Callable[..., Any], *values: Value) -> Program:

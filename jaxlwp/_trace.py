@@ -13,14 +13,15 @@ Every equation of the flat program either becomes part of a layer or is evaluate
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
-from jaxlwp._program import Equation, Program, flatten
-from jaxlwp.ops import RULES, Labels, Signature, default_names
+from jaxlwp._program import Equation, KnownValues, Program, flatten, without_dead_code
+from jaxlwp.ops import RECOGNISED, RULES, Labels, Signature, default_names
 
 ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
 """Operators through which no cotangent flows."""
@@ -54,10 +55,21 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any) -> ComputationGraph:
         changed[:] = [i for i, (old, new) in pairs if new is not old]
         return *jax.tree.leaves(out), *(after[i] for i in changed)
 
-    program = flatten(jax.make_jaxpr(flat_fn)(*leaves))
+    program = recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves)))
     paths = jax.tree_util.tree_flatten_with_path((params, *args))[0]
     names = tuple(_path_name(path) for path, _ in paths)
     return build_graph(program, names, len(jax.tree.leaves(params)), tuple(changed))
+
+
+def recognised(program: Program) -> Program:
+    """The program with operators in place of what only their known operands reveal."""
+    known = KnownValues(program)
+    equations = []
+    for eqn in program.equations:
+        recognise = RECOGNISED.get(eqn.name)
+        found = recognise(eqn, [known(i) for i in eqn.operands]) if recognise else None
+        equations.append(found or eqn)
+    return without_dead_code(dataclasses.replace(program, equations=tuple(equations)))
 
 
 def _shape_of(leaf: Any) -> Any:
@@ -115,7 +127,7 @@ def rename(signature: Signature, names: dict[str, str]) -> Signature:
         operands=tuple(labels(old) for old in signature.operands),
         results=tuple(labels(old) for old in signature.results),
         windows={names[n]: w for n, w in signature.windows.items() if n in names},
-        even=frozenset(names[n] for n in signature.even if n in names),
+        even={names[n]: size for n, size in signature.even.items() if n in names},
     )
 
 
@@ -126,14 +138,18 @@ def pull(eqn: Equation, position: int, labels: Labels) -> Signature | None:
       The signature in the asker's names; None if the result cannot be made in parts, so that it
       is made whole and then sliced.
     """
-    rule = RULES.get(eqn.name)
-    signature = rule.signature(eqn) if rule else None
+    signature = _signature_of(eqn)
     if signature is None:
         return None
     matched = match_labels([signature.results[position]], [labels])
     if matched is None or matched[1]:
         return None
     return rename(signature, matched[0])
+
+
+def _signature_of(eqn: Equation) -> Signature | None:
+    rule = RULES.get(eqn.name)
+    return rule.signature(eqn) if rule else None
 
 
 def whole(eqn: Equation) -> Signature:
@@ -173,8 +189,7 @@ class _Grouping:
             self.assign(position, eqn)
 
     def assign(self, position: int, eqn: Equation) -> None:
-        rule = RULES.get(eqn.name)
-        signature = rule.signature(eqn) if rule else None
+        rule, signature = RULES.get(eqn.name), _signature_of(eqn)
         placed = [i for i in eqn.operands if i in self.known]
         if rule is None or signature is None:
             self.open(position, eqn, whole(eqn), eqn.name, has_rule=False)
@@ -201,13 +216,45 @@ class _Grouping:
         return False
 
     def named(self, eqn: Equation, signature: Signature) -> Signature:
-        """The signature of a layer's first operator with proper dimension names."""
+        """The signature of a layer's first operator with proper dimension names.
+
+        An anonymous dimension keeps the name that it has where its operand is made: the height of
+        an image stays the height through transposes and reshapes.
+        """
         names = {n: n for n in sorted(signature.names) if not n.startswith("#")}
-        for letters, value in zip(signature.results, eqn.result_values, strict=True):
-            for letter, default in zip(letters, default_names(len(value.shape)), strict=True):
-                if letter is not None and letter not in names and default not in names.values():
-                    names[letter] = default
+
+        def give(letters: Labels, labels: Labels) -> None:
+            for letter, label in zip(letters, labels, strict=True):
+                if letter and label and letter not in names and label not in names.values():
+                    names[letter] = label
+
+        for operand, letters in zip(eqn.operands, signature.operands, strict=True):
+            give(letters, self.names_of(operand))
+        tensors = (*signature.operands, *signature.results)
+        for letters in tensors:
+            give(letters, default_names(len(letters)))
+        for letters in tensors:
+            give(letters, tuple(f"dim{dim}" for dim in range(len(letters))))
         return rename(signature, names)
+
+    def names_of(self, value: int) -> Labels:
+        """Names that a value's dimensions have already, seen through lazy operators."""
+        if value in self.homes:
+            return self.homes[value][1]
+        rank = len(self.program.values[value].shape)
+        if value not in self.lazy:
+            return (None,) * rank
+        eqn = self.program.equations[self.lazy[value]]
+        signature = _signature_of(eqn)
+        if signature is None:
+            return (None,) * rank
+        known: dict[str | None, str | None] = {}
+        for operand, letters in zip(eqn.operands, signature.operands, strict=True):
+            known.update(zip(letters, self.names_of(operand), strict=True))
+        return tuple(
+            known.get(letter) if letter is not None else None
+            for letter in signature.results[eqn.results.index(value)]
+        )
 
     def open(
         self, position: int, eqn: Equation, signature: Signature, kind: str, has_rule: bool = True
@@ -339,10 +386,11 @@ class _Reader:
 
 def _layer(index: int, name: str, draft: _Draft, reader: _Reader) -> Layer:
     sizes: dict[str, set[int]] = {}
-    even: set[str] = set()
+    even: dict[str, int] = {}
     for member in reader.members:
         eqn, signature = member.equation, member.signature
-        even |= signature.even
+        for name, size in signature.even.items():
+            even[name] = math.gcd(even.get(name, 0), size)
         tensors = zip(
             signature.operands + signature.results,
             eqn.operand_values + eqn.result_values,
@@ -359,7 +407,7 @@ def _layer(index: int, name: str, draft: _Draft, reader: _Reader) -> Layer:
         dimensions={
             n: tuple(sorted(s)) for n, s in sizes.items() if n not in draft.blocked and min(s) > 1
         },
-        even=frozenset(even),
+        even=even,
         members=tuple(reader.members),
         uses=tuple(reader.uses.values()),
         has_rule=draft.has_rule,

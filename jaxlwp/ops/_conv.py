@@ -1,4 +1,4 @@
-"""Convolution: sample, spatial, channel and reduction (input channel) splits."""
+"""Convolution, grouped and transposed too: sample, spatial, channel and reduction splits."""
 
 from __future__ import annotations
 
@@ -13,34 +13,43 @@ from jaxlwp.ops._rule import Labels, Local, Rule, Signature, Window, spatial_nam
 def _signature(eqn: Equation) -> Signature | None:
     params = eqn.params
     numbers = params["dimension_numbers"]
-    plain = params["feature_group_count"] == 1 and params["batch_group_count"] == 1
-    if not plain or any(d != 1 for d in params["lhs_dilation"]):
+    groups = params["feature_group_count"]
+    if params["batch_group_count"] != 1:
         return None
     names = spatial_names(len(params["window_strides"]))
     rhs_shape = eqn.operand_values[1].shape
     windows = {
         name: Window(
-            size=rhs_shape[dim], stride=stride, dilation=dilation, pad_low=low, pad_high=high
+            size=rhs_shape[dim],
+            stride=stride,
+            dilation=dilation,
+            pad_low=low,
+            base_dilation=base_dilation,
         )
-        for name, dim, stride, dilation, (low, high) in zip(
+        for name, dim, stride, dilation, (low, _), base_dilation in zip(
             names,
             numbers.rhs_spec[2:],
             params["window_strides"],
             params["rhs_dilation"],
             params["padding"],
+            params["lhs_dilation"],
             strict=True,
         )
     }
-    if any(w.pad_low < 0 or w.pad_high < 0 for w in windows.values()):
-        return None
+    # A group reads its own input channels only: whole groups are split, input and output alike.
+    feature = "reduction" if groups == 1 else "channel"
     return Signature(
         role="anchor",
         operands=(
-            _place(numbers.lhs_spec, ("sample", "reduction", *names)),
-            _place(numbers.rhs_spec, ("channel", "reduction", *(None for _ in names))),
+            _place(numbers.lhs_spec, ("sample", feature, *names)),
+            _place(
+                numbers.rhs_spec,
+                ("channel", feature if groups == 1 else None, *(None for _ in names)),
+            ),
         ),
         results=(_place(numbers.out_spec, ("sample", "channel", *names)),),
         windows=windows,
+        even={"channel": groups} if groups > 1 else {},
         fill="zero",
     )
 
@@ -54,20 +63,34 @@ def _place(spec: Sequence[int], labels: Sequence[str | None]) -> Labels:
 
 
 def _lower(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
-    names = spatial_names(len(eqn.params["window_strides"]))
-    padding = tuple(
-        (0, 0) if name in local.haloed else pad
-        for name, pad in zip(names, eqn.params["padding"], strict=True)
+    params = eqn.params
+    names = [local.names[dim] for dim in params["dimension_numbers"].lhs_spec[2:]]
+    left_over = [
+        local.haloed.get(name or "", (*pad, dilation))
+        for name, pad, dilation in zip(
+            names, params["padding"], params["lhs_dilation"], strict=True
+        )
+    ]
+    feature = params["dimension_numbers"].lhs_spec[1]
+    whole = eqn.operand_values[0].shape[feature]
+    groups = params["feature_group_count"]
+    return eqn.bind(
+        *operands,
+        padding=tuple((low, high) for low, high, _ in left_over),
+        lhs_dilation=tuple(dilation for _, _, dilation in left_over),
+        feature_group_count=groups * operands[0].shape[feature] // whole if groups > 1 else 1,
     )
-    return eqn.bind(*operands, padding=padding)
 
 
 def _flops(
     eqn: Equation, operands: Sequence[Sequence[int]], results: Sequence[Sequence[int]]
 ) -> float:
     out_channels = int(operands[1][eqn.params["dimension_numbers"].rhs_spec[0]])
-    # Two operations (multiply, add) per result element and kernel element of its channel.
-    return 2.0 * math.prod(results[0]) * math.prod(operands[1]) / max(out_channels, 1)
+    # Two operations (multiply, add) per result element and kernel element of its channel. Of a
+    # dilated array (transposed convolution) most elements are zeros that no kernel multiplies.
+    per_element = math.prod(operands[1]) / max(out_channels, 1)
+    dilation = float(math.prod(eqn.params["lhs_dilation"]))
+    return 2.0 * math.prod(results[0]) * per_element / dilation
 
 
 RULES = {

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from jaxlwp._program import Equation
-from jaxlwp.ops._rule import Rule, Signature, bind_lowering, default_names
+from jaxlwp.ops._rule import Rule, Signature, anonymous, bind_lowering
 
 
 def _signature(eqn: Equation) -> Signature | None:
@@ -19,7 +19,7 @@ def _signature(eqn: Equation) -> Signature | None:
     for i, (a, b) in enumerate(zip(contract_l, contract_r, strict=True)):
         lhs[a] = rhs[b] = "reduction" if i == 0 else f"reduction{i}"
     # The result's dimensions are: batch, free of the left, free of the right operand.
-    left = default_names(len(batch_l) + len(free_l) + 1)[:-1]
+    left = anonymous(len(batch_l) + len(free_l))
     right = ["channel", *(f"channel{i}" for i in range(1, len(free_r)))][: len(free_r)]
     for i, (a, b) in enumerate(zip(batch_l, batch_r, strict=True)):
         lhs[a] = rhs[b] = left[i]

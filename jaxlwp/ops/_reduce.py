@@ -7,7 +7,7 @@ normalisation is one layer with one config.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,21 @@ from jax import lax
 
 from jaxlwp._program import Equation
 from jaxlwp.ops._rule import (
+    Fill,
     Labels,
     Local,
     Rule,
     Signature,
+    anonymous,
     bind_lowering,
-    default_names,
     elementwise_flops,
 )
 
 
-def _signature(fill: Literal["zero", "lowest", "highest"] | None, split_reduced: bool) -> Any:
+def _signature(fill: Fill, split_reduced: bool) -> Any:
     def signature(eqn: Equation) -> Signature | None:
         axes = eqn.params["axes"]
-        names: list[str | None] = list(default_names(len(eqn.operand_values[0].shape)))
+        names: list[str | None] = list(anonymous(len(eqn.operand_values[0].shape)))
         result: Labels = tuple(n for i, n in enumerate(names) if i not in axes)
         if not split_reduced:
             names = [None if i in axes else n for i, n in enumerate(names)]
@@ -69,7 +70,7 @@ def _take_signature(eqn: Equation) -> Signature | None:
     numbers = eqn.params["dimension_numbers"]
     operand, indices = (value.shape for value in eqn.operand_values)
     sizes = eqn.params["slice_sizes"]
-    names = default_names(len(operand))
+    names = anonymous(len(operand))
     operand_labels: list[str | None] = [None] * len(operand)
     index_labels: list[str | None] = [None] * len(indices)
     result_labels: list[str | None] = [None] * len(eqn.result_values[0].shape)
@@ -105,9 +106,7 @@ def _lower_take(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[A
     return eqn.bind(*operands, slice_sizes=sizes)
 
 
-def _reduction(
-    fill: Literal["zero", "lowest", "highest"] | None, split_reduced: bool = True, **kwargs: Any
-) -> Rule:
+def _reduction(fill: Fill, split_reduced: bool = True, **kwargs: Any) -> Rule:
     return Rule(
         kind="reduce",
         signature=_signature(fill, split_reduced),

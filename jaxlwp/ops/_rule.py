@@ -9,9 +9,9 @@ exchange follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from jaxlwp._program import Equation
 
@@ -27,6 +27,21 @@ evaluated where it is used, in the layout asked for (broadcasts, iota, random bi
 """
 
 
+class Reach(Protocol):
+    """Which elements of a split dimension the elements of the result read."""
+
+    def reads(self, start: int, stop: int) -> tuple[int, int]:
+        """First element, and one past the last, that the results `start` to `stop - 1` read.
+
+        Either may lie outside the array, and `stop` beyond the result's end.
+        """
+        ...
+
+    def left_over(self, start: int, stop: int) -> tuple[int, int, int]:
+        """Padding (low, high) and base dilation that the elements read still need."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """A window that slides over one dimension.
@@ -35,20 +50,65 @@ class Window:
       size: elements under the window, dilation not counted.
       stride: step between windows.
       dilation: distance between the window's elements.
-      pad_low: padding before the first element.
-      pad_high: padding after the last element.
+      pad_low: padding before the first element; negative cuts elements off.
+      base_dilation: distance between the array's elements (transposed convolution): zeros between.
     """
 
-    size: int
-    stride: int
-    dilation: int
-    pad_low: int
-    pad_high: int
+    size: int = 1
+    stride: int = 1
+    dilation: int = 1
+    pad_low: int = 0
+    base_dilation: int = 1
 
     @property
     def extent(self) -> int:
         """Elements from the first to the last under the window."""
         return (self.size - 1) * self.dilation + 1
+
+    def _dilated(self, start: int, stop: int) -> tuple[int, int]:
+        """First and last position read, counted in the array with its zeros between."""
+        return (
+            start * self.stride - self.pad_low,
+            (stop - 1) * self.stride - self.pad_low + self.extent - 1,
+        )
+
+    def reads(self, start: int, stop: int) -> tuple[int, int]:
+        """See `Reach`."""
+        first, last = self._dilated(start, stop)
+        return -(-first // self.base_dilation), last // self.base_dilation + 1
+
+    def left_over(self, start: int, stop: int) -> tuple[int, int, int]:
+        """See `Reach`: the zeros before the first element read and after the last."""
+        first, last = self._dilated(start, stop)
+        low, high = self.reads(start, stop)
+        step = self.base_dilation
+        return low * step - first, last - (high - 1) * step, step
+
+
+@dataclass(frozen=True)
+class Rows:
+    """For each element of the result the elements that it reads (resizing).
+
+    Attributes:
+      first: first element read, for each element of the result.
+      stop: one past the last.
+    """
+
+    first: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    def reads(self, start: int, stop: int) -> tuple[int, int]:
+        """See `Reach`; beyond the result's end nothing more is read."""
+        end = min(stop, len(self.first))
+        start = min(start, end - 1)
+        return min(self.first[start:end]), max(self.stop[start:end])
+
+    def left_over(self, start: int, stop: int) -> tuple[int, int, int]:
+        """See `Reach`: nothing is left to do."""
+        return 0, 0, 1
+
+
+Fill = Literal["zero", "lowest", "highest", "value"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +120,21 @@ class Signature:
       operands: labels of each operand. A dimension that appears in operands but in no result is
         reduced.
       results: labels of each result.
-      windows: dimension name -> window, for windowed dimensions of the first operand.
-      even: dimensions that may be split only by a degree that divides their size.
-      fill: the neutral element that padding holds in an operand ("zero" or "lowest"); None for
-        elementwise operators, whose padding does not mix with data.
+      windows: dimension name -> what the result reads of it, for windowed dimensions of the first
+        operand.
+      even: dimension name -> a size that the degree of its split must divide (groups of a
+        convolution, blocks of a reshape).
+      fill: what padding holds in the operands: the neutral element ("zero", "lowest", "highest"),
+        or "value" for the second operand, a scalar; None for operators whose padding does not mix
+        with data.
     """
 
     role: Role
     operands: tuple[Labels, ...]
     results: tuple[Labels, ...]
-    windows: dict[str, Window] = field(default_factory=dict)
-    even: frozenset[str] = frozenset()
-    fill: Literal["zero", "lowest", "highest"] | None = None
+    windows: Mapping[str, Reach] = field(default_factory=dict)
+    even: Mapping[str, int] = field(default_factory=dict)
+    fill: Fill = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -91,18 +154,21 @@ class Local:
     """What a lowering may know about the device it runs on.
 
     Attributes:
+      names: the layer's dimension names of the first operand's dimensions.
       result_shapes: local shapes of the results.
       offsets: for each result, the global index of its first element in each dimension (traced
         integers, or 0).
-      haloed: dimension names whose halo and padding are already in the operand.
+      haloed: dimension name -> (low padding, high padding, base dilation) that is left to apply,
+        for dimensions whose halo is already in the first operand.
       varying: mesh axes over which the operands vary.
       reduced_axes: mesh axes that split a reduced dimension. Partial sums are added by the caller;
         a lowering with `combines` set does its own combination over them.
     """
 
+    names: Labels
     result_shapes: tuple[tuple[int, ...], ...]
     offsets: tuple[tuple[Any, ...], ...]
-    haloed: frozenset[str] = frozenset()
+    haloed: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     varying: tuple[str, ...] = ()
     reduced_axes: tuple[str, ...] = ()
 
@@ -156,6 +222,11 @@ def spatial_names(rank: int) -> tuple[str, ...]:
     return {0: (), 1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}.get(
         rank, tuple(f"space{i}" for i in range(rank))
     )
+
+
+def anonymous(rank: int) -> tuple[str, ...]:
+    """Dimension names of a tensor that takes the names its layers give it: "#0", "#1", ..."""
+    return tuple(f"#{dim}" for dim in range(rank))
 
 
 def default_names(rank: int) -> tuple[str, ...]:

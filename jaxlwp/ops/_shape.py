@@ -9,7 +9,7 @@ from typing import Any
 from jax import lax
 
 from jaxlwp._program import Equation
-from jaxlwp.ops._rule import Labels, Local, Rule, Signature, bind_lowering, default_names
+from jaxlwp.ops._rule import Labels, Local, Rule, Signature, anonymous, bind_lowering
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -36,20 +36,19 @@ def _reshape_signature(eqn: Equation) -> Signature | None:
         return None
     groups = _groups(old, new)
     plain = all(len(a) == len(b) == 1 for a, b in groups)
-    names = default_names(len(old))
     operand: list[str | None] = [None] * len(old)
     result: list[str | None] = [None] * len(new)
-    even = set()
-    for i, (a, b) in enumerate(groups):
-        name = f"#{i}" if plain else str(names[a[0]])
+    even = {}
+    for a, b in groups:
+        name = f"#{a[0]}"
         operand[a[0]] = result[b[0]] = name
         if len(a) > 1 or len(b) > 1:
-            even.add(name)
+            even[name] = math.gcd(old[a[0]], new[b[0]])
     return Signature(
         role="follow" if plain else "anchor",
         operands=(tuple(operand),),
         results=(tuple(result),),
-        even=frozenset(even),
+        even=even,
     )
 
 
@@ -59,7 +58,7 @@ def _lower_reshape(eqn: Equation, operands: Sequence[Any], local: Local) -> tupl
 
 def _transpose_signature(eqn: Equation) -> Signature | None:
     permutation = eqn.params["permutation"]
-    operand = tuple(f"#{i}" for i in range(len(permutation)))
+    operand = anonymous(len(permutation))
     return Signature(
         role="follow", operands=(operand,), results=(tuple(operand[p] for p in permutation),)
     )

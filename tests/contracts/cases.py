@@ -6,6 +6,7 @@ rows over 4 parts have fewer rows a block than a window reads, 13 and 27 never d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -112,6 +113,92 @@ CONVOLUTIONS = [
         (3, 3, 3, 2, 4),
         numbers=("NDHWC", "DHWIO", "NDHWC"),
         dimensions=CONV | {"depth"},
+    ),
+]
+
+# --- grouped, depthwise and transposed convolution -----------------------------------------------
+
+
+def grouped(
+    name: str, x: tuple[int, ...], kernel: tuple[int, ...], groups: int, **options: Any
+) -> Case:
+    def apply(params: Any) -> Any:
+        return lax.conv_general_dilated(
+            params["x"],
+            params["kernel"],
+            options.get("strides", (1, 1)),
+            options.get("padding", "SAME"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    return Case(
+        name=name,
+        apply=apply,
+        params={"x": x, "kernel": kernel},
+        kind="conv",
+        dimensions=IMAGE,
+        front=options.get("front", True),
+    )
+
+
+def transposed(
+    name: str, x: tuple[int, ...], kernel: tuple[int, ...], stride: int, padding: Any, **kwargs: Any
+) -> Case:
+    def apply(params: Any) -> Any:
+        rank = len(x) - 2
+        return lax.conv_transpose(params["x"], params["kernel"], (stride,) * rank, padding)
+
+    return Case(
+        name=name,
+        apply=apply,
+        params={"x": x, "kernel": kernel},
+        kind="conv",
+        dimensions=kwargs.pop("dimensions", CONV),
+        **kwargs,
+    )
+
+
+GROUPED = [
+    grouped("grouped-4", (4, 8, 8, 16), (3, 3, 4, 8), 4),
+    grouped("grouped-2-7x9", (3, 7, 9, 4), (3, 3, 2, 6), 2),
+    grouped("grouped-4/2-13x7", (5, 13, 7, 8), (3, 3, 2, 4), 4, strides=(2, 2)),
+    grouped("grouped-3-13x14", (3, 13, 14, 9), (3, 3, 3, 6), 3, front=False),
+    grouped("depthwise-8", (4, 8, 8, 8), (3, 3, 1, 8), 8),
+    grouped("depthwise-6/2-13x14", (3, 13, 14, 6), (5, 5, 1, 6), 6, strides=(2, 2)),
+    grouped("depthwise-4-multiplier-7x9", (5, 7, 9, 4), (3, 3, 1, 8), 4, padding="VALID"),
+    grouped("depthwise-7x7-14x15", (3, 14, 15, 4), (7, 7, 1, 4), 4),
+]
+TRANSPOSED = [
+    transposed(f"transposed-{k}x{k}/{s}-{pad}{suffix}", x, (k, k, x[-1], 6), s, pad)
+    for k, s, pad in (
+        (2, 2, "SAME"),
+        (3, 2, "SAME"),
+        (4, 2, "SAME"),
+        (3, 2, "VALID"),
+        (3, 3, "SAME"),
+        (2, 3, "VALID"),
+        (5, 1, "SAME"),
+    )
+    for suffix, x in (("", (4, 8, 8, 4)), ("-7x9", (3, 7, 9, 5)))
+]
+TRANSPOSED += [
+    transposed("transposed-4x4/2-cut-13x6", (5, 13, 6, 3), (4, 4, 3, 4), 2, ((2, 1), (0, 3))),
+    transposed(
+        "transposed-3d-5x4x7",
+        (2, 5, 4, 7, 3),
+        (2, 2, 2, 3, 4),
+        2,
+        "SAME",
+        dimensions=CONV | {"depth"},
+    ),
+    transposed(
+        "transposed-1d-13",
+        (3, 13, 5),
+        (4, 5, 6),
+        2,
+        "SAME",
+        dimensions=frozenset({"sample", "length", "channel", "reduction"}),
     ),
 ]
 
@@ -423,23 +510,6 @@ CHAINS = [
         args=lambda rng: (jnp.asarray(rng.integers(0, 13, 5)),),
         front=False,
     ),
-    # Operators without a rule, or without one for this use: evaluated whole, and right.
-    chain(
-        "grouped-7x9",
-        (3, 7, 9, 4),
-        lambda p: convolve(p["x"], p["kernel"], feature_group_count=2),
-        {"kernel": (3, 3, 2, 6)},
-        kind="conv_general_dilated",
-        dimensions=frozenset(),
-    ),
-    chain(
-        "transposed-7x9",
-        (3, 7, 9, 4),
-        lambda p: lax.conv_transpose(p["x"], p["kernel"], (2, 2), "SAME"),
-        {"kernel": (3, 3, 4, 6)},
-        kind="conv_general_dilated",
-        dimensions=frozenset(),
-    ),
     chain(
         "concatenate-7x9",
         (3, 7, 9, 5),
@@ -448,7 +518,160 @@ CHAINS = [
     ),
 ]
 
-CASES = CONVOLUTIONS + POOLS + DENSE_LAYERS + REDUCTIONS + CHAINS
+
+def group_norm(groups: int) -> Callable[[Any], Any]:
+    def apply(x: Any) -> Any:
+        count = x.shape[-1]
+        variables = {"params": {"scale": jnp.arange(1.0, count + 1), "bias": jnp.ones(count)}}
+        return nn.GroupNorm(num_groups=groups).apply(variables, x)
+
+    return apply
+
+
+def layer_norm(x: Any) -> Any:
+    count = x.shape[-1]
+    variables = {"params": {"scale": jnp.arange(1.0, count + 1), "bias": jnp.ones(count)}}
+    return nn.LayerNorm().apply(variables, x)
+
+
+# --- rearranging and resizing --------------------------------------------------------------------
+
+
+def rearrange(
+    name: str,
+    x: tuple[int, ...],
+    apply: Callable[[Any], Any],
+    kind: str,
+    dimensions: frozenset[str],
+    **kwargs: Any,
+) -> Case:
+    return Case(
+        name=name,
+        apply=lambda params: apply(params["x"]),
+        params={"x": x},
+        kind=kind,
+        dimensions=dimensions,
+        **kwargs,
+    )
+
+
+def resize(
+    name: str, x: tuple[int, ...], size: tuple[int, ...], method: str, **options: Any
+) -> Case:
+    """`jax.image.resize` is one resizing per dimension; the first is named by the case."""
+    return rearrange(
+        f"resize-{method}-{name}",
+        x,
+        lambda x: jax.image.resize(x, size, method, **options),
+        "resize",
+        IMAGE if len(x) == 4 else IMAGE | {"depth"},
+    )
+
+
+def pixel_shuffle(x: Any) -> Any:
+    b, h, w, c = x.shape
+    return x.reshape(b, h, w, 2, 2, c // 4).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, c // 4)
+
+
+NOT_CHANNEL = IMAGE - {"channel"}
+
+ARRANGEMENTS = [
+    case
+    for suffix, x in (("", (4, 8, 8, 4)), ("-7x9", (3, 7, 9, 5)))
+    for case in (
+        rearrange(
+            f"concat{suffix}",
+            x,
+            lambda x: jnp.concatenate([x * 2, jnp.tanh(x), x], -1),
+            "concat",
+            NOT_CHANNEL,
+        ),
+        rearrange(
+            f"pad-space{suffix}",
+            x,
+            lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 3), (0, 0)), constant_values=2.0),
+            "pad",
+            IMAGE,
+        ),
+        rearrange(
+            f"pad-cut{suffix}",
+            x,
+            lambda x: lax.pad(x, 0.5, ((0, 0, 0), (-1, 3, 0), (2, -2, 0), (0, 1, 0))),
+            "pad",
+            IMAGE,
+        ),
+        rearrange(
+            f"pad-interior{suffix}",
+            x,
+            lambda x: lax.pad(x, 0.0, ((0, 0, 0), (1, 0, 1), (0, 0, 0), (0, 0, 0))),
+            "pad",
+            IMAGE - {"height"},
+        ),
+        rearrange(f"slice{suffix}", x, lambda x: x[:, 1:-1, 2:, :], "slice", IMAGE),
+        rearrange(f"slice-strided{suffix}", x, lambda x: x[:, 1::2, ::3, 1:], "slice", IMAGE),
+        rearrange(
+            f"split{suffix}",
+            x,
+            lambda x: [jnp.split(x, [2], -1)[1] * 2.0, x],
+            "split",
+            NOT_CHANNEL,
+        ),
+        rearrange(f"reverse{suffix}", x, lambda x: x[:, :, ::-1], "reverse", IMAGE - {"width"}),
+        rearrange(
+            f"cumsum{suffix}", x, lambda x: jnp.cumsum(x, 1), "cumulative", IMAGE - {"height"}
+        ),
+        rearrange(f"sort{suffix}", x, lambda x: jnp.sort(x, 1), "sort", IMAGE - {"height"}),
+        rearrange(
+            f"dynamic_slice{suffix}",
+            x,
+            lambda x: lax.dynamic_slice_in_dim(x, jnp.argmax(x[0, 0, 0, :2]), 2, 3),
+            "slice",
+            NOT_CHANNEL,
+        ),
+        rearrange(
+            f"dynamic_update_slice{suffix}",
+            x,
+            lambda x: lax.dynamic_update_slice_in_dim(x, x[..., :2] * 2, 1, 3),
+            "slice",
+            NOT_CHANNEL,
+        ),
+        rearrange(
+            f"transpose{suffix}",
+            x,
+            lambda x: lax.reduce_window(
+                x.transpose(0, 3, 2, 1), 0.0, lax.add, (1, 1, 2, 3), (1, 1, 1, 1), "SAME"
+            ),
+            "avg_pool",
+            IMAGE,
+        ),
+        rearrange(
+            f"squeeze-excite{suffix}",
+            x,
+            lambda x: x * nn.sigmoid(jnp.mean(x, (1, 2), keepdims=True)),
+            "reduce",
+            IMAGE,
+        ),
+        rearrange(f"softmax{suffix}", x, nn.softmax, "reduce", IMAGE),
+        rearrange(f"layer_norm{suffix}", x, layer_norm, "reduce", IMAGE),
+        rearrange(f"repeat{suffix}", x, lambda x: jnp.repeat(x, 2, 1), "reshape", IMAGE),
+    )
+] + [
+    rearrange("group_norm-2", (4, 8, 8, 4), group_norm(2), "reduce", IMAGE | {"dim4"}),
+    rearrange("group_norm-3-7x9", (3, 7, 9, 6), group_norm(3), "reduce", IMAGE | {"dim4"}),
+    rearrange("pixel_shuffle", (4, 8, 8, 8), pixel_shuffle, "reshape", IMAGE),
+    resize("2x", (4, 8, 8, 4), (4, 16, 16, 4), "nearest"),
+    resize("7x9", (3, 7, 9, 5), (3, 13, 20, 5), "nearest"),
+    resize("down", (3, 14, 9, 5), (3, 5, 9, 5), "nearest"),
+    resize("2x", (4, 8, 8, 4), (4, 16, 16, 4), "bilinear"),
+    resize("7x9", (3, 7, 9, 5), (3, 13, 20, 5), "bilinear"),
+    resize("down", (3, 14, 27, 5), (3, 5, 10, 5), "bilinear"),
+    resize("cubic", (3, 13, 12, 2), (3, 27, 24, 2), "cubic"),
+    resize("3d", (2, 4, 5, 6, 3), (2, 8, 10, 12, 3), "trilinear"),
+]
+
+CASES = (
+    CONVOLUTIONS + GROUPED + TRANSPOSED + POOLS + DENSE_LAYERS + REDUCTIONS + CHAINS + ARRANGEMENTS
+)
 
 EIGHT_PARTS = [
     conv("conv-3x3/1", (8, 16, 16, 8), (3, 3, 8, 8)),
