@@ -10,6 +10,20 @@ from models.alexnet_nnx import AlexNetNNX
 from models.densenet import DenseNet121
 from models.inception import InceptionV3
 from models.lenet import LeNet5
+from models.resnet import ResNet, ResNet18, ResNet50, ResNet101
+from models.resnet_nnx import ResNetNNX
 from models.vgg import VGG16
 
-__all__ = ["VGG16", "AlexNet", "AlexNetNNX", "DenseNet121", "InceptionV3", "LeNet5"]
+__all__ = [
+    "VGG16",
+    "AlexNet",
+    "AlexNetNNX",
+    "DenseNet121",
+    "InceptionV3",
+    "LeNet5",
+    "ResNet",
+    "ResNet18",
+    "ResNet50",
+    "ResNet101",
+    "ResNetNNX",
+]

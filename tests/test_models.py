@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import VGG16, AlexNet, AlexNetNNX, DenseNet121, InceptionV3, LeNet5
+from models import (
+    VGG16,
+    AlexNet,
+    AlexNetNNX,
+    DenseNet121,
+    InceptionV3,
+    LeNet5,
+    ResNet18,
+    ResNet50,
+    ResNet101,
+    ResNetNNX,
+)
 
 # As published: torchvision's documentation, unless something else is said. LeNet-5 has a full
 # second convolution, counted layer by layer.
@@ -25,16 +36,34 @@ PUBLISHED: dict[str, tuple[Any, int]] = {
     "inception_v3": (InceptionV3(), 23_834_568),
     "inception_v3 aux": (InceptionV3(aux_logits=True), 27_161_264),
     "densenet121": (DenseNet121(), 7_978_856),
+    "resnet18": (ResNet18(), 11_689_512),
+    "resnet50": (ResNet50(), 25_557_032),
+    "resnet101": (ResNet101(), 44_549_160),
+}
+PUBLISHED_NNX: dict[str, tuple[Any, int]] = {
+    "alexnet": (AlexNetNNX, ALEXNET_COUNT),
+    "resnet18": (
+        functools.partial(ResNetNNX, stage_sizes=(2, 2, 2, 2), bottleneck=False),
+        11_689_512,
+    ),
+    "resnet50": (ResNetNNX, 25_557_032),
+    "resnet101": (functools.partial(ResNetNNX, stage_sizes=(3, 4, 23, 3)), 44_549_160),
 }
 
 # Small versions with every kind of block: the model, the shape of one input and of its output.
 TINY_INCEPTION = InceptionV3(num_classes=8, blocks=(1, 1, 1), width_multiplier=1 / 8)
 TINY_DENSENET = DenseNet121(num_classes=8, stage_sizes=(2, 1), growth_rate=8, width=16)
+TINY_RESNET18 = ResNet18(num_classes=8, stage_sizes=(1, 1), width=8)
+TINY_RESNET50 = ResNet50(num_classes=8, stage_sizes=(2, 1), width=8)
 TINY: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "inception_v3": (TINY_INCEPTION, (75, 75, 3), (8,)),
     "inception_v3 wide": (TINY_INCEPTION, (107, 91, 3), (8,)),
     "densenet121": (TINY_DENSENET, (32, 32, 3), (8,)),
     "densenet121 wide": (TINY_DENSENET, (40, 52, 1), (8,)),
+    "resnet18": (TINY_RESNET18, (32, 32, 3), (8,)),
+    "resnet50": (TINY_RESNET50, (32, 32, 3), (8,)),
+    "resnet50 wide": (TINY_RESNET50, (40, 52, 1), (8,)),
+    "resnet50 trunk": (ResNet50(num_classes=None, width=8), (64, 96, 3), (2, 3, 256)),
 }
 
 
@@ -113,9 +142,11 @@ def test_auxiliary_head_of_inception() -> None:
         assert [output.shape for output in outputs] == [(5, 8), (5, 8)]
 
 
-def test_nnx_parameter_count_is_the_published_one() -> None:
-    model = nnx.eval_shape(lambda: AlexNetNNX(rngs=nnx.Rngs(0)))
-    assert _count(nnx.state(model, nnx.Param)) == ALEXNET_COUNT
+@pytest.mark.parametrize("name", PUBLISHED_NNX)
+def test_nnx_parameter_count_is_the_published_one(name: str) -> None:
+    make, count = PUBLISHED_NNX[name]
+    model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    assert _count(nnx.state(model, nnx.Param)) == count
 
 
 @pytest.mark.parametrize(
@@ -163,6 +194,39 @@ def test_linen_and_nnx_alexnet_compute_the_same() -> None:
 
     np.testing.assert_allclose(twin(images), expected, rtol=1e-5, atol=1e-6)
     assert np.ptp(expected) > 1e-2  # not a comparison of zeros
+
+
+@pytest.mark.parametrize("tiny", [TINY_RESNET18, TINY_RESNET50], ids=["resnet18", "resnet50"])
+def test_linen_and_nnx_resnet_compute_the_same(tiny: Any) -> None:
+    twin = ResNetNNX(
+        rngs=nnx.Rngs(0),
+        num_classes=tiny.num_classes,
+        stage_sizes=tiny.stage_sizes,
+        bottleneck=tiny.bottleneck,
+        width=tiny.width,
+    )
+    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+    params, statistics = (
+        nnx.to_pure_dict(nnx.state(twin, kind)) for kind in (nnx.Param, nnx.BatchStat)
+    )
+    variables = {"params": params, "batch_stats": statistics}
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
+        jnp.shape, _variables(tiny, (32, 32, 3))
+    )
+
+    # Evaluation after training, which leaves running statistics other than zeros and ones.
+    @jax.jit
+    def linen(variables: Any) -> Any:
+        trained, changed = _train_step(tiny, variables, images)
+        return trained, tiny.apply({**variables, **changed}, images)
+
+    @nnx.jit
+    def in_nnx(model: Any) -> Any:
+        return model(images, train=True), model(images)
+
+    for actual, expected in zip(in_nnx(twin), linen(variables), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+        assert np.ptp(expected) > 1e-2  # not a comparison of zeros
 
 
 @pytest.mark.parametrize("model", [AlexNet(hidden=16), VGG16(hidden=16)], ids=["alexnet", "vgg16"])
