@@ -12,16 +12,16 @@ Every equation of the flat program either becomes part of a layer or is evaluate
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._program import Equation, KnownValues, Program, flatten, without_dead_code
-from jaxlwp.ops import RECOGNISED, RULES, Labels, Signature, default_names
+from jaxlwp.ops import RECOGNISED, RULES, Labels, Rule, Signature, default_names
 
 ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
 """Operators through which no cotangent flows."""
@@ -69,7 +69,7 @@ def recognised(program: Program) -> Program:
         recognise = RECOGNISED.get(eqn.name)
         found = recognise(eqn, [known(i) for i in eqn.operands]) if recognise else None
         equations.append(found or eqn)
-    return without_dead_code(dataclasses.replace(program, equations=tuple(equations)))
+    return without_dead_code(replace(program, equations=tuple(equations)))
 
 
 def _shape_of(leaf: Any) -> Any:
@@ -122,7 +122,7 @@ def rename(signature: Signature, names: dict[str, str]) -> Signature:
     def labels(old: Labels) -> Labels:
         return tuple(names.get(label) if label is not None else None for label in old)
 
-    return dataclasses.replace(
+    return replace(
         signature,
         operands=tuple(labels(old) for old in signature.operands),
         results=tuple(labels(old) for old in signature.results),
@@ -161,10 +161,28 @@ def whole(eqn: Equation) -> Signature:
     )
 
 
+def _for_reduction(program: Program) -> frozenset[int]:
+    """Positions of the following operators that only reductions read: a square before its mean.
+
+    They belong to the reduction's layer, which would else read their operand and their result.
+    """
+    found: set[int] = set()
+    readers: dict[int, bool] = dict.fromkeys(program.outputs, False)  # value -> only reductions
+    for position, eqn in reversed(list(enumerate(program.equations))):
+        signature = _signature_of(eqn)
+        role = signature.role if signature else None
+        if role == "follow" and all(readers.get(result) for result in eqn.results):
+            found.add(position)
+        wanted = role == "reduce" or position in found
+        for operand in eqn.operands:
+            readers[operand] = readers.get(operand, True) and wanted
+    return frozenset(found)
+
+
 # --- building the graph ------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclass
 class _Draft:
     """A layer under construction."""
 
@@ -172,8 +190,8 @@ class _Draft:
     scope: str
     reduce: bool
     has_rule: bool
-    members: list[tuple[int, Signature]] = dataclasses.field(default_factory=list)
-    blocked: set[str] = dataclasses.field(default_factory=set)
+    members: list[tuple[int, Signature]] = field(default_factory=list)
+    blocked: set[str] = field(default_factory=set)
 
 
 class _Grouping:
@@ -185,17 +203,36 @@ class _Grouping:
         self.known: dict[int, dict[int, Labels]] = {}  # value -> layer -> labels
         self.homes: dict[int, tuple[int, Labels]] = {}
         self.lazy: dict[int, int] = {}
+        self.waiting: dict[int, int] = {}  # value -> position of the equation that makes it
+        self.for_reduction = _for_reduction(program)
         for position, eqn in enumerate(program.equations):
             self.assign(position, eqn)
 
     def assign(self, position: int, eqn: Equation) -> None:
         rule, signature = RULES.get(eqn.name), _signature_of(eqn)
-        placed = [i for i in eqn.operands if i in self.known]
+        placed = [i for i in eqn.operands if i in self.known or i in self.waiting]
         if rule is None or signature is None:
             self.open(position, eqn, whole(eqn), eqn.name, has_rule=False)
         elif signature.role == "lazy" or (signature.role == "follow" and not placed):
             self.lazy.update(dict.fromkeys(eqn.results, position))
-        elif signature.role == "anchor" or not self.join(position, eqn, signature, placed):
+        elif position in self.for_reduction:
+            self.waiting.update(dict.fromkeys(eqn.results, position))
+        else:
+            self.place(position, eqn, rule, signature)
+
+    def place(self, position: int, eqn: Equation, rule: Rule, signature: Signature) -> None:
+        """Let the equation join or start a layer; what waited for it comes first."""
+        for operand in eqn.operands:
+            if operand in self.waiting:
+                before = self.waiting[operand]
+                waited = self.program.equations[before]
+                for result in waited.results:
+                    del self.waiting[result]
+                own = _signature_of(waited)
+                assert own is not None
+                self.place(before, waited, RULES["reduce_sum"], replace(own, role="reduce"))
+        placed = [i for i in eqn.operands if i in self.known]
+        if signature.role == "anchor" or not self.join(position, eqn, signature, placed):
             self.open(position, eqn, self.named(eqn, signature), rule.kind)
 
     def join(self, position: int, eqn: Equation, signature: Signature, placed: list[int]) -> bool:

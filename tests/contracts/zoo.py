@@ -1,0 +1,232 @@
+"""The model zoo at reduced sizes: losses with running statistics, random batches, plans."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxlwp
+from jaxlwp._hlo import bytes_by_kind
+from jaxlwp._plan import bind
+from models import DenseNet121, InceptionV3
+
+from .harness import compiler_options
+
+RATES = jaxlwp.Rates(
+    flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
+)
+CLASSES = 10
+SEARCHED = ("search", *jaxlwp.BASELINES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A network at a reduced size that keeps every kind of block.
+
+    Attributes:
+      model: a Linen module; `model.clone(dtype=...)` computes in another dtype.
+      input_shape: shape of one example.
+      target: shape of what is predicted for one example: () for a class, else real numbers.
+      batch: examples.
+    """
+
+    model: Any
+    input_shape: tuple[int, ...]
+    target: tuple[int, ...] = ()
+    batch: int = 8
+
+
+ZOO: dict[str, Entry] = {
+    "inception_v3": Entry(
+        model=InceptionV3(num_classes=CLASSES, blocks=(1, 1, 1), width_multiplier=0.125),
+        input_shape=(95, 95, 3),
+    ),
+    "densenet121": Entry(
+        model=DenseNet121(num_classes=CLASSES, stage_sizes=(2, 2), growth_rate=8, width=16),
+        input_shape=(32, 32, 3),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A traced and priced network.
+
+    Attributes:
+      loss: `loss(params, stats, x, target, key)` gives (loss, (outputs, new statistics)).
+      params: parameters.
+      stats: running statistics.
+      space: every strategy on eight devices.
+      mesh: the devices.
+    """
+
+    loss: Callable[..., Any]
+    params: Any
+    stats: Any
+    space: jaxlwp.SearchSpace
+    mesh: jax.sharding.Mesh
+
+
+def random_batch(name: str, draw: int) -> tuple[Any, ...]:
+    """Data, targets and a dropout key."""
+    entry = ZOO[name]
+    keys = jax.random.split(jax.random.key(draw), 3)
+    x = jax.random.normal(keys[0], (entry.batch, *entry.input_shape))
+    if entry.target:
+        return x, jax.random.normal(keys[1], (entry.batch, *entry.target)), keys[2]
+    return x, jax.random.randint(keys[1], (entry.batch,), 0, CLASSES), keys[2]
+
+
+def loss_of(entry: Entry, model: Any) -> Callable[..., Any]:
+    """The training loss; running statistics come back as auxiliary output."""
+
+    def loss(params: Any, stats: Any, x: Any, target: Any, key: Any) -> Any:
+        variables = {"params": params} | stats
+        y, changed = model.apply(
+            variables, x, train=True, mutable=list(stats), rngs={"dropout": key}
+        )
+        y = y.astype(jnp.float32)
+        if entry.target:
+            return jnp.mean((y - target) ** 2), (y, changed)
+        return optax.softmax_cross_entropy_with_integer_labels(y, target).mean(), (y, changed)
+
+    return loss
+
+
+@functools.cache
+def case(name: str, seed: int, dtype: str = "float32") -> Case:
+    """A network with random parameters, traced and priced for 8 devices."""
+    entry = ZOO[name]
+    model = entry.model.clone(dtype=jnp.dtype(dtype))
+    batch = random_batch(name, 0)
+    keys = jax.random.split(jax.random.key(seed), 2)
+    init = jax.jit(functools.partial(model.init, train=True), compiler_options=compiler_options_())
+    variables = init({"params": keys[0], "dropout": keys[1]}, batch[0])
+    params = perturbed(variables.pop("params"), seed)
+    loss = loss_of(entry, model)
+    mesh = jaxlwp.make_mesh(jax.devices()[:8])
+    graph = jaxlwp.trace(loss, params, variables, *batch)
+    space = jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=RATES))
+    return Case(loss=loss, params=params, stats=variables, space=space, mesh=mesh)
+
+
+def perturbed(params: Any, seed: int) -> Any:
+    """The parameters, with random scales and biases.
+
+    With the initial ones a normalisation undoes the scale of the one before it: the gradient of
+    that scale is zero, and all that is left to compare is rounding.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    drawn = [
+        leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+        if leaf.ndim == 1
+        else leaf
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def compiler_options_() -> dict[str, Any] | None:
+    """Options that compile fast."""
+    return compiler_options(jaxlwp.make_mesh(jax.devices()[:1]))
+
+
+@functools.cache
+def one_device(name: str, seed: int, dtype: str = "float32") -> Callable[..., Any]:
+    """Compiled loss, outputs, statistics and gradients on one device."""
+    step = jax.value_and_grad(case(name, seed, dtype).loss, has_aux=True)
+    return jax.jit(step, compiler_options=compiler_options_())
+
+
+def plan_for(this: Case, strategy: str | int) -> jaxlwp.Plan:
+    """A plan for the found strategy, a baseline, or random strategy number `strategy`."""
+    if strategy == "search":
+        chosen = jaxlwp.search(this.space).strategy
+    elif isinstance(strategy, str):
+        chosen = this.space.baseline(strategy)
+    else:
+        draw = random.Random(strategy)
+        chosen = this.space.strategy(
+            f"random {strategy}", [draw.randrange(len(c)) for c in this.space.configs]
+        )
+    arguments = (this.params, this.stats, *_batch_of(this))
+    out_tree = jax.tree.structure(jax.eval_shape(this.loss, *arguments))
+    return bind(this.space, chosen, this.mesh, arguments, out_tree)
+
+
+def _batch_of(this: Case) -> tuple[Any, ...]:
+    values, program = this.space.graph.program.values, this.space.graph.program
+    return tuple(
+        jax.ShapeDtypeStruct(values[i].shape, values[i].dtype) for i in program.inputs[-3:]
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A compiled step, and the bytes of its collectives.
+
+    Attributes:
+      step: called as `step(params, stats, *batch)`.
+      predicted: kind -> bytes per device by the cost model.
+      compiled: kind -> bytes per device in the program.
+    """
+
+    step: Callable[..., Any]
+    predicted: dict[str, int]
+    compiled: dict[str, int]
+
+    @property
+    def difference(self) -> float:
+        """Difference of the totals, relative to the compiled one."""
+        predicted, compiled = sum(self.predicted.values()), sum(self.compiled.values())
+        return abs(predicted - compiled) / max(compiled, 1)
+
+
+def compile_step(this: Case, plan: jaxlwp.Plan) -> Compiled:
+    """Compile loss and gradients under a plan."""
+    step = jax.jit(
+        jax.value_and_grad(plan, has_aux=True),
+        in_shardings=plan.shardings,
+        compiler_options=compiler_options(this.mesh),
+    )
+    done = step.lower(this.params, this.stats, *_batch_of(this)).compile()
+    predicted: collections.Counter[str] = collections.Counter()
+    for collective in plan.collectives:
+        predicted[collective.kind] += collective.num_bytes
+    text = done.as_text()
+
+    def call(params: Any, stats: Any, *batch: Any) -> Any:
+        return done(*jax.device_put((params, stats, *batch), plan.shardings))
+
+    return Compiled(
+        step=call,
+        predicted=dict(predicted),
+        compiled=bytes_by_kind(jaxlwp.compiled_collectives(text)),
+    )
+
+
+def relative_errors(actual: Any, expected: Any) -> dict[str, float]:
+    """For each leaf the largest difference, relative to the leaf's largest entry.
+
+    A leaf that is zero but for rounding (the gradient of a bias before a batch norm) is measured
+    against the largest leaf of its kind instead.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    largest = max(float(np.max(np.abs(b))) for _, b in leaves)
+    return {
+        jax.tree_util.keystr(path): float(
+            np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
+            / max(float(np.max(np.abs(b))), 1e-3 * largest)
+        )
+        for a, (path, b) in zip(jax.tree.leaves(actual), leaves, strict=True)
+    }
