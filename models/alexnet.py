@@ -1,6 +1,6 @@
 """AlexNet in Flax Linen."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -20,11 +20,13 @@ class AlexNet(nn.Module):
         num_classes: Number of classes, the width of the last layer.
         dropout_rate: Probability of dropping an input of each of the first two dense layers.
         hidden: Width of the first two dense layers.
+        dtype: Type to compute in; parameters stay float32.
     """
 
     num_classes: int = 1000
     dropout_rate: float = 0.5
     hidden: int = 4096
+    dtype: Any = None
     input_shape: ClassVar[tuple[int, int, int]] = (224, 224, 3)
 
     @nn.compact
@@ -33,17 +35,17 @@ class AlexNet(nn.Module):
 
         With `train`, dropout is on and needs the random-number stream "dropout".
         """
-        x = nn.relu(nn.Conv(64, (11, 11), strides=4, padding=2, name="conv1")(x))
+        x = nn.relu(nn.Conv(64, (11, 11), strides=4, padding=2, dtype=self.dtype, name="conv1")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2))
-        x = nn.relu(nn.Conv(192, (5, 5), padding=2, name="conv2")(x))
+        x = nn.relu(nn.Conv(192, (5, 5), padding=2, dtype=self.dtype, name="conv2")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2))
-        x = nn.relu(nn.Conv(384, (3, 3), padding=1, name="conv3")(x))
-        x = nn.relu(nn.Conv(256, (3, 3), padding=1, name="conv4")(x))
-        x = nn.relu(nn.Conv(256, (3, 3), padding=1, name="conv5")(x))
+        x = nn.relu(nn.Conv(384, (3, 3), padding=1, dtype=self.dtype, name="conv3")(x))
+        x = nn.relu(nn.Conv(256, (3, 3), padding=1, dtype=self.dtype, name="conv4")(x))
+        x = nn.relu(nn.Conv(256, (3, 3), padding=1, dtype=self.dtype, name="conv5")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        x = nn.relu(nn.Dense(self.hidden, name="fc6")(x))
+        x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="fc6")(x))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        x = nn.relu(nn.Dense(self.hidden, name="fc7")(x))
-        return nn.Dense(self.num_classes, name="fc8")(x)
+        x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="fc7")(x))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="fc8")(x)

@@ -1,6 +1,6 @@
 """AlexNet in Flax NNX: the network of `models.alexnet`, layer for layer."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -30,6 +30,7 @@ class AlexNetNNX(nnx.Module):
         num_classes: Number of classes, the width of the last layer.
         dropout_rate: Probability of dropping an input of each of the first two dense layers.
         hidden: Width of the first two dense layers.
+        dtype: Type to compute in; parameters stay float32.
 
     Raises:
         ValueError: If `image_size` leaves nothing after the last pooling.
@@ -45,20 +46,21 @@ class AlexNetNNX(nnx.Module):
         num_classes: int = 1000,
         dropout_rate: float = 0.5,
         hidden: int = 4096,
+        dtype: Any = None,
     ) -> None:
         pooled = _pooled_size(image_size)
         if pooled < 1:
             raise ValueError(f"image_size={image_size} is too small for AlexNet: take 63 or more")
-        self.conv1 = nnx.Conv(3, 64, (11, 11), strides=4, padding=2, rngs=rngs)
-        self.conv2 = nnx.Conv(64, 192, (5, 5), padding=2, rngs=rngs)
-        self.conv3 = nnx.Conv(192, 384, (3, 3), padding=1, rngs=rngs)
-        self.conv4 = nnx.Conv(384, 256, (3, 3), padding=1, rngs=rngs)
-        self.conv5 = nnx.Conv(256, 256, (3, 3), padding=1, rngs=rngs)
+        self.conv1 = nnx.Conv(3, 64, (11, 11), strides=4, padding=2, dtype=dtype, rngs=rngs)
+        self.conv2 = nnx.Conv(64, 192, (5, 5), padding=2, dtype=dtype, rngs=rngs)
+        self.conv3 = nnx.Conv(192, 384, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+        self.conv4 = nnx.Conv(384, 256, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+        self.conv5 = nnx.Conv(256, 256, (3, 3), padding=1, dtype=dtype, rngs=rngs)
         self.dropout6 = nnx.Dropout(dropout_rate, rngs=rngs)
-        self.fc6 = nnx.Linear(256 * pooled**2, hidden, rngs=rngs)
+        self.fc6 = nnx.Linear(256 * pooled**2, hidden, dtype=dtype, rngs=rngs)
         self.dropout7 = nnx.Dropout(dropout_rate, rngs=rngs)
-        self.fc7 = nnx.Linear(hidden, hidden, rngs=rngs)
-        self.fc8 = nnx.Linear(hidden, num_classes, rngs=rngs)
+        self.fc7 = nnx.Linear(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.fc8 = nnx.Linear(hidden, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the logits [batch, num_classes] of images [batch, height, width, 3].

@@ -1,6 +1,6 @@
 """LeNet-5 in Flax Linen."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -19,9 +19,11 @@ class LeNet5(nn.Module):
 
     Attributes:
         num_classes: Number of classes, the width of the last layer.
+        dtype: Type to compute in; parameters stay float32.
     """
 
     num_classes: int = 10
+    dtype: Any = None
     input_shape: ClassVar[tuple[int, int, int]] = (28, 28, 1)
 
     @nn.compact
@@ -30,11 +32,11 @@ class LeNet5(nn.Module):
 
         `train` changes nothing here: it is the argument that every model of this folder takes.
         """
-        x = nn.relu(nn.Conv(6, (5, 5), padding="SAME", name="conv1")(x))
+        x = nn.relu(nn.Conv(6, (5, 5), padding="SAME", dtype=self.dtype, name="conv1")(x))
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        x = nn.relu(nn.Conv(16, (5, 5), padding="VALID", name="conv2")(x))
+        x = nn.relu(nn.Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="conv2")(x))
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(120, name="fc3")(x))
-        x = nn.relu(nn.Dense(84, name="fc4")(x))
-        return nn.Dense(self.num_classes, name="fc5")(x)
+        x = nn.relu(nn.Dense(120, dtype=self.dtype, name="fc3")(x))
+        x = nn.relu(nn.Dense(84, dtype=self.dtype, name="fc4")(x))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="fc5")(x)

@@ -1,6 +1,6 @@
 """VGG-16 in Flax Linen."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -22,11 +22,13 @@ class VGG16(nn.Module):
         num_classes: Number of classes, the width of the last layer.
         dropout_rate: Probability of dropping an output of each of the first two dense layers.
         hidden: Width of the first two dense layers.
+        dtype: Type to compute in; parameters stay float32.
     """
 
     num_classes: int = 1000
     dropout_rate: float = 0.5
     hidden: int = 4096
+    dtype: Any = None
     input_shape: ClassVar[tuple[int, int, int]] = (224, 224, 3)
 
     @nn.compact
@@ -37,10 +39,12 @@ class VGG16(nn.Module):
         """
         for group, widths in enumerate(_CHANNELS, start=1):
             for i, channels in enumerate(widths, start=1):
-                x = nn.relu(nn.Conv(channels, (3, 3), padding=1, name=f"conv{group}_{i}")(x))
+                name = f"conv{group}_{i}"
+                conv = nn.Conv(channels, (3, 3), padding=1, dtype=self.dtype, name=name)
+                x = nn.relu(conv(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         for name in ("fc6", "fc7"):
-            x = nn.relu(nn.Dense(self.hidden, name=name)(x))
+            x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name=name)(x))
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, name="fc8")(x)
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="fc8")(x)
