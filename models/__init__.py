@@ -12,6 +12,8 @@ from models.inception import InceptionV3
 from models.lenet import LeNet5
 from models.resnet import ResNet, ResNet18, ResNet50, ResNet101
 from models.resnet_nnx import ResNetNNX
+from models.unet import UNet
+from models.unet3d import UNet3D
 from models.vgg import VGG16
 
 __all__ = [
@@ -26,4 +28,6 @@ __all__ = [
     "ResNet50",
     "ResNet101",
     "ResNetNNX",
+    "UNet",
+    "UNet3D",
 ]

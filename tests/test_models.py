@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from models import (
     VGG16,
@@ -24,11 +25,21 @@ from models import (
     ResNet50,
     ResNet101,
     ResNetNNX,
+    UNet,
+    UNet3D,
 )
 
 # As published: torchvision's documentation, unless something else is said. LeNet-5 has a full
 # second convolution, counted layer by layer.
 LENET5_COUNT = (25 + 1) * 6 + (25 * 6 + 1) * 16 + (400 + 1) * 120 + (120 + 1) * 84 + (84 + 1) * 10
+# The paper has no count: levels down, levels up, labels; 1 channel in, 2 classes out.
+UNET_COUNT = (
+    sum((9 * i + 1) * o + (9 * o + 1) * o for i, o in ((1, 64), (64, 128), (128, 256), (256, 512)))
+    + (9 * 512 + 1) * 1024
+    + (9 * 1024 + 1) * 1024
+    + sum((4 * 2 * c + 1) * c + (9 * 2 * c + 1) * c + (9 * c + 1) * c for c in (512, 256, 128, 64))
+    + (64 + 1) * 2
+)
 ALEXNET_COUNT = 61_100_840
 PUBLISHED: dict[str, tuple[Any, int]] = {
     "lenet5": (LeNet5(), LENET5_COUNT),
@@ -40,6 +51,9 @@ PUBLISHED: dict[str, tuple[Any, int]] = {
     "resnet18": (ResNet18(), 11_689_512),
     "resnet50": (ResNet50(), 25_557_032),
     "resnet101": (ResNet101(), 44_549_160),
+    "unet": (UNet(), UNET_COUNT),
+    "unet bilinear": (UNet(upsample="bilinear"), UNET_COUNT),
+    "unet3d": (UNet3D(), 19_069_955 + 2_336),  # see the test of its count
 }
 PUBLISHED_NNX: dict[str, tuple[Any, int]] = {
     "alexnet": (AlexNetNNX, ALEXNET_COUNT),
@@ -58,6 +72,8 @@ TINY_INCEPTION = InceptionV3(num_classes=8, blocks=(1, 1, 1), width_multiplier=1
 TINY_DENSENET = DenseNet121(num_classes=8, stage_sizes=(2, 1), growth_rate=8, width=16)
 TINY_RESNET18 = ResNet18(num_classes=8, stage_sizes=(1, 1), width=8)
 TINY_RESNET50 = ResNet50(num_classes=8, stage_sizes=(2, 1), width=8)
+TINY_UNET = UNet(depth=2, width=8)
+TINY_UNET3D = UNet3D(depth=1, width=8)
 TINY: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "lenet5": (LeNet5(num_classes=8), (14, 14, 1), (8,)),
     "lenet5 wide": (LeNet5(num_classes=8), (28, 32, 1), (8,)),
@@ -73,6 +89,11 @@ TINY: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "resnet50": (TINY_RESNET50, (32, 32, 3), (8,)),
     "resnet50 wide": (TINY_RESNET50, (40, 52, 1), (8,)),
     "resnet50 trunk": (ResNet50(num_classes=None, width=8), (64, 96, 3), (2, 3, 256)),
+    "unet": (TINY_UNET, (16, 16, 1), (16, 16, 2)),
+    "unet wide": (TINY_UNET, (24, 32, 3), (24, 32, 2)),
+    "unet bilinear": (TINY_UNET.clone(upsample="bilinear"), (16, 24, 1), (16, 24, 2)),
+    "unet3d": (TINY_UNET3D, (8, 8, 8, 3), (8, 8, 8, 3)),
+    "unet3d wide": (TINY_UNET3D, (8, 16, 4, 1), (8, 16, 4, 3)),
 }
 
 
@@ -143,6 +164,19 @@ def test_every_layer_computes_in_the_type_asked_for(name: str) -> None:
 
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     assert _types_of_products(step, variables, _inputs(input_shape)) == {"bf16"}
+
+
+def test_count_of_3d_unet_is_the_published_one_without_scales() -> None:
+    params = flatten_dict(_variables(UNet3D(), (8, 8, 8, 3))["params"])
+    assert _count([leaf for path, leaf in params.items() if path[-1] != "scale"]) == 19_069_955
+
+
+@pytest.mark.parametrize(
+    ("model", "input_shape"), [(TINY_UNET, (18, 16, 1)), (TINY_UNET3D, (8, 8, 9, 3))]
+)
+def test_unet_refuses_sizes_that_do_not_halve(model: Any, input_shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=f"multiples of {2**model.depth}"):
+        _variables(model, input_shape)
 
 
 def test_auxiliary_head_of_inception() -> None:
