@@ -7,11 +7,15 @@ All take `train`: dropout is on then, and batch normalization uses the batch's o
 
 from models.alexnet import AlexNet
 from models.alexnet_nnx import AlexNetNNX
+from models.convnext import ConvNeXtTiny
 from models.densenet import DenseNet121
+from models.efficientnet import EfficientNetB0
 from models.inception import InceptionV3
 from models.lenet import LeNet5
+from models.mobilenet import MobileNetV2
 from models.resnet import ResNet, ResNet18, ResNet50, ResNet101
 from models.resnet_nnx import ResNetNNX
+from models.squeezenet import SqueezeNet, SqueezeNet11
 from models.unet import UNet
 from models.unet3d import UNet3D
 from models.vgg import VGG16
@@ -20,14 +24,19 @@ __all__ = [
     "VGG16",
     "AlexNet",
     "AlexNetNNX",
+    "ConvNeXtTiny",
     "DenseNet121",
+    "EfficientNetB0",
     "InceptionV3",
     "LeNet5",
+    "MobileNetV2",
     "ResNet",
     "ResNet18",
     "ResNet50",
     "ResNet101",
     "ResNetNNX",
+    "SqueezeNet",
+    "SqueezeNet11",
     "UNet",
     "UNet3D",
 ]

@@ -18,13 +18,18 @@ from models import (
     VGG16,
     AlexNet,
     AlexNetNNX,
+    ConvNeXtTiny,
     DenseNet121,
+    EfficientNetB0,
     InceptionV3,
     LeNet5,
+    MobileNetV2,
     ResNet18,
     ResNet50,
     ResNet101,
     ResNetNNX,
+    SqueezeNet,
+    SqueezeNet11,
     UNet,
     UNet3D,
 )
@@ -54,6 +59,11 @@ PUBLISHED: dict[str, tuple[Any, int]] = {
     "unet": (UNet(), UNET_COUNT),
     "unet bilinear": (UNet(upsample="bilinear"), UNET_COUNT),
     "unet3d": (UNet3D(), 19_069_955 + 2_336),  # see the test of its count
+    "mobilenet_v2": (MobileNetV2(), 3_504_872),
+    "efficientnet_b0": (EfficientNetB0(), 5_288_548),
+    "convnext_tiny": (ConvNeXtTiny(), 28_589_128),
+    "squeezenet1_0": (SqueezeNet(), 1_248_424),
+    "squeezenet1_1": (SqueezeNet11(), 1_235_496),
 }
 PUBLISHED_NNX: dict[str, tuple[Any, int]] = {
     "alexnet": (AlexNetNNX, ALEXNET_COUNT),
@@ -74,6 +84,16 @@ TINY_RESNET18 = ResNet18(num_classes=8, stage_sizes=(1, 1), width=8)
 TINY_RESNET50 = ResNet50(num_classes=8, stage_sizes=(2, 1), width=8)
 TINY_UNET = UNet(depth=2, width=8)
 TINY_UNET3D = UNet3D(depth=1, width=8)
+TINY_MOBILENET = MobileNetV2(
+    num_classes=8, stages=((1, 16, 1, 1), (6, 24, 2, 2)), width_multiplier=1 / 4
+)
+TINY_EFFICIENTNET = EfficientNetB0(
+    num_classes=8,
+    stages=((1, 3, 16, 1, 1), (6, 3, 24, 1, 2), (6, 5, 24, 1, 1)),
+    width_multiplier=1 / 4,
+)
+TINY_CONVNEXT = ConvNeXtTiny(num_classes=8, stage_sizes=(1, 1), width=8, layer_scale=1.0)
+TINY_SQUEEZENET = SqueezeNet(num_classes=8, stages=((8,), (8,)), width=8)
 TINY: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "lenet5": (LeNet5(num_classes=8), (14, 14, 1), (8,)),
     "lenet5 wide": (LeNet5(num_classes=8), (28, 32, 1), (8,)),
@@ -94,6 +114,15 @@ TINY: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "unet bilinear": (TINY_UNET.clone(upsample="bilinear"), (16, 24, 1), (16, 24, 2)),
     "unet3d": (TINY_UNET3D, (8, 8, 8, 3), (8, 8, 8, 3)),
     "unet3d wide": (TINY_UNET3D, (8, 16, 4, 1), (8, 16, 4, 3)),
+    "mobilenet_v2": (TINY_MOBILENET, (32, 32, 3), (8,)),
+    "mobilenet_v2 wide": (TINY_MOBILENET, (33, 52, 1), (8,)),
+    "efficientnet_b0": (TINY_EFFICIENTNET, (32, 32, 3), (8,)),
+    "efficientnet_b0 wide": (TINY_EFFICIENTNET, (33, 52, 1), (8,)),
+    "convnext_tiny": (TINY_CONVNEXT, (32, 32, 3), (8,)),
+    "convnext_tiny wide": (TINY_CONVNEXT, (33, 54, 1), (8,)),
+    "squeezenet1_0": (TINY_SQUEEZENET, (32, 32, 3), (8,)),
+    "squeezenet1_0 wide": (TINY_SQUEEZENET, (33, 52, 1), (8,)),
+    "squeezenet1_1": (SqueezeNet11(num_classes=8), (17, 17, 3), (8,)),
 }
 
 
