@@ -21,6 +21,7 @@ from models import (
     ConvNeXtTiny,
     DenseNet121,
     EfficientNetB0,
+    HandPose,
     InceptionV3,
     LeNet5,
     MobileNetV2,
@@ -28,11 +29,15 @@ from models import (
     ResNet50,
     ResNet101,
     ResNetNNX,
+    SpeechCNN,
+    SpeechM5,
+    SpeechM18,
     SqueezeNet,
     SqueezeNet11,
     UNet,
     UNet3D,
 )
+from models.handpose import expected_position
 
 # As published: torchvision's documentation, unless something else is said. LeNet-5 has a full
 # second convolution, counted layer by layer.
@@ -46,6 +51,15 @@ UNET_COUNT = (
     + (64 + 1) * 2
 )
 ALEXNET_COUNT = 61_100_840
+
+
+def _speech_count(first: int, *others: int) -> int:
+    """Convolutions without bias, scale and bias of the normalization, last layer."""
+    pairs = zip((first, *others), others, strict=False)
+    convs = 80 * first + sum(3 * i * o for i, o in pairs)
+    return convs + 2 * sum((first, *others)) + (others[-1] + 1) * 10
+
+
 PUBLISHED: dict[str, tuple[Any, int]] = {
     "lenet5": (LeNet5(), LENET5_COUNT),
     "alexnet": (AlexNet(), ALEXNET_COUNT),
@@ -64,6 +78,14 @@ PUBLISHED: dict[str, tuple[Any, int]] = {
     "convnext_tiny": (ConvNeXtTiny(), 28_589_128),
     "squeezenet1_0": (SqueezeNet(), 1_248_424),
     "squeezenet1_1": (SqueezeNet11(), 1_235_496),
+    "speech m5": (SpeechM5(), _speech_count(128, 128, 256, 512)),
+    "speech m11": (SpeechCNN(), _speech_count(64, *[64] * 2, *[128] * 2, *[256] * 3, *[512] * 2)),
+    "speech m18": (SpeechM18(), _speech_count(64, *[64] * 4, *[128] * 4, *[256] * 4, *[512] * 4)),
+    # ResNet-50 without its last layer, then the three transposed convolutions and the heat maps.
+    "handpose": (
+        HandPose(),
+        (25_557_032 - 2049 * 1000) + (16 * 2048 + 2 + 2 * (16 * 256 + 2)) * 256 + (256 + 1) * 21,
+    ),
 }
 PUBLISHED_NNX: dict[str, tuple[Any, int]] = {
     "alexnet": (AlexNetNNX, ALEXNET_COUNT),
@@ -93,6 +115,10 @@ TINY_EFFICIENTNET = EfficientNetB0(
     width_multiplier=1 / 4,
 )
 TINY_CONVNEXT = ConvNeXtTiny(num_classes=8, stage_sizes=(1, 1), width=8, layer_scale=1.0)
+TINY_SPEECH = SpeechCNN(num_classes=8, stages=((8, 1), (16, 2)), poolings=1)
+TINY_HANDPOSE = HandPose(
+    num_keypoints=4, stage_sizes=(1, 1), bottleneck=False, width=8, deconv_widths=(8,)
+)
 TINY_SQUEEZENET = SqueezeNet(num_classes=8, stages=((8,), (8,)), width=8)
 TINY: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "lenet5": (LeNet5(num_classes=8), (14, 14, 1), (8,)),
@@ -123,6 +149,11 @@ TINY: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "squeezenet1_0": (TINY_SQUEEZENET, (32, 32, 3), (8,)),
     "squeezenet1_0 wide": (TINY_SQUEEZENET, (33, 52, 1), (8,)),
     "squeezenet1_1": (SqueezeNet11(num_classes=8), (17, 17, 3), (8,)),
+    "speech": (TINY_SPEECH, (256, 1), (8,)),
+    "speech short": (TINY_SPEECH, (100, 2), (8,)),
+    "handpose": (TINY_HANDPOSE, (32, 32, 3), (8, 8, 4)),
+    "handpose wide": (TINY_HANDPOSE, (32, 48, 3), (8, 12, 4)),
+    "handpose coordinates": (TINY_HANDPOSE.clone(output="coordinates"), (32, 32, 3), (4, 2)),
 }
 
 
@@ -206,6 +237,16 @@ def test_count_of_3d_unet_is_the_published_one_without_scales() -> None:
 def test_unet_refuses_sizes_that_do_not_halve(model: Any, input_shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"multiples of {2**model.depth}"):
         _variables(model, input_shape)
+
+
+def test_speech_counts_round_to_the_published_ones() -> None:
+    assert [round(PUBLISHED[f"speech {name}"][1] / 1e6, 1) for name in ("m11", "m18")] == [1.8, 3.7]
+
+
+def test_coordinates_of_a_hand_pose_are_those_of_the_peaks() -> None:
+    heatmaps = jnp.zeros((1, 4, 8, 2)).at[0, 1, 6, 0].set(50).at[0, 3, 0, 1].set(50)
+    expected = [[[6.5 / 8, 1.5 / 4], [0.5 / 8, 3.5 / 4]]]
+    np.testing.assert_allclose(expected_position(heatmaps), expected, atol=1e-6)
 
 
 def test_auxiliary_head_of_inception() -> None:
