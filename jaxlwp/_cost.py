@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -40,7 +40,7 @@ def member_collectives(
     member: Member, config: Config, axis_sizes: dict[str, int]
 ) -> tuple[Collective, ...]:
     """Halo exchanges and sums of partial results of one operator under a config."""
-    return (
+    once = (
         *(
             collective
             for piece in halo_pieces(member, config, axis_sizes)
@@ -48,6 +48,15 @@ def member_collectives(
         ),
         *_partial_collectives(member, config, axis_sizes),
     )
+    return _with_recomputation(once, member.recomputed)
+
+
+def _with_recomputation(
+    collectives: Sequence[Collective], recomputed: bool
+) -> tuple[Collective, ...]:
+    """The collectives, and those of the forward pass again in the backward pass."""
+    again = (replace(c, backward=True) for c in collectives if recomputed and not c.backward)
+    return (*collectives, *again)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +141,7 @@ def use_collectives(
     """Collectives that bring a value from its source's layout to the one its reader wants."""
     source = use_source_layout(use, source_config, axis_sizes)
     active = frozenset(axis for name in use.active for axis in config.axes(name))
-    return layout_collectives(
+    once = layout_collectives(
         use.info.shape,
         use.info.itemsize,
         source,
@@ -141,6 +150,7 @@ def use_collectives(
         use.gradient,
         tuple(axis_sizes.items()),
     )
+    return _with_recomputation(once, use.recomputed) if use.recomputed else once
 
 
 def use_source_layout(use: Use, source_config: Config, axis_sizes: dict[str, int]) -> Layout:
@@ -203,22 +213,27 @@ def strategy_collectives(
     received: set[tuple[object, ...]] = set()
     for layer, config in zip(graph.layers, configs, strict=True):
         for member in layer.members:
-            result += _partial_collectives(member, config, axis_sizes)
+            partial = _partial_collectives(member, config, axis_sizes)
+            result += _with_recomputation(partial, member.recomputed)
             operand = _operand_key(graph, layer, member, config)
             for piece in halo_pieces(member, config, axis_sizes):
-                for collective in _piece_collectives(piece, member.gradient[0]):
+                once = tuple(_piece_collectives(piece, member.gradient[0]))
+                every = _with_recomputation(once, member.recomputed)
+                for number, collective in enumerate(every):
                     # Forward the compiler merges what only differs in the axes of the gradient.
                     source = operand if collective.backward else operand[:-1]
-                    key = (*source, piece.path)
-                    if (collective.backward, *key) not in received:
+                    key = (number, *source, piece.path)
+                    if key not in received:
                         result.append(collective)
-                    received.add((collective.backward, *key))
-    changes: dict[_Change, bool] = {}
-    for change, gradient in _changes(graph, configs, axis_sizes):
-        changes[change] = changes.get(change, False) or gradient
+                    received.add(key)
+    changes: dict[_Change, list[Use]] = {}
+    for change, use in _changes(graph, configs, axis_sizes):
+        changes.setdefault(change, []).extend([use] if use else [])
     done: set[tuple[object, ...]] = set()
-    for change, gradient in changes.items():
-        result += _change_collectives(graph, change, gradient, axis_sizes, done)
+    for change, uses in changes.items():
+        gradient = any(use.gradient for use in uses)
+        once = tuple(_change_collectives(graph, change, gradient, axis_sizes, done))
+        result += _with_recomputation(once, any(use.recomputed for use in uses))
     return tuple(result)
 
 
@@ -269,19 +284,19 @@ def _change_collectives(
 
 def _changes(
     graph: ComputationGraph, configs: Sequence[Config], axis_sizes: dict[str, int]
-) -> Iterator[tuple[_Change, bool]]:
-    """Every change of layout (what layers read, the function's outputs); has it a gradient."""
+) -> Iterator[tuple[_Change, Use | None]]:
+    """Every change of layout: what layers read, and the function's outputs."""
     for layer, config in zip(graph.layers, configs, strict=True):
         for use in layer.uses:
             source = use_source_layout(use, configs[use.source], axis_sizes)
             active = frozenset(axis for name in use.active for axis in config.axes(name))
-            yield (use.value, source, config.layout(use.labels), active), use.gradient
+            yield (use.value, source, config.layout(use.labels), active), use
     for value in graph.program.outputs:
         if value in graph.homes:
             home, labels = graph.homes[value]
             source = configs[home].layout(labels)
             target = even_layout(graph.program.values[value].shape, source, axis_sizes)
-            yield (value, source, target, layout_axes(target)), False
+            yield (value, source, target, layout_axes(target)), None
 
 
 # --- seconds -------------------------------------------------------------------------------------
@@ -350,10 +365,11 @@ class AnalyticCostModel:
             math.prod(shape) * value.itemsize
             for shape, value in zip((*operands, *results), values, strict=True)
         )
-        passes = 1 + sum(member.gradient)
+        passes = 1 + sum(member.gradient) + member.recomputed
         if rate is None:
             # Elementwise work is fused with its neighbours: what counts is one pass over memory.
-            return float(min(passes, 2) * moved / self.devices.memory_bytes_per_s)
+            passes = min(passes, 2 + member.recomputed)
+            return float(passes * moved / self.devices.memory_bytes_per_s)
         # A sum, not the roofline's maximum: an operator that reads more for the same operations
         # is never as fast, and where operations dominate the maximum would hide that.
         once_s = flops / rate + moved / self.devices.memory_bytes_per_s

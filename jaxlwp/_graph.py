@@ -18,11 +18,13 @@ class Member:
       equation: the operator.
       signature: its signature, in the layer's dimension names.
       gradient: for each operand, whether it has a cotangent.
+      recomputed: it is evaluated again in the backward pass (`jax.checkpoint`).
     """
 
     equation: Equation
     signature: Signature
     gradient: tuple[bool, ...]
+    recomputed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class Use:
       source_labels: dimension names of the value in the source layer.
       argument: the value is an argument of the function (parameter or batch).
       gradient: the value has a cotangent.
+      recomputed: it is brought here again in the backward pass (`jax.checkpoint`).
     """
 
     value: int
@@ -49,6 +52,7 @@ class Use:
     source_labels: Labels
     argument: bool
     gradient: bool
+    recomputed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

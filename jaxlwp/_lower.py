@@ -13,7 +13,9 @@ zero on the way out, which stops whatever it holds, NaN included, in both direct
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +29,10 @@ from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._halo import dilate, exchange, plan_halo
 from jaxlwp._layout import degree, even_layout, layout_axes, local_shape
-from jaxlwp._program import Equation
+from jaxlwp._program import Checkpoint, Equation
 from jaxlwp._reshard import reshard
 from jaxlwp._trace import pull, whole
-from jaxlwp.ops import RULES, Labels, Local, Signature
+from jaxlwp.ops import RULES, Labels, Local, Signature, rule_of
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,7 @@ class Lowered:
     def __call__(self, *blocks: Any) -> tuple[Any, ...]:
         """Evaluate on blocks of the arguments, inside `jax.shard_map`; returns output blocks."""
         run = _Run(self, blocks)
-        for position, eqn in enumerate(self.graph.program.equations):
-            if position in self.graph.assigned:
-                layer, signature = self.graph.assigned[position]
-                run.execute(eqn, signature, layer)
+        run.evaluate(range(len(self.graph.program.equations)), depth=0)
         outputs = zip(self.graph.program.outputs, self.output_layouts(), strict=True)
         return tuple(run.output(value, layout) for value, layout in outputs)
 
@@ -101,6 +100,19 @@ def stored_layout(
     return even_layout(shape, configs[layer].layout(labels), axis_sizes)
 
 
+def _read_elsewhere(graph: ComputationGraph, positions: Sequence[int]) -> tuple[int, ...]:
+    """Values that layers make at the given positions and that something after them reads."""
+    inside = frozenset(positions)
+    wanted = set(graph.program.outputs)
+    for position, eqn in reversed(list(enumerate(graph.program.equations))):
+        # A lazy operator is evaluated by those who read it.
+        lazy = position in inside and position not in graph.assigned
+        if position not in inside or (lazy and wanted.intersection(eqn.results)):
+            wanted.update(eqn.operands)
+    made = (value for i in positions for value in graph.program.equations[i].results)
+    return tuple(value for value in made if value in wanted and value in graph.homes)
+
+
 class _Run:
     """One evaluation: the values made so far."""
 
@@ -116,6 +128,44 @@ class _Run:
         for value, constant in self.program.constants.items():
             layout: Layout = ((),) * len(self.program.values[value].shape)
             self.made[value] = Placed(constant, layout)
+
+    def evaluate(self, positions: Sequence[int], depth: int) -> None:
+        """Evaluate equations in order.
+
+        Args:
+          positions: of the equations in the program.
+          depth: how many calls of `jax.checkpoint` around them are dealt with already.
+        """
+        equations = self.program.equations
+
+        def call_of(position: int) -> Checkpoint | None:
+            calls = equations[position].checkpoints
+            return calls[depth] if len(calls) > depth else None
+
+        for call, group in itertools.groupby(positions, call_of):
+            if call is not None:
+                self.checkpoint(call, tuple(group), depth + 1)
+                continue
+            for position in group:
+                if position in self.graph.assigned:
+                    layer, signature = self.graph.assigned[position]
+                    self.execute(equations[position], signature, layer)
+
+    def checkpoint(self, call: Checkpoint, positions: Sequence[int], depth: int) -> None:
+        """Evaluate the equations of a `jax.checkpoint`: only what others read is kept."""
+        kept = _read_elsewhere(self.graph, positions)
+
+        def body() -> list[Any]:
+            inner = copy.copy(self)
+            inner.made, inner.cache = dict(self.made), dict(self.cache)
+            inner.memo = dict(self.memo)
+            inner.evaluate(positions, depth)
+            return [inner.made[value].block for value in kept]
+
+        body = jax.checkpoint(body, policy=call.policy, prevent_cse=call.prevent_cse)
+        for value, block in zip(kept, body(), strict=True):
+            layer, labels = self.graph.homes[value]
+            self.made[value] = Placed(block, self.lowered.configs[layer].layout(labels))
 
     def execute(self, eqn: Equation, signature: Signature, layer: int) -> None:
         """Evaluate an equation that belongs to a layer."""
@@ -224,10 +274,9 @@ class _Run:
         local = dataclasses.replace(
             local, haloed=haloed, reduced_axes=reduced_axes, varying=varying
         )
-        rule = RULES.get(eqn.name)
-        known = rule is not None and rule.signature(eqn) is not None
-        results = rule.lower(eqn, blocks, local) if rule and known else eqn.bind(*blocks)
-        if reduced_axes and not (rule and rule.combines):
+        found = rule_of(eqn)
+        results = found[0].lower(eqn, blocks, local) if found else eqn.bind(*blocks)
+        if reduced_axes and not (found and found[0].combines):
             results = tuple(lax.psum(block, reduced_axes) for block in results)
         return self.masked_results(eqn, signature, config, results)
 

@@ -21,7 +21,7 @@ import jax
 
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._program import Equation, KnownValues, Program, flatten, without_dead_code
-from jaxlwp.ops import RECOGNISED, RULES, Labels, Rule, Signature, default_names
+from jaxlwp.ops import RECOGNISED, RULES, Labels, Rule, Signature, default_names, rule_of
 
 ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
 """Operators through which no cotangent flows."""
@@ -148,8 +148,8 @@ def pull(eqn: Equation, position: int, labels: Labels) -> Signature | None:
 
 
 def _signature_of(eqn: Equation) -> Signature | None:
-    rule = RULES.get(eqn.name)
-    return rule.signature(eqn) if rule else None
+    found = rule_of(eqn)
+    return found[1] if found else None
 
 
 def whole(eqn: Equation) -> Signature:
@@ -371,6 +371,7 @@ class _Reader:
         layer: int,
     ) -> None:
         self.grouping, self.gradients, self.owners, self.layer = grouping, gradients, owners, layer
+        self.recomputed = False  # the operator at hand, and what it pulls
         self.members: list[Member] = []
         self.uses: dict[tuple[int, Labels, frozenset[str]], Use] = {}
         self.made: dict[tuple[int, Labels, frozenset[str]], bool] = {}
@@ -379,12 +380,21 @@ class _Reader:
         self, eqn: Equation, signature: Signature, active: frozenset[str] | None = None
     ) -> None:
         """Read an operator's operands; `active` is its own dimensions unless it is pulled."""
+        if active is None:
+            self.recomputed = bool(eqn.checkpoints)
         reached = any(result in self.gradients for result in eqn.results)
         gradient = tuple(reached and operand in self.gradients for operand in eqn.operands)
         names = signature.names if active is None else active
         for operand, labels, flows in zip(eqn.operands, signature.operands, gradient, strict=True):
             self.want(operand, labels, names, flows)
-        self.members.append(Member(equation=eqn, signature=signature, gradient=gradient))
+        self.members.append(
+            Member(
+                equation=eqn,
+                signature=signature,
+                gradient=gradient,
+                recomputed=self.recomputed and any(gradient),
+            )
+        )
 
     def want(self, value: int, labels: Labels, active: frozenset[str], gradient: bool) -> None:
         program = self.grouping.program
@@ -418,6 +428,7 @@ class _Reader:
             source_labels=source_labels,
             argument=argument,
             gradient=gradient,
+            recomputed=self.recomputed and gradient,
         )
 
 

@@ -1,6 +1,17 @@
 """Operator rules: one file per family of operators, and the only code that knows an operator."""
 
-from jaxlwp.ops import _arrange, _conv, _dense, _elementwise, _pool, _reduce, _resize, _shape
+from jaxlwp._program import Equation
+from jaxlwp.ops import (
+    _arrange,
+    _conv,
+    _custom,
+    _dense,
+    _elementwise,
+    _pool,
+    _reduce,
+    _resize,
+    _shape,
+)
 from jaxlwp.ops._rule import (
     Labels,
     Local,
@@ -24,6 +35,18 @@ RULES: dict[str, Rule] = {
 }
 """Operator rule by the name of the JAX primitive."""
 
+
+def rule_of(eqn: Equation) -> tuple[Rule, Signature] | None:
+    """Rule of an equation, and its signature; None if there is no rule for this use of it."""
+    if "signature" not in eqn.notes:
+        rule = RULES.get(eqn.name)
+        eqn.notes["signature"] = rule.signature(eqn) if rule else None
+    signature = eqn.notes["signature"]
+    return (RULES[eqn.name], signature) if signature is not None else None
+
+
+RULES.update(_custom.rules(rule_of))
+
 RECOGNISED = _resize.RECOGNISED
 """By the name of the primitive: `recognise(equation, known operands)` gives the equation as another
 operator, or None. Called where some operands depend on no argument of the program."""
@@ -38,5 +61,6 @@ __all__ = [
     "Signature",
     "Window",
     "default_names",
+    "rule_of",
     "spatial_names",
 ]

@@ -117,12 +117,19 @@ def _lower_dynamic_slice(eqn: Equation, operands: Sequence[Any], local: Local) -
     return eqn.bind(*operands, slice_sizes=local.result_shapes[0])
 
 
+def _row_signature(eqn: Equation) -> Signature:
+    """One row of a stack (of the parameters of many layers)."""
+    labels = anonymous(len(eqn.operand_values[0].shape))
+    return Signature(role="follow", operands=((None, *labels[1:]),), results=(labels[1:],))
+
+
 def _rule(kind: str, signature: Callable[[Equation], Signature | None], **kwargs: Any) -> Rule:
     return Rule(kind=kind, signature=signature, lower=kwargs.get("lower", bind_lowering))
 
 
 RULES = {
     "concatenate": _rule("concat", _along("dimension")),
+    "row": _rule("slice", _row_signature),
     "split": _rule("split", _along("axis")),
     "rev": _rule("reverse", _along("dimensions")),
     "sort": _rule("sort", _along("dimension")),

@@ -10,36 +10,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlwp._program import Equation
+from jaxlwp._program import Equation, StandIn
 from jaxlwp.ops._rule import Labels, Local, Rows, Rule, Signature, anonymous
 
 NARROW = 8
 """A band of at most so many rows, or of half of them, is narrow."""
 
 
-@dataclass(frozen=True)
-class _Resize:
-    """Stands in for the primitive of an equation that was recognised as a resizing."""
-
-    name: str = "resize"
-    multiple_results: bool = False
-
-    def get_bind_params(self, params: dict[str, Any]) -> dict[str, Any]:
-        return params
-
-    def bind(self, x: Any, *, table: Any, dim: int, out_dim: int, options: Any, **_: Any) -> Any:
-        return _apply(x, jnp.asarray(table), dim, out_dim, options)
-
-
-def _apply(x: Any, table: Any, dim: int, out_dim: int, options: dict[str, Any]) -> Any:
+def _apply(x: Any, *, table: Any, dim: int, out_dim: int, options: dict[str, Any]) -> Any:
     """Rows by index (a table of rank 1), or combined by a matrix [rows, rows of the result]."""
+    table = jnp.asarray(table)
     if table.ndim == 1:
         return jnp.take(x, table, axis=dim, mode="clip")
     y = lax.dot_general(x, table, (((dim,), (0,)), ((), ())), **options)
@@ -59,10 +45,11 @@ def recognise(eqn: Equation, known: Sequence[np.ndarray | None]) -> Equation | N
     position, table, dim, out_dim, options = made
     return dataclasses.replace(
         eqn,
-        primitive=_Resize(),
+        primitive=StandIn("resize", _apply),
         params={"table": table, "dim": dim, "out_dim": out_dim, "options": options},
         operands=(eqn.operands[position],),
         operand_values=(eqn.operand_values[position],),
+        notes={},
     )
 
 
@@ -154,15 +141,7 @@ def _lower(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, .
     block = local.result_shapes[0][params["out_dim"]]
     tables = _blocks(params["table"], _reach(eqn), operands[0].shape[params["dim"]], block)
     index = local.offsets[0][params["out_dim"]] // block
-    return (
-        _apply(
-            operands[0],
-            jnp.asarray(tables)[index],
-            params["dim"],
-            params["out_dim"],
-            params["options"],
-        ),
-    )
+    return eqn.bind(*operands, table=jnp.asarray(tables)[index])
 
 
 def _blocks(table: np.ndarray, reads: Rows, rows: int, block: int) -> np.ndarray:

@@ -6,6 +6,7 @@ rows over 4 parts have fewer rows a block than a window reads, 13 and 27 never d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -445,6 +446,38 @@ def images(shape: tuple[int, ...]) -> Any:
     return lambda rng: (jnp.asarray(rng.integers(0, 256, shape), jnp.uint8),)
 
 
+def nested_checkpoints(params: Any) -> Any:
+    """A call within a call; the second keeps its convolution, and reads what the first made."""
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+    def inner(x: Any) -> Any:
+        return jnp.tanh(convolve(x, params["k"]))
+
+    @jax.checkpoint
+    def outer(x: Any) -> Any:
+        y = inner(jnp.sin(x))
+        return jnp.cos(y) + y.mean((1, 2), keepdims=True) * x
+
+    y = outer(params["x"])
+    return inner(y) + y
+
+
+def scan_of_layers(params: Any) -> Any:
+    """The same layer with each of a stack of kernels; its last output, and a mean of each."""
+
+    def layer(x: Any, kernel: Any) -> Any:
+        y = jnp.tanh(convolve(x, kernel))
+        return y, y.mean((1, 2))
+
+    y, means = lax.scan(layer, params["x"], params["stack"], reverse=True)
+    return y * 2 + means[0][:, None, None]
+
+
+def scan_of_checkpoints(params: Any) -> Any:
+    layer = jax.checkpoint(lambda x, kernel: (jnp.tanh(convolve(x, kernel)), None))
+    return lax.scan(layer, params["x"], params["stack"])[0]
+
+
 MEAN = np.float32([0.5, -1.0, 2.0, 0.1, -0.3])
 
 CHAINS = [
@@ -511,6 +544,15 @@ CHAINS = [
         front=False,
     ),
     chain(
+        "checkpoint-7x9",
+        (3, 7, 9, 5),
+        jax.checkpoint(lambda p: jnp.sin(convolve(jnp.tanh(convolve(p["x"], p["k"])), p["l"]))),
+        {"k": (3, 3, 5, 6), "l": (3, 3, 6, 5)},
+    ),
+    chain("checkpoint-nested", (4, 8, 8, 4), nested_checkpoints, {"k": (3, 3, 4, 4)}),
+    chain("scan-7x9", (3, 7, 9, 5), scan_of_layers, {"stack": (3, 3, 3, 5, 5)}),
+    chain("scan-checkpoint", (4, 8, 8, 4), scan_of_checkpoints, {"stack": (2, 3, 3, 4, 4)}),
+    chain(
         "concatenate-7x9",
         (3, 7, 9, 5),
         lambda p: jnp.concatenate([convolve(p["x"], p["kernel"]), p["x"]], -1),
@@ -571,6 +613,41 @@ def resize(
 def pixel_shuffle(x: Any) -> Any:
     b, h, w, c = x.shape
     return x.reshape(b, h, w, 2, 2, c // 4).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, c // 4)
+
+
+@jax.custom_vjp
+def halved_gradient(x: Any) -> Any:
+    """A derivative that is not the function's own."""
+    return jnp.tanh(x) * 2
+
+
+halved_gradient.defvjp(lambda x: (halved_gradient(x), jnp.cosh(x)), lambda c, g: (g / c**2,))
+
+
+@jax.custom_vjp
+def clipped_softmax(x: Any) -> Any:
+    """Mixes the last dimension, in both directions."""
+    return nn.softmax(x)
+
+
+def clipped_softmax_backward(y: Any, g: Any) -> tuple[Any]:
+    return (jnp.clip(y * (g - jnp.sum(y * g, -1, keepdims=True)), -0.1, 0.1),)
+
+
+clipped_softmax.defvjp(lambda x: (clipped_softmax(x), clipped_softmax(x)), clipped_softmax_backward)
+
+
+@jax.custom_jvp
+def normalised(x: Any, scale: Any) -> Any:
+    """Two operands, one broadcast; its derivative takes the length for a constant."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True) * scale
+
+
+@normalised.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x, scale), (t, u) = primals, tangents
+    length = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return normalised(x, scale), t / length * scale + x / length * u
 
 
 NOT_CHANNEL = IMAGE - {"channel"}
@@ -653,6 +730,15 @@ ARRANGEMENTS = [
         ),
         rearrange(f"softmax{suffix}", x, nn.softmax, "reduce", IMAGE),
         rearrange(f"layer_norm{suffix}", x, layer_norm, "reduce", IMAGE),
+        rearrange(f"custom_vjp{suffix}", x, lambda x: halved_gradient(x * 2), "avg_pool", IMAGE),
+        rearrange(f"custom_vjp-softmax{suffix}", x, clipped_softmax, "custom", NOT_CHANNEL),
+        rearrange(
+            f"custom_jvp-norm{suffix}",
+            x,
+            lambda x: normalised(x, jnp.tanh(x[:, :1, :, :])),
+            "custom",
+            NOT_CHANNEL,
+        ),
         rearrange(f"repeat{suffix}", x, lambda x: jnp.repeat(x, 2, 1), "reshape", IMAGE),
     )
 ] + [

@@ -48,7 +48,7 @@ class Entry:
 ZOO: dict[str, Entry] = {
     "inception_v3": Entry(
         model=InceptionV3(num_classes=CLASSES, blocks=(1, 1, 1), width_multiplier=0.125),
-        input_shape=(95, 95, 3),
+        input_shape=(139, 139, 3),
     ),
     "densenet121": Entry(
         model=DenseNet121(num_classes=CLASSES, stage_sizes=(2, 2), growth_rate=8, width=16),
