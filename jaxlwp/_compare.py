@@ -278,9 +278,7 @@ class _Step:
     memory: _Memory
 
     def place(self, state: Any, batch: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        # The step gives its state away, and placed arrays may share memory with what they were
-        # placed from: a copy of it.
-        placed = self.plan.place(jax.tree.map(jnp.copy, state))
+        placed = self.plan.place(state)
         data = self.plan.place_batch(*batch)
         return placed, (data,) if len(batch) == 1 else data
 

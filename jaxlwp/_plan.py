@@ -143,8 +143,8 @@ class Plan:
 
         Leaves that stand for a parameter (the parameters themselves, and leaves of the optimizer
         state whose path ends in a parameter's path and that have its shape) are split like it;
-        all other arrays are replicated. A placed array may share memory with the one given:
-        once it is donated to a jitted step, the one given is gone too.
+        all other arrays are replicated. Placed arrays share no memory with those given, so a step
+        may donate them.
 
         Args:
           state: parameters, an optimizer state, a Flax `TrainState`, or any pytree of them.
@@ -153,7 +153,12 @@ class Plan:
           The same pytree, its leaves placed.
         """
         leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-        placed = [jax.device_put(leaf, self.sharding_for(path, leaf)) for path, leaf in leaves]
+        # Copies: device_put shares the buffer that is already on its device, even if told not to.
+        own = (leaf.copy() if isinstance(leaf, jax.Array) else leaf for _, leaf in leaves)
+        placed = [
+            jax.device_put(leaf, self.sharding_for(path, leaf))
+            for (path, _), leaf in zip(leaves, own, strict=True)
+        ]
         return jax.tree.unflatten(tree, placed)
 
     def place_batch(self, *batch: Any) -> Any:
