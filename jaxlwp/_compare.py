@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
