@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlwp._layout import Collective, wire_bytes
+from jaxlwp._layout import Collective, wire_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +120,20 @@ class DeviceGraph:
         return tuple(tuple(group) for group in groups.values())
 
     def collective_s(self, collective: Collective) -> float:
-        """Seconds of one collective: ring steps times latency, and bytes over the slowest link."""
-        axes = [axis for axis in self.axes if axis.name in collective.axes]
+        """Seconds of one collective."""
+        latency_s, byte_s = self.link_rate(collective.kind, collective.axes)
+        return latency_s + byte_s * collective.num_bytes
+
+    def link_rate(self, kind: str, names: tuple[str, ...]) -> tuple[float, float]:
+        """Seconds of a collective beside its bytes, and for each byte of a device's operand.
+
+        Ring steps times the latency, and bytes over the slowest link.
+        """
+        axes = [axis for axis in self.axes if axis.name in names]
         parts = math.prod(axis.size for axis in axes)
-        steps = {"all-reduce": 2 * (parts - 1), "collective-permute": 1}.get(
-            collective.kind, parts - 1
-        )
+        steps = {"all-reduce": 2 * (parts - 1), "collective-permute": 1}.get(kind, parts - 1)
         latency_s = steps * max(axis.latency_s for axis in axes)
-        slowest = min(axis.bytes_per_s for axis in axes)
-        return latency_s + wire_bytes(collective, self.axis_sizes) / slowest
+        return latency_s, wire_share(kind, parts) / min(axis.bytes_per_s for axis in axes)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `from_json` reads it back."""

@@ -18,9 +18,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxlwp._config import Layout
 
@@ -126,43 +127,79 @@ def plan_moves(
     """
     if source == target and active <= layout_axes(source):
         return ()
-    total = math.prod(axis_sizes.values())
-    # Dimensions that every split divides behave alike whatever their size: one cache entry.
-    sizes = tuple(0 if size % total == 0 else size for size in shape)
-    return _plan(sizes, source, target, active, tuple(axis_sizes.items()))
+    uneven = tuple(
+        (size % degree(old, axis_sizes) != 0, size % degree(new, axis_sizes) != 0)
+        for size, old, new in zip(shape, source, target, strict=True)
+    )
+    options = plan_options(source, target, active, uneven, tuple(axis_sizes.items()))
+
+    def sent(moves: tuple[Move, ...]) -> int:
+        exchanges = move_exchanges(source, moves, axis_sizes)
+        return sum(e.weight(axis_sizes) * e.block_elements(shape) for e in exchanges)
+
+    return options[0] if len(options) == 1 else min(options, key=sent)
 
 
 @functools.cache
-def _plan(
-    sizes: tuple[int, ...],
+def plan_options(
     source: Layout,
     target: Layout,
     active: frozenset[str],
+    uneven: tuple[tuple[bool, bool], ...],
     axes: tuple[tuple[str, int], ...],
-) -> tuple[Move, ...]:
-    """Cheapest of: the greedy sequence, and a permutation of blocks followed by it."""
+) -> tuple[tuple[Move, ...], ...]:
+    """The sequences of moves of which `plan_moves` takes the first that sends least.
+
+    The greedy one, and if that is stuck, permutations of blocks followed by it. They depend on the
+    shape only through which splits are uneven; those that never send least are left out, which
+    mostly leaves one.
+
+    Args:
+      source: layout before.
+      target: layout after.
+      active: axes over which the consumer's work differs.
+      uneven: for each dimension whether its split is uneven before, and after.
+      axes: names and sizes of the mesh axes.
+    """
     axis_sizes = dict(axes)
-    best, stuck = _greedy(sizes, source, target, active, axis_sizes)
+    best, stuck = _greedy(source, target, active, uneven, axis_sizes)
     if not stuck:
-        return best
+        return (best,)
+    options = [best]
     used = tuple(axis for axis in axis_sizes if axis in layout_axes(source))
-    scale = tuple(size or math.prod(axis_sizes.values()) for size in sizes)
+    for arranged in _rearrangements(source, axis_sizes):
+        rest, _ = _greedy(arranged, target, active, uneven, axis_sizes)
+        options.append((Move(kind="permute", axes=used, after=arranged), *rest))
+    even = [not any(odd) for odd in uneven]
+    sent = [_sent(source, moves, even, axis_sizes) for moves in options]
+    return tuple(
+        moves
+        for number, moves in enumerate(options)
+        if not any(
+            other <= sent[number] and (n < number or other != sent[number])
+            for n, other in enumerate(sent)
+        )
+    )
 
-    def cost(moves: tuple[Move, ...]) -> float:
-        priced = move_collectives(scale, 1, source, moves, axis_sizes, gradient=True)
-        return sum(wire_bytes(c, axis_sizes) for c in priced)
 
-    for arranged in _rearrangements(sizes, source, axis_sizes):
-        rest, _ = _greedy(sizes, arranged, target, active, axis_sizes)
-        moves = (Move(kind="permute", axes=used, after=arranged), *rest)
-        if cost(moves) < cost(best):
-            best = moves
-    return best
+def _sent(
+    source: Layout, moves: Sequence[Move], even: Sequence[bool], axis_sizes: Mapping[str, int]
+) -> Counter[tuple[int, ...]]:
+    """What a device sends, in blocks of the uneven dimensions by the degrees of their splits.
+
+    Blocks of even dimensions are a whole number of the smallest ones, whatever the size.
+    """
+    devices = math.prod(axis_sizes.values())
+    result: Counter[tuple[int, ...]] = Counter()
+    for exchange in move_exchanges(source, moves, axis_sizes):
+        splits = list(zip(exchange.degrees, even, strict=True))
+        smallest = math.prod(devices // parts for parts, divides in splits if divides)
+        degrees = tuple(parts for parts, divides in splits if not divides)
+        result[degrees] += exchange.weight(axis_sizes) * smallest
+    return result
 
 
-def _rearrangements(
-    sizes: tuple[int, ...], source: Layout, axis_sizes: Mapping[str, int]
-) -> list[Layout]:
+def _rearrangements(source: Layout, axis_sizes: Mapping[str, int]) -> list[Layout]:
     """Layouts over the same mesh axes with the same local shape as `source`."""
     flat = [axis for axes in source for axis in axes]
     result = []
@@ -178,33 +215,25 @@ def _rearrangements(
     return result
 
 
+def _common(old: Sequence[str], new: Sequence[str]) -> int:
+    """How many of their first axes two splits of a dimension have in common."""
+    pairs = zip(old, new, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 class _Change:
     """State of the greedy search: what is still to be removed from and added to each dimension."""
 
-    def __init__(
-        self,
-        sizes: tuple[int, ...],
-        source: Layout,
-        target: Layout,
-        axis_sizes: Mapping[str, int],
-    ) -> None:
-        def uneven(size: int, axes: tuple[str, ...]) -> bool:
-            return size % degree(axes, axis_sizes) != 0
-
+    def __init__(self, source: Layout, target: Layout, uneven: Sequence[tuple[bool, bool]]) -> None:
         self.now = [list(axes) for axes in source]
         self.remove: list[list[str]] = []
         self.add: list[list[str]] = []
-        self.whole_out, self.whole_in = [], []
-        for size, old, new in zip(sizes, source, target, strict=True):
-            common = 0
-            while common < min(len(old), len(new)) and old[common] == new[common]:
-                common += 1
-            if old != new and (uneven(size, old) or uneven(size, new)):
-                common = 0
+        self.whole_out = [out for out, _ in uneven]
+        self.whole_in = [into for _, into in uneven]
+        for old, new, odd in zip(source, target, uneven, strict=True):
+            common = 0 if any(odd) and old != new else _common(old, new)
             self.remove.append(list(old[common:]))
             self.add.append(list(new[common:]))
-            self.whole_out.append(uneven(size, old))
-            self.whole_in.append(uneven(size, new))
 
     def layout(self) -> Layout:
         return tuple(tuple(axes) for axes in self.now)
@@ -222,17 +251,17 @@ class _Change:
 
 
 def _greedy(
-    sizes: tuple[int, ...],
     source: Layout,
     target: Layout,
     active: frozenset[str],
+    uneven: Sequence[tuple[bool, bool]],
     axis_sizes: Mapping[str, int],
 ) -> tuple[tuple[Move, ...], bool]:
     """Slices first (they shrink the block), then all-to-alls, then gathers.
 
     Returns the moves and whether an axis had to be gathered only to be sliced again.
     """
-    change = _Change(sizes, source, target, axis_sizes)
+    change = _Change(source, target, uneven)
     moves = list(_slices(change))
     broadcast = tuple(
         a for a in axis_sizes if a in active - layout_axes(source) - layout_axes(target)
@@ -336,6 +365,67 @@ def _next_gather(change: _Change, active: frozenset[str]) -> Move | None:
     return None
 
 
+class Exchange(NamedTuple):
+    """A collective of a change of layout, whatever the array's size.
+
+    Attributes:
+      kind: as of a `Collective`.
+      axes: likewise.
+      backward: likewise.
+      blocks: how many blocks of the array its operand on each device consists of.
+      degrees: a block is what is left of the array if each dimension is split into so many parts.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    backward: bool
+    blocks: int
+    degrees: tuple[int, ...]
+
+    def block_elements(self, shape: Sequence[int]) -> int:
+        """Elements of one block of an array of the given global shape."""
+        return math.prod(map(cdiv, shape, self.degrees))
+
+    def weight(self, axis_sizes: Mapping[str, int]) -> int:
+        """Blocks that one device sends, times the number of devices: a whole number."""
+        parts = degree(self.axes, axis_sizes)
+        devices = math.prod(axis_sizes.values())
+        return self.blocks * _WIRE[self.kind](parts) * (devices // parts)
+
+
+def move_exchanges(
+    source: Layout, moves: Sequence[Move], axis_sizes: Mapping[str, int]
+) -> Iterator[Exchange]:
+    """The collectives that the moves perform, each followed by its transpose.
+
+    Args:
+      source: layout before the first move.
+      moves: from `plan_moves`.
+      axis_sizes: devices along each mesh axis.
+    """
+    before = tuple(degree(axes, axis_sizes) for axes in source)
+    for move in moves:
+        after = tuple(degree(axes, axis_sizes) for axes in move.after)
+        parts = degree(move.axes, axis_sizes)
+        if move.kind == "slice":
+            yield Exchange("all-gather", move.axes, True, 1, after)
+        elif move.kind == "cast":
+            yield Exchange("all-reduce", move.axes, True, 1, after)
+        elif move.kind == "all_to_all":
+            # The dimension that is split next is padded before, the other trimmed afterwards.
+            padded = tuple(after[d] if d == move.to_dim else n for d, n in enumerate(before))
+            yield Exchange("all-to-all", move.axes, False, parts, padded)
+            yield Exchange("all-to-all", move.axes, True, parts, padded)
+        elif move.kind == "all_gather":
+            yield Exchange("all-gather", move.axes, False, 1, before)
+            if move.varying:
+                yield Exchange("reduce-scatter", move.axes, True, parts, before)
+        else:
+            yield Exchange("collective-permute", move.axes, False, 1, before)
+            yield Exchange("collective-permute", move.axes, True, 1, before)
+        before = after
+
+
 def move_collectives(
     shape: Sequence[int],
     itemsize: int,
@@ -345,7 +435,7 @@ def move_collectives(
     *,
     gradient: bool,
 ) -> tuple[Collective, ...]:
-    """The collectives that the moves perform.
+    """The collectives that the moves perform on an array.
 
     Args:
       shape: global shape.
@@ -358,53 +448,34 @@ def move_collectives(
     Returns:
       Forward collectives in order, each followed by its transpose where `gradient`.
     """
-    result: list[Collective] = []
-
-    def emit(kind: str, axes: tuple[str, ...], elements: int, backward: bool) -> None:
-        if elements and (gradient or not backward):
-            result.append(
-                Collective(kind=kind, axes=axes, num_bytes=elements * itemsize, backward=backward)
-            )
-
-    layout = source
-    for move in moves:
-        before = math.prod(local_shape(shape, layout, axis_sizes))
-        after = math.prod(local_shape(shape, move.after, axis_sizes))
-        if move.kind == "slice":
-            emit("all-gather", move.axes, after, True)
-        elif move.kind == "cast":
-            emit("all-reduce", move.axes, after, True)
-        elif move.kind == "all_to_all":
-            # The dimension that is split next is padded before, the other trimmed afterwards.
-            block = list(local_shape(shape, layout, axis_sizes))
-            parts = degree(move.axes, axis_sizes)
-            block[move.to_dim] = cdiv(block[move.to_dim], parts) * parts
-            emit("all-to-all", move.axes, math.prod(block), False)
-            emit("all-to-all", move.axes, math.prod(block), True)
-        elif move.kind == "all_gather":
-            emit("all-gather", move.axes, before, False)
-            if move.varying:
-                full = before * degree(move.axes, axis_sizes)
-                emit("reduce-scatter", move.axes, full, True)
-        else:
-            emit("collective-permute", move.axes, before, False)
-            emit("collective-permute", move.axes, before, True)
-        layout = move.after
-    return tuple(result)
+    return tuple(
+        Collective(
+            kind=exchange.kind,
+            axes=exchange.axes,
+            num_bytes=exchange.blocks * exchange.block_elements(shape) * itemsize,
+            backward=exchange.backward,
+        )
+        for exchange in move_exchanges(source, moves, axis_sizes)
+        if math.prod(shape) and (gradient or not exchange.backward)
+    )
 
 
-def wire_bytes(collective: Collective, axis_sizes: Mapping[str, int]) -> float:
-    """Bytes that one device sends under the ring algorithm.
+_WIRE: dict[str, Callable[[int], int]] = {
+    "all-reduce": lambda parts: 2 * (parts - 1),
+    "all-gather": lambda parts: (parts - 1) * parts,
+    "reduce-scatter": lambda parts: parts - 1,
+    "all-to-all": lambda parts: parts - 1,
+    "collective-permute": lambda parts: parts,
+}
+"""Parts of its operand, one for each device, that a device sends under the ring algorithm.
 
-    Source: the usual ring counts; an all-reduce is a reduce-scatter and an all-gather.
-    """
-    parts = degree(collective.axes, axis_sizes)
-    share = (parts - 1) / parts
-    factor = {
-        "all-reduce": 2 * share,
-        "all-gather": float(parts - 1),
-        "reduce-scatter": share,
-        "all-to-all": share,
-        "collective-permute": 1.0,
-    }[collective.kind]
-    return factor * collective.num_bytes
+Source: the usual ring counts; an all-reduce is a reduce-scatter and an all-gather.
+"""
+
+COLLECTIVES = tuple(_WIRE)
+"""Kinds of collectives."""
+
+
+def wire_share(kind: str, parts: int) -> float:
+    """Bytes that a device sends for each byte of its operand."""
+    return _WIRE[kind](parts) / parts
