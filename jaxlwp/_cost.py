@@ -12,10 +12,11 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from jaxlwp._changes import IntArray, Wanted, changes
 from jaxlwp._config import Config, Layout, enumerate_configs
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
@@ -29,9 +30,10 @@ from jaxlwp._layout import (
     move_collectives,
     plan_moves,
 )
-from jaxlwp._program import Value
-from jaxlwp._tables import Cost, CostTables
+from jaxlwp._tables import CostTables, FloatArray
 from jaxlwp.ops import RULES, Labels
+
+Key = TypeVar("Key")
 
 # --- collectives ---------------------------------------------------------------------------------
 
@@ -302,15 +304,40 @@ def _changes(
 # --- seconds -------------------------------------------------------------------------------------
 
 
-class CostModel(Protocol):
-    """Two questions: a layer under a config, and moving a tensor between two layouts."""
+class LayerCosts(NamedTuple):
+    """Seconds of one layer under each of its configs; every array has shape (configs,).
 
-    def layer(self, layer: Layer, config: Config) -> Cost:
+    Attributes:
+      compute_s: forward and backward time of the operators.
+      exchange_s: transfer inside the layer: halo exchanges, partial sums.
+      sync_s: above all synchronisation of the parameters' gradients.
+    """
+
+    compute_s: FloatArray
+    exchange_s: FloatArray
+    sync_s: FloatArray
+
+
+class CostModel(Protocol):
+    """Two questions: a layer under its configs, and moving a tensor between layouts."""
+
+    def layer(self, layer: Layer, configs: Sequence[Config]) -> LayerCosts:
         """Compute, internal transfer (halo, partial sums) and sync seconds of a layer."""
         ...
 
-    def transfer_s(self, use: Use, source_config: Config, config: Config) -> float:
-        """Seconds to bring a value from one layer's layout to another's, both directions."""
+    def transfer_s(
+        self, use: Use, sources: Sequence[Config], targets: Sequence[Config]
+    ) -> FloatArray:
+        """Seconds to bring a value from one layer's layouts to another's, both directions.
+
+        Args:
+          use: the value, and how the layers name its dimensions.
+          sources: configs of the layer that holds it.
+          targets: configs of the layer that reads it.
+
+        Returns:
+          Shape (sources, targets).
+        """
         ...
 
 
@@ -324,62 +351,139 @@ class AnalyticCostModel:
 
     devices: DeviceGraph
 
-    def layer(self, layer: Layer, config: Config) -> Cost:
+    def layer(self, layer: Layer, configs: Sequence[Config]) -> LayerCosts:
         """See `CostModel`."""
-        sizes = self.devices.axis_sizes
-        return Cost(
-            compute_s=sum(self._operator_s(m, config) for m in layer.members),
-            transfer_s=self._total_s(layer_collectives(layer, config, sizes)),
-            sync_s=self._total_s(argument_collectives(layer, config, sizes)),
+        blocks = _Blocks(configs, self.devices.axis_sizes)
+        compute_s, exchange_s, sync_s = np.zeros((3, len(configs)))
+        for member in layer.members:
+            compute_s += self._operator_s(member, blocks)
+            exchange_s += self._member_s(member, configs)
+        for use in layer.uses:
+            if use.source == layer.index:
+                total_s = sync_s if use.argument else exchange_s
+                total_s += self._own_use_s(use, configs)
+        return LayerCosts(compute_s, exchange_s, sync_s)
+
+    def transfer_s(
+        self, use: Use, sources: Sequence[Config], targets: Sequence[Config]
+    ) -> FloatArray:
+        """See `CostModel`."""
+        rows, row_of = _distinct(_source_layouts(use, sources, self.devices.axis_sizes))
+        columns, column_of = _distinct(_wanted(use, targets))
+        table = self._changes_s(use, rows, columns, every_pair=True)
+        return table.reshape(len(rows), len(columns))[np.ix_(row_of, column_of)]
+
+    def _own_use_s(self, use: Use, configs: Sequence[Config]) -> FloatArray:
+        """Seconds of a change of layout inside a layer, for each of its configs."""
+        sources = _source_layouts(use, configs, self.devices.axis_sizes)
+        pairs, pair_of = _distinct(list(zip(sources, _wanted(use, configs), strict=True)))
+        rows, columns = zip(*pairs, strict=True)
+        return self._changes_s(use, rows, columns, every_pair=False)[pair_of]
+
+    def _changes_s(
+        self, use: Use, sources: Sequence[Layout], targets: Sequence[Wanted], *, every_pair: bool
+    ) -> FloatArray:
+        """Seconds of changes of layout of one value; see `changes`."""
+        table = changes(
+            sources=tuple(sources),
+            targets=tuple(targets),
+            every_pair=every_pair,
+            shape=tuple(math.gcd(size, self.devices.num_devices) for size in use.info.shape),
+            forward=1 + use.recomputed,
+            backward=int(use.gradient),
+            devices=self.devices,
         )
+        return table.seconds(use.info.shape, use.info.itemsize)
 
-    def transfer_s(self, use: Use, source_config: Config, config: Config) -> float:
-        """See `CostModel`."""
-        return self._total_s(use_collectives(use, source_config, config, self.devices.axis_sizes))
+    def _member_s(self, member: Member, configs: Sequence[Config]) -> FloatArray:
+        """Seconds of the collectives of one operator, for each config."""
+        signature, sizes = member.signature, self.devices.axis_sizes
+        if not signature.windows and not signature.reduced:
+            return np.zeros(len(configs))
+        names = signature.names
+        parts, part_of = _distinct([tuple(s for s in c.splits if s[0] in names) for c in configs])
+        collectives = [member_collectives(member, Config(splits), sizes) for splits in parts]
+        seconds = [sum(map(self.devices.collective_s, every)) for every in collectives]
+        return np.array(seconds, dtype=np.float64)[part_of]
 
-    def _total_s(self, collectives: Sequence[Collective]) -> float:
-        return sum(self.devices.collective_s(c) for c in collectives)
-
-    def _operator_s(self, member: Member, config: Config) -> float:
-        """Forward and backward seconds of one operator on its local shapes."""
+    def _operator_s(self, member: Member, blocks: _Blocks) -> FloatArray:
+        """Forward and backward seconds of one operator on its local shapes, for each config."""
         signature, eqn = member.signature, member.equation
-        sizes = self.devices.axis_sizes
-
-        def blocks(labels: Sequence[Labels], values: Sequence[Value]) -> list[tuple[int, ...]]:
-            return [
-                local_shape(value.shape, config.layout(names), sizes)
-                for names, value in zip(labels, values, strict=True)
-            ]
-
-        operands = blocks(signature.operands, eqn.operand_values)
-        results = blocks(signature.results, eqn.result_values)
+        labels = (*signature.operands, *signature.results)
+        values = (*eqn.operand_values, *eqn.result_values)
+        tensors = list(zip(values, labels, strict=True))
+        moved = np.zeros(blocks.count)
+        for value, names in tensors:
+            moved += blocks.elements(value.shape, names) * value.itemsize
+        passes = 1 + sum(member.gradient) + member.recomputed
         rule = RULES.get(eqn.name)
-        flops = rule.flops(eqn, operands, results) if rule else _unknown_flops(operands, results)
-        kind = rule.kind if rule else "unknown"
         rate = {
             "conv": self.devices.conv_flops_per_s,
             "dense": self.devices.dense_flops_per_s,
-        }.get(kind)
-        values = (*eqn.operand_values, *eqn.result_values)
-        moved = sum(
-            math.prod(shape) * value.itemsize
-            for shape, value in zip((*operands, *results), values, strict=True)
-        )
-        passes = 1 + sum(member.gradient) + member.recomputed
-        if rate is None:
+        }.get(rule.kind if rule else "unknown")
+        if rule is None or rate is None:
             # Elementwise work is fused with its neighbours: what counts is one pass over memory.
             passes = min(passes, 2 + member.recomputed)
-            return float(passes * moved / self.devices.memory_bytes_per_s)
+            return passes * moved / self.devices.memory_bytes_per_s
+        local = zip(*(blocks.shapes(v.shape, names).tolist() for v, names in tensors), strict=True)
+        inputs = len(eqn.operand_values)
+        flops = np.array([rule.flops(eqn, each[:inputs], each[inputs:]) for each in local])
         # A sum, not the roofline's maximum: an operator that reads more for the same operations
         # is never as fast, and where operations dominate the maximum would hide that.
         once_s = flops / rate + moved / self.devices.memory_bytes_per_s
-        return float(passes * (once_s + self.devices.overhead_s))
+        return passes * (once_s + self.devices.overhead_s)
 
 
-def _unknown_flops(
-    operands: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]]
-) -> float:
-    return float(sum(math.prod(shape) for shape in (*operands, *results)))
+class _Blocks:
+    """Local shapes under every config of a layer, padding included."""
+
+    def __init__(self, configs: Sequence[Config], axis_sizes: dict[str, int]) -> None:
+        self.count = len(configs)
+        names = {name for config in configs for name, _ in config.splits}
+        self._degrees = {
+            name: np.array([degree(c.axes(name), axis_sizes) for c in configs]) for name in names
+        }
+        self._elements: dict[tuple[tuple[int, ...], Labels], IntArray] = {}
+
+    def shapes(self, shape: Sequence[int], labels: Labels) -> IntArray:
+        """Shape (configs, rank): the local shapes of a tensor."""
+        result = np.tile(np.array(shape, dtype=np.int64), (self.count, 1))
+        for dim, name in enumerate(labels):
+            if name in self._degrees:
+                result[:, dim] = -(-result[:, dim] // self._degrees[name])
+        return result
+
+    def elements(self, shape: tuple[int, ...], labels: Labels) -> IntArray:
+        """Shape (configs,): elements of the local shapes, kept for the next operator."""
+        key = shape, labels
+        if key not in self._elements:
+            self._elements[key] = self.shapes(shape, labels).prod(axis=1)
+        return self._elements[key]
+
+
+def _source_layouts(
+    use: Use, configs: Sequence[Config], axis_sizes: dict[str, int]
+) -> list[Layout]:
+    """Layout in which the reader finds the value, for each config of its source."""
+    layouts = [config.layout(use.source_labels) for config in configs]
+    if not use.argument:
+        return layouts
+    even = {layout: even_layout(use.info.shape, layout, axis_sizes) for layout in set(layouts)}
+    return [even[layout] for layout in layouts]
+
+
+def _wanted(use: Use, configs: Sequence[Config]) -> list[Wanted]:
+    """What the reader asks for under each of its configs."""
+    return [
+        (c.layout(use.labels), frozenset(a for name in use.active for a in c.axes(name)))
+        for c in configs
+    ]
+
+
+def _distinct(keys: Sequence[Key]) -> tuple[list[Key], list[int]]:
+    """The distinct keys, and for each key its position among them."""
+    numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    return list(numbers), [numbers[key] for key in keys]
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -389,23 +493,28 @@ def layer_configs(
     graph: ComputationGraph, devices: DeviceGraph, *, interchangeable: bool = True
 ) -> tuple[tuple[Config, ...], ...]:
     """The configs of every layer; see `enumerate_configs`."""
-    return tuple(
-        enumerate_configs(
-            sizes=layer.dimensions,
-            even=layer.even,
-            axis_groups=devices.axis_groups,
-            axis_sizes=devices.axis_sizes,
-            interchangeable=interchangeable,
-        )
-        for layer in graph.layers
-    )
+    found: dict[object, tuple[Config, ...]] = {}
+
+    def of_layer(layer: Layer) -> tuple[Config, ...]:
+        # A size matters up to the number of devices only: few layers differ.
+        sizes = {n: (min(*s, devices.num_devices),) for n, s in layer.dimensions.items()}
+        even = {n: math.gcd(s, devices.num_devices) for n, s in layer.even.items()}
+        key = (*sizes.items(), *even.items())
+        if key not in found:
+            found[key] = enumerate_configs(
+                sizes=sizes,
+                even=even,
+                axis_groups=devices.axis_groups,
+                axis_sizes=devices.axis_sizes,
+                interchangeable=interchangeable,
+            )
+        return found[key]
+
+    return tuple(of_layer(layer) for layer in graph.layers)
 
 
 def build_tables(
-    graph: ComputationGraph,
-    configs: Sequence[Sequence[Config]],
-    model: CostModel,
-    axis_sizes: dict[str, int],
+    graph: ComputationGraph, configs: Sequence[Sequence[Config]], model: CostModel
 ) -> CostTables:
     """Price every config of every layer and every pair of configs on every edge.
 
@@ -413,55 +522,21 @@ def build_tables(
       graph: the computation graph.
       configs: the configs of each layer.
       model: the cost model.
-      axis_sizes: devices along each mesh axis.
 
     Returns:
       The cost tables, in seconds, with layers and edges in the graph's order.
     """
-    priced = [
-        [model.layer(layer, config) for config in choices]
-        for layer, choices in zip(graph.layers, configs, strict=True)
+    costs = [
+        model.layer(layer, choices) for layer, choices in zip(graph.layers, configs, strict=True)
     ]
     edges = graph.edges
     return CostTables(
-        compute_s=tuple(np.array([c.compute_s for c in row]) for row in priced),
-        exchange_s=tuple(np.array([c.transfer_s for c in row]) for row in priced),
-        sync_s=tuple(np.array([c.sync_s for c in row]) for row in priced),
+        compute_s=tuple(cost.compute_s for cost in costs),
+        exchange_s=tuple(cost.exchange_s for cost in costs),
+        sync_s=tuple(cost.sync_s for cost in costs),
         edges=tuple((edge.source, edge.target) for edge in edges),
         transfer_s=tuple(
-            _edge_table(edge.use, configs[edge.source], configs[edge.target], model, axis_sizes)
-            for edge in edges
+            model.transfer_s(edge.use, configs[edge.source], configs[edge.target]) for edge in edges
         ),
         names=tuple(layer.name for layer in graph.layers),
     )
-
-
-def _edge_table(
-    use: Use,
-    sources: Sequence[Config],
-    targets: Sequence[Config],
-    model: CostModel,
-    axis_sizes: dict[str, int],
-) -> np.ndarray:
-    """Transfer seconds for every pair; configs that give the same layout are priced once."""
-    rows, row_of = _distinct([use_source_layout(use, c, axis_sizes) for c in sources])
-    wanted = [
-        (c.layout(use.labels), frozenset(a for name in use.active for a in c.axes(name)))
-        for c in targets
-    ]
-    columns, column_of = _distinct(wanted)
-    unique = np.array(
-        [[model.transfer_s(use, sources[i], targets[j]) for j in columns] for i in rows]
-    )
-    return unique[np.ix_(row_of, column_of)]
-
-
-def _distinct(keys: Sequence[object]) -> tuple[list[int], list[int]]:
-    """First position of every distinct key, and for each key the number of its class."""
-    classes: dict[object, int] = {}
-    first: list[int] = []
-    for position, key in enumerate(keys):
-        if key not in classes:
-            classes[key] = len(first)
-            first.append(position)
-    return first, [classes[key] for key in keys]

@@ -118,7 +118,7 @@ def price(
     """
     configs = layer_configs(graph, devices, interchangeable=interchangeable)
     model = model or AnalyticCostModel(devices=devices)
-    tables = build_tables(graph, configs, model, devices.axis_sizes)
+    tables = build_tables(graph, configs, model)
     return SearchSpace(graph=graph, devices=devices, configs=configs, tables=tables)
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(jaxlwp.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NUMBERS_ONLY = ("_config", "_layout", "_devices", "_tables", "_solve")
 COST_FREE = ("_program", "_graph", "_trace", "_halo", "_reshard", "_lower", "ops")
-COSTS = ("_cost", "_tables", "_solve", "_search", "_devices")
+COSTS = ("_cost", "_changes", "_tables", "_solve", "_search", "_devices")
 LEAVES = ("_report", "_plot", "_compare", "_cli")
 
 

@@ -1,0 +1,116 @@
+"""Changes of layout priced all at once cost what their collectives cost one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxlwp
+from jaxlwp._changes import changes
+from jaxlwp._config import Layout
+from jaxlwp._cost import argument_collectives, layer_collectives, use_collectives
+from jaxlwp._layout import layout_axes, move_collectives, plan_moves
+from jaxlwp._model import load_workload
+
+
+def device_graph(sizes: tuple[int, ...], levels: tuple[int, ...]) -> jaxlwp.DeviceGraph:
+    """Mesh axes a, b, ...; the links of level 0 are slower."""
+    axes = tuple(
+        jaxlwp.MeshAxis(
+            name=name,
+            size=size,
+            level=level,
+            latency_s=2e-5 - level * 1e-5,
+            bytes_per_s=5e9 * (1 + 3 * level),
+        )
+        for name, size, level in zip("abcd", sizes, levels, strict=False)
+    )
+    return jaxlwp.DeviceGraph(
+        axes=axes, conv_flops_per_s=5e12, dense_flops_per_s=4e12, memory_bytes_per_s=5e11
+    )
+
+
+DEVICES = (
+    device_graph((2, 2, 2), (0, 0, 0)),
+    device_graph((2, 2, 2), (0, 1, 1)),
+    device_graph((3, 2, 2, 2), (0, 0, 1, 1)),
+    device_graph((), ()),
+)
+
+
+@st.composite
+def many_changes(draw: Callable[..., Any]) -> tuple[Any, ...]:
+    """Devices, shape, layouts before, and what readers ask for."""
+    devices = draw(st.sampled_from(DEVICES))
+    shape = tuple(draw(st.lists(st.sampled_from((0, 1, 3, 7, 12, 14, 24, 48)), max_size=4)))
+    axes = sorted(devices.axis_sizes)
+
+    def layout() -> Layout:
+        dims: list[tuple[str, ...]] = [()] * len(shape)
+        for axis in draw(st.permutations(axes)):
+            dim = draw(st.integers(-1, len(shape) - 1))
+            if dim >= 0:
+                dims[dim] = (*dims[dim], axis)
+        return tuple(dims)
+
+    def wanted() -> tuple[Layout, frozenset[str]]:
+        target = layout()
+        idle = draw(st.sets(st.sampled_from(axes))) if axes else set()
+        return target, layout_axes(target) | idle
+
+    sources = tuple(layout() for _ in range(draw(st.integers(1, 6))))
+    return devices, shape, sources, tuple(wanted() for _ in range(draw(st.integers(1, 6))))
+
+
+@settings(deadline=None, max_examples=300)
+@given(case=many_changes(), forward=st.integers(1, 2), backward=st.integers(0, 1))
+def test_every_pair(case: tuple[Any, ...], forward: int, backward: int) -> None:
+    devices, shape, sources, targets = case
+    common = tuple(math.gcd(size, devices.num_devices) for size in shape)
+    table = changes(sources, targets, True, common, forward, backward, devices)
+    seconds = table.seconds(shape, itemsize=2).reshape(len(sources), len(targets))
+    sizes = devices.axis_sizes
+    for row, source in zip(seconds, sources, strict=True):
+        for priced, (target, active) in zip(row, targets, strict=True):
+            moves = plan_moves(
+                shape=shape, source=source, target=target, active=active, axis_sizes=sizes
+            )
+            times = (forward, backward)
+            expected = sum(
+                devices.collective_s(c) * times[c.backward]
+                for c in move_collectives(shape, 2, source, moves, sizes, gradient=True)
+            )
+            assert math.isclose(priced, expected, rel_tol=1e-12), (source, target, active)
+
+
+@pytest.mark.parametrize("name", ["models.alexnet:AlexNet", "models.resnet:ResNet18"])
+@pytest.mark.parametrize("batch", [16, 20])
+def test_tables_of_a_network(name: str, batch: int) -> None:
+    workload = load_workload(name, batch=batch, input_shape=(67, 67, 3), abstract=True)
+    graph = jaxlwp.trace(workload.loss, workload.params, *workload.batch)
+    devices = DEVICES[1]
+    sizes = devices.axis_sizes
+    space = jaxlwp.price(graph, devices)
+    draw = np.random.default_rng()
+
+    def seconds(collectives: Any) -> float:
+        return sum(map(devices.collective_s, collectives))
+
+    for layer, configs in zip(graph.layers, space.configs, strict=True):
+        n = int(draw.integers(len(configs)))
+        inside = seconds(layer_collectives(layer, configs[n], sizes))
+        own = seconds(argument_collectives(layer, configs[n], sizes))
+        assert math.isclose(space.tables.exchange_s[layer.index][n], inside, rel_tol=1e-12)
+        assert math.isclose(space.tables.sync_s[layer.index][n], own, rel_tol=1e-12)
+    for edge, table in zip(graph.edges, space.tables.transfer_s, strict=True):
+        for _ in range(5):
+            i, j = (int(draw.integers(count)) for count in table.shape)
+            source, target = space.configs[edge.source][i], space.configs[edge.target][j]
+            expected = seconds(use_collectives(edge.use, source, target, sizes))
+            assert math.isclose(table[i, j], expected, rel_tol=1e-12)
