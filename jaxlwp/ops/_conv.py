@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+from jax import lax
+
 from jaxlwp._program import Equation
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, Window, spatial_names
 
@@ -71,15 +74,45 @@ def _lower(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, .
             names, params["padding"], params["lhs_dilation"], strict=True
         )
     ]
+    x, left_over = _avoid_group_dimension(eqn, operands[0], left_over, local)
     feature = params["dimension_numbers"].lhs_spec[1]
     whole = eqn.operand_values[0].shape[feature]
     groups = params["feature_group_count"]
     return eqn.bind(
-        *operands,
+        x,
+        operands[1],
         padding=tuple((low, high) for low, high, _ in left_over),
         lhs_dilation=tuple(dilation for _, _, dilation in left_over),
         feature_group_count=groups * operands[0].shape[feature] // whole if groups > 1 else 1,
     )
+
+
+Padding = tuple[int, int, int]
+"""Low padding, high padding, base dilation."""
+
+
+def _avoid_group_dimension(
+    eqn: Equation, x: Any, left_over: list[Padding], local: Local
+) -> tuple[Any, list[Padding]]:
+    """Keep XLA from compiling the kernel's gradient wrongly (it aborts).
+
+    Its algebraic simplifier takes a dimension of a convolution for a batch of groups if base
+    dilation = size = stride + 1 and nothing is padded. The gradient of a transposed convolution
+    has such a one where a device makes as many rows as the base dilation is. There the operand
+    gets a row of zeros more, and the padding takes it away.
+    """
+    spec, out_spec = (getattr(eqn.params["dimension_numbers"], n) for n in ("lhs_spec", "out_spec"))
+    result = []
+    for i, (low, high, dilation) in enumerate(left_over):
+        rows = local.result_shapes[0][out_spec[2 + i]]
+        if low == high == 0 and 1 < dilation == rows == eqn.params["rhs_dilation"][i] + 1:
+            config = [(0, 0, 0)] * x.ndim
+            config[spec[2 + i]] = (0, 1, 0)
+            # The barrier keeps the compiler from folding the row into the padding again.
+            x = lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), config))
+            high = -dilation
+        result.append((low, high, dilation))
+    return x, result
 
 
 def _flops(

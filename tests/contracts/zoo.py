@@ -110,9 +110,8 @@ ZOO: dict[str, Entry] = {
     ),
     "unet3d": Entry(
         model=UNet3D(depth=1, width=8),
-        input_shape=(12, 8, 10, 3),
-        target=(12, 8, 10, 3),
-        batch=4,
+        input_shape=(8, 6, 10, 3),
+        target=(8, 6, 10, 3),
     ),
     "speech": Entry(
         model=SpeechCNN(num_classes=CLASSES, stages=((8, 1), (16, 2)), poolings=1),
