@@ -10,6 +10,7 @@ with the number of devices, and therefore the same moves to choose from.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from jaxlwp._config import Layout
 from jaxlwp._devices import DeviceGraph
-from jaxlwp._layout import COLLECTIVES, Move, degree, move_exchanges, plan_options
+from jaxlwp._layout import COLLECTIVES, degree, move_exchanges, plan_options
 from jaxlwp._tables import FloatArray
 
 IntArray = NDArray[np.int64]
@@ -180,7 +181,7 @@ def _num_places(rank: int, axes: int) -> int:
 
 
 _Piece = tuple[int, ...]
-"""An exchange: number of its kind, its axes as bits, weight, count, backward, and its degrees."""
+"""An exchange: number of its kind, axes as bits, backward, blocks, weight, degree of each dim."""
 
 
 @functools.cache
@@ -207,22 +208,21 @@ def _plan(key: tuple[int, ...], axes: int) -> tuple[tuple[_Piece, ...], ...]:
     source, target = (tuple(tuple(filter(None, d)) for d in layout[dims]) for layout in layouts)
     uneven = tuple((bool(odd & 2), bool(odd & 1)) for odd in key[1 + axes :][: key[0]])
     options = plan_options(source, target, frozenset(active), uneven, tuple(axis_sizes.items()))
-    return tuple(_pieces(source, moves, axis_sizes) for moves in options)
-
-
-def _pieces(
-    source: Layout, moves: Sequence[Move], axis_sizes: dict[str, int]
-) -> tuple[_Piece, ...]:
+    unsplit = (1,) * (rank - key[0])
     return tuple(
-        (
-            COLLECTIVES.index(exchange.kind),
-            sum(1 << int(axis) for axis in exchange.axes),
-            exchange.weight(axis_sizes),
-            exchange.blocks,
-            exchange.backward,
-            *exchange.degrees,
+        tuple(
+            (
+                COLLECTIVES.index(exchange.kind),
+                sum(1 << int(axis) for axis in exchange.axes),
+                exchange.backward,
+                exchange.blocks,
+                exchange.weight(axis_sizes),
+                *exchange.degrees,
+                *unsplit,
+            )
+            for exchange in move_exchanges(source, moves, axis_sizes)
         )
-        for exchange in move_exchanges(source, moves, axis_sizes)
+        for moves in options
     )
 
 
@@ -241,9 +241,9 @@ def _spread(
     change, sequence_of = _members([len(plan) for plan in plans], plan_of)
     sequence, piece_of = _members([len(pieces) for pieces in sequences], sequence_of)
     rank = pairs.dims.shape[1]
-    pieces = [[*piece, *[1] * rank][: 5 + rank] for pieces in sequences for piece in pieces]
-    table = np.array(pieces, dtype=np.int64).reshape(-1, 5 + rank)[piece_of]
-    kind, bits, weight, count, backward = table[:, :5].T
+    flat = itertools.chain.from_iterable(itertools.chain.from_iterable(sequences))
+    pieces = np.fromiter(flat, dtype=np.int64).reshape(-1, 5 + rank)[piece_of]
+    kind, bits, backward, blocks, weight = pieces[:, :5].T
     owner = change[sequence]
     axes = np.zeros_like(bits)
     for n in range(len(devices.axes)):
@@ -251,7 +251,7 @@ def _spread(
     latency_s, byte_s = _link_rates(devices)
     times = np.array(runs)[backward]
     degrees = np.empty((len(owner), rank), dtype=np.int64)
-    np.put_along_axis(degrees, pairs.dims[owner], table[:, 5:], axis=1)
+    np.put_along_axis(degrees, pairs.dims[owner], pieces[:, 5:], axis=1)
     numbers = degrees @ (devices.num_devices + 1) ** np.arange(rank)
     _, first, block = np.unique(numbers, return_index=True, return_inverse=True)
     return Changes(
@@ -261,7 +261,7 @@ def _spread(
         block=block,
         weight=weight,
         latency_s=latency_s[kind, axes] * times,
-        byte_s=byte_s[kind, axes] * count * times,
+        byte_s=byte_s[kind, axes] * blocks * times,
         degrees=degrees[first],
     )
 

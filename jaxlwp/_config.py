@@ -79,6 +79,26 @@ class Config:
         """Layout of an array whose dimensions carry the given dimension names."""
         return tuple(self.axes(label) for label in labels)
 
+    def within(
+        self,
+        sizes: Mapping[str, tuple[int, ...]],
+        even: Mapping[str, int],
+        axis_sizes: Mapping[str, int],
+    ) -> Config:
+        """The config without the splits that a layer of other sizes does not allow.
+
+        Args:
+          sizes: for each dimension all sizes that it has in the layer; others cannot be split.
+          even: dimension -> a size that its degree must divide.
+          axis_sizes: devices along each mesh axis.
+        """
+        splits = {}
+        for name, axes in self.splits:
+            while axes and not _allowed(name, axes, sizes, even, axis_sizes):
+                axes = axes[:-1]
+            splits[name] = axes
+        return Config.of(splits)
+
     def describe(self, axis_sizes: Mapping[str, int]) -> str:
         """Short text such as "sample=4 channel=2"; "replicated" where nothing is split."""
         parts = [f"{name}={math.prod(axis_sizes[a] for a in axes)}" for name, axes in self.splits]
@@ -100,6 +120,21 @@ def _counts(length: int, total: int) -> list[tuple[int, ...]]:
     """All tuples of `length` counts whose sum is at most `total`, largest first entries first."""
     every = itertools.product(range(total, -1, -1), repeat=length)
     return [counts for counts in every if sum(counts) <= total]
+
+
+def _allowed(
+    dimension: str,
+    axes: Sequence[str],
+    sizes: Mapping[str, tuple[int, ...]],
+    even: Mapping[str, int],
+    axis_sizes: Mapping[str, int],
+) -> bool:
+    """Whether the mesh axes may split the dimension."""
+    degree = math.prod(axis_sizes[a] for a in axes)
+    if degree == 1:
+        return True
+    fits = all(degree <= size for size in sizes.get(dimension, (1,)))
+    return fits and even.get(dimension, 0) % degree == 0
 
 
 def enumerate_configs(
@@ -128,21 +163,15 @@ def enumerate_configs(
       Configs, the ones that use most devices first; the replicated config is always present.
     """
     names = sorted(sizes, key=dimension_order)
-    must_divide = even or {}
     groups = [tuple(g) for g in axis_groups]
     if not interchangeable:
         groups = [(axis,) for group in groups for axis in group]
-
-    def allowed(dimension: str, axes: Sequence[str]) -> bool:
-        degree = math.prod(axis_sizes[a] for a in axes)
-        if degree == 1:
-            return True
-        fits = all(degree <= size for size in sizes[dimension])
-        return fits and must_divide.get(dimension, 0) % degree == 0
-
     configs = []
     for counts in itertools.product(*(_counts(len(names), len(group)) for group in groups)):
         per_dimension = _assign(counts, groups) if names else []
-        if all(allowed(name, axes) for name, axes in zip(names, per_dimension, strict=True)):
+        if all(
+            _allowed(name, axes, sizes, even or {}, axis_sizes)
+            for name, axes in zip(names, per_dimension, strict=True)
+        ):
             configs.append(Config.of(dict(zip(names, per_dimension, strict=True))))
     return tuple(configs)

@@ -398,10 +398,16 @@ class AnalyticCostModel:
     def _member_s(self, member: Member, configs: Sequence[Config]) -> FloatArray:
         """Seconds of the collectives of one operator, for each config."""
         signature, sizes = member.signature, self.devices.axis_sizes
-        if not signature.windows and not signature.reduced:
+        names, mixed = signature.names, signature.reduced.union(signature.windows)
+
+        def part(config: Config) -> tuple[tuple[str, tuple[str, ...]], ...]:
+            """The splits that matter: none if no split dimension's elements are mixed."""
+            splits = tuple(split for split in config.splits if split[0] in names)
+            return splits if any(name in mixed for name, _ in splits) else ()
+
+        if not mixed:
             return np.zeros(len(configs))
-        names = signature.names
-        parts, part_of = _distinct([tuple(s for s in c.splits if s[0] in names) for c in configs])
+        parts, part_of = _distinct([part(config) for config in configs])
         collectives = [member_collectives(member, Config(splits), sizes) for splits in parts]
         seconds = [sum(map(self.devices.collective_s, every)) for every in collectives]
         return np.array(seconds, dtype=np.float64)[part_of]

@@ -76,12 +76,15 @@ def cdiv(a: int, b: int) -> int:
 
 def degree(axes: Sequence[str], axis_sizes: Mapping[str, int]) -> int:
     """Number of parts into which the mesh axes split a dimension."""
-    return math.prod(axis_sizes[axis] for axis in axes)
+    parts = 1
+    for axis in axes:  # half the time of `math.prod`, and nothing is called as often
+        parts *= axis_sizes[axis]
+    return parts
 
 
 def layout_axes(layout: Layout) -> frozenset[str]:
     """All mesh axes that split some dimension."""
-    return frozenset(axis for axes in layout for axis in axes)
+    return frozenset().union(*layout)
 
 
 def local_shape(
@@ -192,10 +195,13 @@ def _sent(
     devices = math.prod(axis_sizes.values())
     result: Counter[tuple[int, ...]] = Counter()
     for exchange in move_exchanges(source, moves, axis_sizes):
-        splits = list(zip(exchange.degrees, even, strict=True))
-        smallest = math.prod(devices // parts for parts, divides in splits if divides)
-        degrees = tuple(parts for parts, divides in splits if not divides)
-        result[degrees] += exchange.weight(axis_sizes) * smallest
+        blocks, degrees = exchange.weight(axis_sizes), []
+        for parts, divides in zip(exchange.degrees, even, strict=True):
+            if divides:
+                blocks *= devices // parts
+            else:
+                degrees.append(parts)
+        result[tuple(degrees)] += blocks
     return result
 
 
@@ -263,9 +269,8 @@ def _greedy(
     """
     change = _Change(source, target, uneven)
     moves = list(_slices(change))
-    broadcast = tuple(
-        a for a in axis_sizes if a in active - layout_axes(source) - layout_axes(target)
-    )
+    idle = active - layout_axes(source) - layout_axes(target)
+    broadcast = tuple(axis for axis in axis_sizes if axis in idle)
     if broadcast:
         moves.append(Move(kind="cast", axes=broadcast, after=change.layout()))
     stuck = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -37,6 +39,7 @@ class Plan:
       strategy: the strategy.
       mesh: the device mesh.
       result: the search result, if the strategy was searched for.
+      function: the function that was traced.
       in_tree: structure of (params, *batch).
       out_tree: structure of the function's output.
     """
@@ -45,6 +48,7 @@ class Plan:
     strategy: Strategy
     mesh: Mesh
     result: SearchResult | None = None
+    function: Callable[..., Any] | None = field(default=None, repr=False)
     in_tree: Any = field(repr=False)
     out_tree: Any = field(repr=False)
 
@@ -137,6 +141,51 @@ class Plan:
                     "last incomplete batch), or make a plan for the new one"
                 )
         return flat
+
+    def rebind(self, *batch: Any, fn: Callable[..., Any] | None = None, params: Any = None) -> Plan:
+        """The same strategy for another batch size, or for evaluation, without a new search.
+
+        Layers of the same name keep their configs. Only where that is not possible (a smaller
+        batch than the split, layers that the other function alone has) a config is searched for.
+
+        Args:
+          *batch: the arguments after the parameters (arrays or `jax.ShapeDtypeStruct`).
+          fn: another function of the same parameters, such as the logits or the metrics of a
+            batch; by default the plan's own. If its first output is no scalar loss, the new plan
+            is for evaluation: its predicted costs are those of the forward pass.
+          params: the parameters for `fn`, if their structure differs (an NNX module in
+            evaluation mode); by default like the plan's.
+
+        Returns:
+          A plan, to be called as `fn(params, *batch)`.
+
+        Raises:
+          ValueError: the plan does not know its function and none is given.
+        """
+        fn = fn or self.function
+        if fn is None:
+            raise ValueError(
+                "rebind: this plan was bound without its function; give it, as in "
+                "plan.rebind(*batch, fn=loss_fn)"
+            )
+        program = self.graph.program
+        shapes = [
+            jax.ShapeDtypeStruct(program.values[i].shape, program.values[i].dtype)
+            for i in program.inputs
+        ]
+        if params is None:
+            params = jax.tree.unflatten(self.in_tree, shapes)[0]
+        outputs = _output_shapes(fn, params, *batch)
+        graph = trace(fn, params, *batch, differentiated=_is_loss(outputs))
+        space = price(graph, self.space.devices, fixed=self.strategy.configs)
+        return bind(
+            space,
+            dataclasses.replace(search(space).strategy, name=self.strategy.name),
+            self.mesh,
+            (params, *batch),
+            jax.tree.structure(outputs),
+            function=fn,
+        )
 
     def place(self, state: Any) -> Any:
         """Put a training state on the mesh.
@@ -286,7 +335,7 @@ def parallelize(
         )
     mesh = mesh if mesh is not None else make_mesh(choose_devices(devices))
     graph = trace(fn, params, *batch)
-    out_tree = _check_loss(fn, graph, params, *batch)
+    out_tree = _check_loss(fn, params, *batch)
     if isinstance(rates, DeviceGraph):
         rated = rates
     else:
@@ -300,7 +349,7 @@ def parallelize(
         chosen = result.strategy
     else:
         chosen = strategy if isinstance(strategy, Strategy) else space.baseline(strategy)
-    return bind(space, chosen, mesh, (params, *batch), out_tree, result)
+    return bind(space, chosen, mesh, (params, *batch), out_tree, result, fn)
 
 
 def bind(
@@ -310,6 +359,7 @@ def bind(
     arguments: tuple[Any, ...],
     out_tree: Any,
     result: SearchResult | None = None,
+    function: Callable[..., Any] | None = None,
 ) -> Plan:
     """Bind a strategy to a mesh.
 
@@ -320,6 +370,7 @@ def bind(
       arguments: (params, *batch), for their structure.
       out_tree: structure of the function's output.
       result: where the strategy comes from.
+      function: the function that was traced.
 
     Raises:
       ValueError: the strategy is for another mesh or model.
@@ -331,18 +382,29 @@ def bind(
         strategy=strategy,
         mesh=mesh,
         result=result,
+        function=function,
         in_tree=jax.tree.structure(arguments),
         out_tree=out_tree,
     )
 
 
-def _check_loss(fn: Callable[..., Any], graph: ComputationGraph, *arguments: Any) -> Any:
+def _output_shapes(fn: Callable[..., Any], *arguments: Any) -> Any:
+    return jax.eval_shape(lambda *args: fn(*args), *arguments)
+
+
+def _is_loss(out: Any) -> bool:
+    """Whether the (first) output is one floating-point scalar."""
+    leaves = jax.tree.leaves(out[0] if isinstance(out, tuple) and out else out)
+    return (
+        len(leaves) == 1 and leaves[0].shape == () and jnp.issubdtype(leaves[0].dtype, jnp.floating)
+    )
+
+
+def _check_loss(fn: Callable[..., Any], *arguments: Any) -> Any:
     """Structure of the output; its first leaf must be a scalar loss."""
-    out = jax.eval_shape(lambda *args: fn(*args), *arguments)
-    loss = out[0] if isinstance(out, tuple) else out
-    leaves = jax.tree.leaves(loss)
-    value = graph.program.values[graph.program.outputs[0]]
-    if len(leaves) != 1 or value.shape != () or not value.differentiable:
+    out = _output_shapes(fn, *arguments)
+    if not _is_loss(out):
+        loss = out[0] if isinstance(out, tuple) else out
         raise ValueError(
             f"loss function: its {'first output' if isinstance(out, tuple) else 'output'} is "
             f"{jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', loss)}; a loss must be one "

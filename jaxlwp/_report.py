@@ -62,7 +62,7 @@ def plan_table(plan: Plan) -> Table:
         ),
         caption=(
             f"compute {seconds(cost.compute_s)} ms, transfer {seconds(cost.transfer_s)} ms, sync "
-            f"{seconds(cost.sync_s)} ms; rates: {space.devices.source}"
+            f"{seconds(cost.sync_s)} ms; rates: {space.devices.source}" + _replication_notes(plan)
         ),
         title_justify="left",
         caption_justify="left",
@@ -89,6 +89,27 @@ def plan_table(plan: Plan) -> Table:
             num_bytes(_layer_bytes(plan, layer.index, configs)),
         )
     return table
+
+
+def _replication_notes(plan: Plan) -> str:
+    """A line for each operator without a rule: what it costs to run it whole on every device."""
+    choices, tables = plan.space.choices(plan.strategy), plan.space.tables
+    devices = plan.space.devices.num_devices
+    lines = []
+    for layer in plan.graph.unknown():
+        compute_s = tables.compute_s[layer.index][choices[layer.index]]
+        moved_s = sum(
+            table_s[choices[source], choices[target]]
+            for (source, target), table_s in zip(tables.edges, tables.transfer_s, strict=True)
+            if layer.index in (source, target)
+        )
+        lines.append(
+            f"\nno rule for {layer.kind} ({layer.name}): it runs whole on each of {devices} "
+            f"devices, {seconds(compute_s)} ms of compute in place of "
+            f"{seconds(compute_s / devices)} ms if it were split, and {seconds(moved_s)} ms to "
+            "bring its tensors together and apart"
+        )
+    return "".join(lines)
 
 
 def _layer_bytes(plan: Plan, index: int, configs: tuple[Config, ...]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxlwp._config import Config
@@ -106,6 +106,7 @@ def price(
     *,
     model: CostModel | None = None,
     interchangeable: bool = True,
+    fixed: Mapping[str, Config] | None = None,
 ) -> SearchSpace:
     """Enumerate and price every config of every layer and edge.
 
@@ -115,8 +116,16 @@ def price(
       model: answers the two cost questions; analytic times from the devices' rates by default.
       interchangeable: mesh axes of one link level are used in one fixed order; False enumerates
         every assignment of axes.
+      fixed: layer name -> the only config that it may have, as far as the layer can have it.
     """
     configs = layer_configs(graph, devices, interchangeable=interchangeable)
+    if fixed:
+        configs = tuple(
+            (fixed[layer.name].within(layer.dimensions, layer.even, devices.axis_sizes),)
+            if layer.name in fixed
+            else choices
+            for layer, choices in zip(graph.layers, configs, strict=True)
+        )
     model = model or AnalyticCostModel(devices=devices)
     tables = build_tables(graph, configs, model)
     return SearchSpace(graph=graph, devices=devices, configs=configs, tables=tables)

@@ -27,7 +27,9 @@ ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_fi
 """Operators through which no cotangent flows."""
 
 
-def trace(fn: Callable[..., Any], params: Any, *args: Any) -> ComputationGraph:
+def trace(
+    fn: Callable[..., Any], params: Any, *args: Any, differentiated: bool = True
+) -> ComputationGraph:
     """Trace a training function into its computation graph.
 
     Args:
@@ -35,6 +37,7 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any) -> ComputationGraph:
         loss.
       params: pytree of arrays or `jax.ShapeDtypeStruct`: what gradients are taken of.
       *args: the batch and whatever else `fn` takes, likewise.
+      differentiated: gradients of the loss will be taken; False for evaluation.
 
     Returns:
       The graph; see `ComputationGraph`.
@@ -58,7 +61,9 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any) -> ComputationGraph:
     program = recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves)))
     paths = jax.tree_util.tree_flatten_with_path((params, *args))[0]
     names = tuple(_path_name(path) for path, _ in paths)
-    return build_graph(program, names, len(jax.tree.leaves(params)), tuple(changed))
+    count = len(jax.tree.leaves(params))
+    gradients = values_with_cotangent(program, count) if differentiated else frozenset()
+    return build_graph(program, names, count, tuple(changed), gradients)
 
 
 def recognised(program: Program) -> Program:
@@ -321,19 +326,20 @@ def build_graph(
     program: Program,
     argument_names: tuple[str, ...],
     num_parameters: int,
-    changed: tuple[int, ...] = (),
+    changed: tuple[int, ...],
+    gradients: frozenset[int],
 ) -> ComputationGraph:
     """Group a program's equations into layers and find what each layer reads.
 
     Args:
       program: the flat program; its first output is the loss.
       argument_names: a name for each program input.
-      num_parameters: how many inputs, from the first, are differentiated.
+      num_parameters: how many inputs, from the first, are parameters.
       changed: positions of the inputs that the function replaces; their new values are the
         program's last outputs.
+      gradients: values that have a cotangent.
     """
     grouping = _Grouping(program)
-    gradients = values_with_cotangent(program, num_parameters)
     owners: dict[int, tuple[int, Labels]] = {}
     found = []
     for index, draft in enumerate(grouping.drafts):

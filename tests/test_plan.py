@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -118,6 +120,9 @@ def test_table_names_every_layer_and_unknown_operators() -> None:
     assert all(layer.name in text for layer in plan.graph.layers)
     assert [layer.kind for layer in plan.graph.unknown()][0] == "fft"
     assert "(no rule)" in text
+    assert re.search(
+        r"no rule for fft \(fft_0\): it runs whole on each of 8\s+devices, \S+ ms", text
+    )
     close(jax.value_and_grad(plan)(params, x), jax.value_and_grad(loss)(params, x))
 
 
@@ -150,6 +155,65 @@ def test_nnx_module_state_is_written_back() -> None:
 
     np.testing.assert_allclose(losses(True), losses(False), rtol=1e-6)
     assert len(set(losses(False))) == 3
+
+
+def test_rebind_for_another_batch_size() -> None:
+    plan = make_plan()
+    for size in (8, 5, 1):
+        other = plan.rebind(IMAGES[:size], LABELS[:size])
+        assert other.strategy.name == "search" and other.result is None
+        same = [n for n, c in plan.strategy.configs.items() if other.strategy.configs[n] == c]
+        assert len(same) == len(plan.strategy.configs) or size < 8
+        assert other.param_shardings == plan.param_shardings
+        actual = jax.jit(jax.value_and_grad(other))(
+            plan.place(PARAMS), IMAGES[:size], LABELS[:size]
+        )
+        close(actual, jax.value_and_grad(loss_fn)(PARAMS, IMAGES[:size], LABELS[:size]))
+
+
+def test_rebind_for_evaluation() -> None:
+    def metrics(params: Any, images: Any, labels: Any) -> Any:
+        logits = MODEL.apply(params, images)
+        return {"correct": jnp.sum(logits.argmax(-1) == labels), "top": logits.max(-1)}
+
+    plan = make_plan(strategy="model")
+    evaluation = plan.rebind(IMAGES[:12], LABELS[:12], fn=metrics)
+    assert evaluation.strategy.configs["conv2"] == plan.strategy.configs["conv2"]
+    assert evaluation.param_shardings == plan.param_shardings
+    assert not any(c.backward for c in evaluation.collectives)
+    actual = jax.jit(evaluation)(plan.place(PARAMS), IMAGES[:12], LABELS[:12])
+    close(actual, metrics(PARAMS, IMAGES[:12], LABELS[:12]))
+
+
+def test_rebind_with_an_nnx_module_in_evaluation_mode() -> None:
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.relu(self.norm(self.conv(x))).mean((1, 2))
+
+    def loss(model: Net, x: Any) -> Any:
+        return jnp.mean(model(x) ** 2)
+
+    def predict(model: Net, x: Any) -> Any:
+        return model(x)
+
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
+    model = Net(nnx.Rngs(0))
+    plan = jaxlwp.parallelize(loss, model, x, rates=RATES)
+    plan(model, x)  # moves the running statistics
+    model.eval()
+    evaluation = plan.rebind(x[:3], fn=predict, params=model)
+    close(evaluation(model, x[:3]), predict(model, x[:3]))
+
+
+def test_rebind_without_a_function() -> None:
+    plan = make_plan()
+    bare = dataclasses.replace(plan, function=None)
+    with pytest.raises(ValueError, match=r"rebind: .*without its function.*fn=loss_fn"):
+        bare.rebind(IMAGES, LABELS)
 
 
 def test_layers_are_named_by_module_or_parameter_path() -> None:
