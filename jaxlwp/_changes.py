@@ -65,9 +65,11 @@ class Changes:
         total_s = self._sums(self.latency_s + itemsize * self.byte_s * elements)
         if len(self.change) == self.count:
             return total_s
-        # Whole numbers: sequences that send the same compare as equal, and the sort is stable.
-        order = np.lexsort((self._sums(self.weight * elements), self.change))
-        return total_s[order[np.searchsorted(self.change, np.arange(self.count))]]
+        sent = self._sums(self.weight * elements)  # whole numbers: the same compares as equal
+        first = np.searchsorted(self.change, np.arange(self.count))
+        least = sent == np.minimum.reduceat(sent, first)[self.change]
+        numbers = np.where(least, np.arange(len(least)), len(least))
+        return total_s[np.minimum.reduceat(numbers, first)]
 
     def _sums(self, values: NDArray[Any]) -> FloatArray:
         """Sums over the exchanges of each sequence."""
@@ -157,7 +159,9 @@ def _pairs(
     before: _Places, after: _Places, active: NDArray[np.bool_], sizes: IntArray, shape: IntArray
 ) -> _Pairs:
     every = np.arange(len(shape))
-    split = ((before.dim[:, :, None] == every) | (after.dim[:, :, None] == every)).any(axis=1)
+    splits = [(end.dim[:, :, None] == every).sum(axis=1) for end in (before, after)]
+    most = np.maximum(*splits)
+    split = most > 0
     place = np.pad(np.cumsum(split, axis=1), ((0, 0), (0, 1)))  # column -1 for nowhere: 0
     numbers = np.broadcast_to(sizes, active.shape)
     for end in (before, after):
@@ -165,6 +169,8 @@ def _pairs(
         numbers = numbers * _num_places(len(shape), len(sizes)) + where
     numbers = numbers * 2 + active
     uneven = 2 * (shape % before.degrees != 0) + (shape % after.degrees != 0)
+    # What only one axis splits is never moved in parts: even or not, the moves are the same.
+    uneven = np.where(most > 1, uneven, 3)
     axes = np.argsort(numbers, axis=1, kind="stable")
     dims = np.argsort(~split, axis=1, kind="stable")
     keys = (
