@@ -67,12 +67,15 @@ class HaloPiece:
 
     Attributes:
       path: what is exchanged, from the operand on: two operators that read the same operand and
-        have pieces of the same path share them.
+        have pieces of the same path share them in the forward pass.
+      cut: the rows to the left and right that are exchanged with this piece. Where they differ too,
+        the gradients are sent apart.
       axes: mesh axes that split the dimension.
       num_bytes: bytes that each device sends.
     """
 
     path: tuple[object, ...]
+    cut: tuple[int, int]
     axes: tuple[str, ...]
     num_bytes: int
 
@@ -100,6 +103,7 @@ def halo_pieces(member: Member, config: Config, axis_sizes: dict[str, int]) -> I
             for distance, rows in hops(halo, wanted):
                 yield HaloPiece(
                     path=(*path, dim, side, distance, rows),
+                    cut=(halo.left, halo.right),
                     axes=axes,
                     num_bytes=rows * rest * value.itemsize,
                 )
@@ -223,7 +227,7 @@ def strategy_collectives(
                 every = _with_recomputation(once, member.recomputed)
                 for number, collective in enumerate(every):
                     # Forward the compiler merges what only differs in the axes of the gradient.
-                    source = operand if collective.backward else operand[:-1]
+                    source = (*operand, piece.cut) if collective.backward else operand[:-1]
                     key = (number, *source, piece.path)
                     if key not in received:
                         result.append(collective)

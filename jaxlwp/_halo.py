@@ -98,15 +98,15 @@ def exchange(
     Returns:
       Block with `halo.rows` rows along `dim`.
     """
-    left = _hops(x, dim, axes, halo, halo.left, once, from_left=True)
-    right = _hops(x, dim, axes, halo, halo.right, once, from_left=False)
+    left, own, right = _with_neighbours(x, dim, tuple(axes), halo, once)
     low = max(0, -min(halo.starts)) - halo.left
     high = max(0, max(halo.starts) + halo.rows - halo.block) - halo.right
-    y = lax.concatenate([*left, x, *right], dim) if left or right else x
-    config = [(0, 0, 0)] * x.ndim
-    config[dim] = (low, high, 0)
+    y = lax.concatenate([*left, *own, *right], dim) if left or right else x
     fill = jnp.asarray(fill, y.dtype)
-    y = lax.pad(y, jnp.zeros((), y.dtype), config)
+    if low or high:
+        config = [(0, 0, 0)] * x.ndim
+        config[dim] = (low, high, 0)
+        y = lax.pad(y, jnp.zeros((), y.dtype), config)
     index = lax.axis_index(tuple(axes))
     first = halo.left + low
     position = lax.broadcasted_iota(jnp.int32, y.shape, dim) - first + index * halo.block
@@ -145,16 +145,26 @@ def hops(halo: Halo, wanted: int) -> list[tuple[int, int]]:
     return pieces
 
 
-def _hops(
-    x: Any, dim: int, axes: Sequence[str], halo: Halo, wanted: int, once: Once, *, from_left: bool
-) -> list[Any]:
-    """Pieces received from neighbours at distance 1, 2, ..., in image order."""
-    pieces: list[Any] = []
-    for distance, rows in hops(halo, wanted):
-        step = distance if from_left else -distance
-        received = once(_receive, x, dim, tuple(axes), len(halo.starts), rows, step)
-        pieces.insert(0 if from_left else len(pieces), received)
-    return pieces
+def _with_neighbours(
+    x: Any, dim: int, axes: tuple[str, ...], halo: Halo, once: Once
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Pieces from the left, one's own block in pieces, pieces from the right, in image order."""
+    own, send_left, send_right = [x], x, x
+    if halo.exchanged and halo.exchanged <= halo.block:
+        # Cut the block in three: what is sent is a piece of its own, whose gradient is added to
+        # that piece. Slices of the block would each return a gradient as large as the block.
+        sizes = (halo.right, halo.block - halo.exchanged, halo.left)
+        own = list(once(lax.split, x, sizes, dim))
+        send_left, send_right = own[0], own[2]
+    left = [
+        once(_receive, send_right, dim, axes, len(halo.starts), rows, distance)
+        for distance, rows in hops(halo, halo.left)
+    ]
+    right = [
+        once(_receive, send_left, dim, axes, len(halo.starts), rows, -distance)
+        for distance, rows in hops(halo, halo.right)
+    ]
+    return left[::-1], own, right
 
 
 def _receive(x: Any, dim: int, axes: tuple[str, ...], parts: int, rows: int, step: int) -> Any:

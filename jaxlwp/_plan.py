@@ -191,9 +191,10 @@ class Plan:
         """Put a training state on the mesh.
 
         Leaves that stand for a parameter (the parameters themselves, and leaves of the optimizer
-        state whose path ends in a parameter's path and that have its shape) are split like it;
-        all other arrays are replicated. Placed arrays share no memory with those given, so a step
-        may donate them.
+        state whose path ends in a parameter's path and that have its shape) are split like it, and
+        so are leaves that stand for a leaf of another argument (running statistics); all other
+        arrays are replicated. Placed arrays share no memory with those given, so a step may donate
+        them.
 
         Args:
           state: parameters, an optimizer state, a Flax `TrainState`, or any pytree of them.
@@ -241,14 +242,14 @@ class Plan:
         return placed[0] if len(placed) == 1 else tuple(placed)
 
     def sharding_for(self, path: Sequence[Any], leaf: Any) -> NamedSharding:
-        """Sharding of a leaf of a training state: that of the parameter it stands for."""
+        """Sharding of a leaf of a training state: that of the argument's leaf it stands for."""
         keys = tuple(_key(entry) for entry in path)
         shape = tuple(jax.typeof(leaf).shape)
         best = max(
             (
                 (len(suffix), sharding)
-                for suffix, want, sharding in self._parameter_paths
-                if want == shape and (not suffix or keys[-len(suffix) :] == suffix)
+                for suffix, want, sharding in self._argument_paths
+                if want == shape and keys[len(keys) - len(suffix) :] == suffix
             ),
             key=operator.itemgetter(0),
             default=None,
@@ -256,13 +257,16 @@ class Plan:
         return best[1] if best else NamedSharding(self.mesh, PartitionSpec())
 
     @functools.cached_property
-    def _parameter_paths(self) -> list[tuple[tuple[str, ...], tuple[int, ...], NamedSharding]]:
-        leaves = jax.tree_util.tree_flatten_with_path(self.param_shardings)[0]
+    def _argument_paths(self) -> list[tuple[tuple[str, ...], tuple[int, ...], NamedSharding]]:
+        leaves = jax.tree_util.tree_flatten_with_path(self.shardings)[0]
         shapes = [self.graph.program.values[i].shape for i in self.graph.program.inputs]
-        return [
-            (tuple(_key(entry) for entry in path), shape, sharding)
-            for (path, sharding), shape in zip(leaves, shapes, strict=False)
+        paths = [
+            (tuple(_key(entry) for entry in path[1:]), shape, sharding)
+            for (path, sharding), shape in zip(leaves, shapes, strict=True)
         ]
+        # A batch that is a bare array has no path to know it by: its shape alone says nothing.
+        count = self.graph.num_parameters
+        return paths[:count] + [entry for entry in paths[count:] if entry[0]]
 
     @property
     def __name__(self) -> str:
@@ -277,9 +281,13 @@ class Plan:
 
 
 def _write_back(arguments: tuple[Any, ...], changed: tuple[Any, ...]) -> None:
-    """Update NNX modules among the arguments with their changed state."""
-    for old, new in zip(arguments, changed, strict=True):
-        if isinstance(old, nnx.Module):
+    """Update NNX modules and random streams in the arguments with their changed state."""
+    olds, news = (
+        jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Pytree))
+        for tree in (arguments, changed)
+    )
+    for old, new in zip(olds, news, strict=True):
+        if isinstance(old, nnx.Pytree):
             nnx.update(old, nnx.state(new))
 
 
