@@ -179,6 +179,8 @@ class _Builder:
             if eqn.primitive.name in self.inlined:
                 body = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
                 results = self.inline(body.jaxpr, body.consts, operands, where)
+            elif eqn.primitive.name == "sharding_constraint":
+                results = list(operands)  # where tensors are split is for the strategy to say
             elif eqn.primitive.name in CHECKPOINTS:
                 results = self.checkpoint(eqn, operands, where)
             elif eqn.primitive.name == "scan" and eqn.params["length"] <= LONGEST_UNROLLED:

@@ -123,6 +123,31 @@ def _row_signature(eqn: Equation) -> Signature:
     return Signature(role="follow", operands=((None, *labels[1:]),), results=(labels[1:],))
 
 
+def _stack_signature(eqn: Equation) -> Signature:
+    """Stack and its inverse: the new dimension is not split, all others go through."""
+    axis, stacked = eqn.params["axis"], (eqn.operand_values[0], eqn.result_values[0])
+    rank = max(len(value.shape) for value in stacked)
+    names = anonymous(rank - 1)
+    whole: Labels = (*names[:axis], None, *names[axis:])
+    one, many = (names, whole) if eqn.name == "stack" else (whole, names)
+    return Signature(
+        role="anchor", operands=(one,) * len(eqn.operands), results=(many,) * len(eqn.results)
+    )
+
+
+def _tile_signature(eqn: Equation) -> Signature:
+    shape, tiled = eqn.operand_values[0].shape, eqn.result_values[0].shape
+    repeated = [dim for dim, (a, b) in enumerate(zip(shape, tiled, strict=True)) if a != b]
+    labels = _except(anonymous(len(shape)), *repeated)
+    return Signature(role="anchor", operands=(labels,), results=(labels,))
+
+
+def _top_k_signature(eqn: Equation) -> Signature:
+    rank = len(eqn.operand_values[0].shape)
+    labels = _except(anonymous(rank), eqn.params.get("axis", rank - 1) % rank)
+    return Signature(role="anchor", operands=(labels,), results=(labels,) * len(eqn.results))
+
+
 def _rule(kind: str, signature: Callable[[Equation], Signature | None], **kwargs: Any) -> Rule:
     return Rule(kind=kind, signature=signature, lower=kwargs.get("lower", bind_lowering))
 
@@ -130,6 +155,10 @@ def _rule(kind: str, signature: Callable[[Equation], Signature | None], **kwargs
 RULES = {
     "concatenate": _rule("concat", _along("dimension")),
     "row": _rule("slice", _row_signature),
+    "stack": _rule("concat", _stack_signature),
+    "unstack": _rule("split", _stack_signature),
+    "tile": _rule("concat", _tile_signature),
+    "top_k": _rule("sort", _top_k_signature),
     "split": _rule("split", _along("axis")),
     "rev": _rule("reverse", _along("dimensions")),
     "sort": _rule("sort", _along("dimension")),

@@ -12,7 +12,7 @@ from jaxlwp._program import Equation
 from jaxlwp.ops._rule import Labels, Rule, Signature, bind_lowering
 
 POINTWISE = (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp "
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz complex conj "
     "convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt "
     "imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter "
     "not or population_count pow real reduce_precision rem round rsqrt select_n shift_left "

@@ -696,6 +696,24 @@ ARRANGEMENTS = [
             "split",
             NOT_CHANNEL,
         ),
+        rearrange(
+            f"stack{suffix}",
+            x,
+            lambda x: jnp.stack([jnp.sin(x), x * x], 2),
+            "concat",
+            frozenset({"sample", "height", "width", "channel"}),
+        ),
+        rearrange(
+            f"unstack{suffix}",
+            x,
+            lambda x: sum(jnp.unstack(x, axis=1)[1:]),
+            "split",
+            IMAGE - {"height"},
+        ),
+        rearrange(
+            f"tile{suffix}", x, lambda x: jnp.tile(x, (1, 1, 2, 1)), "concat", IMAGE - {"width"}
+        ),
+        rearrange(f"top_k{suffix}", x, lambda x: lax.top_k(x, 2)[0], "sort", NOT_CHANNEL),
         rearrange(f"reverse{suffix}", x, lambda x: x[:, :, ::-1], "reverse", IMAGE - {"width"}),
         rearrange(
             f"cumsum{suffix}", x, lambda x: jnp.cumsum(x, 1), "cumulative", IMAGE - {"height"}
