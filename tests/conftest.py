@@ -49,16 +49,15 @@ def mesh222() -> Mesh:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the tables that tests recorded: bytes of collectives, predicted and compiled."""
-    rows = [
-        str(value)
-        for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-        for key, value in report.user_properties
-        if key == "bytes" and report.when == "call"
-    ]
-    if rows:
-        terminalreporter.section("bytes of collectives per device")
-        terminalreporter.line(
-            f"{'model':22}{'strategy':10}{'predicted':>12}{'compiled':>12}{'off by':>9}"
-        )
-        for row in sorted(rows):
-            terminalreporter.line(row)
+    tables = {
+        "bytes": f"{'model':22}{'strategy':10}{'predicted':>12}{'compiled':>12}{'off by':>9}",
+        "gathers": f"{'program':34}{'':20}{'jaxlwp':>12}{'without':>14}",
+    }
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    properties = [pair for r in reports if r.when == "call" for pair in r.user_properties]
+    for table, head in tables.items():
+        rows = sorted(str(value) for key, value in properties if key == table)
+        if rows:
+            terminalreporter.section("bytes per device")
+            for row in (head, *rows):
+                terminalreporter.line(row)

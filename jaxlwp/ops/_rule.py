@@ -9,6 +9,7 @@ exchange follows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -136,13 +137,13 @@ class Signature:
     even: Mapping[str, int] = field(default_factory=dict)
     fill: Fill = None
 
-    @property
+    @functools.cached_property
     def names(self) -> frozenset[str]:
         """All dimension names."""
         every = (label for labels in self.operands + self.results for label in labels)
         return frozenset(label for label in every if label is not None)
 
-    @property
+    @functools.cached_property
     def reduced(self) -> frozenset[str]:
         """Dimension names of operands that appear in no result."""
         kept = {label for labels in self.results for label in labels}

@@ -133,6 +133,14 @@ def identity_layer(x: Any) -> Any:
     return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, ones, ones, "VALID")
 
 
+def convolve_grouped(x: Any, kernel: Any, *, groups: int) -> Any:
+    """A 3x3 convolution of channels-last images in groups of channels."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups
+    )
+
+
 def loss_of(case: Case) -> Callable[..., Any]:
     """`loss(params, weights, *args)`, with the output as auxiliary result."""
 

@@ -53,8 +53,7 @@ def every_assignment(layer: Layer, axis_sizes: dict[str, int]) -> set[Config]:
         splits = {name: [axis for axis, dim in pairs if dim == name] for name in layer.dimensions}
         degrees = {name: math.prod(axis_sizes[a] for a in axes) for name, axes in splits.items()}
         if all(
-            degree <= min(layer.dimensions[name])
-            and layer.even.get(name, 0) % degree == 0
+            degree <= min(layer.dimensions[name]) and layer.even.get(name, 0) % degree == 0
             for name, degree in degrees.items()
         ):
             configs.add(Config.of(splits))
