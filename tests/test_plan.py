@@ -13,6 +13,9 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
 from jax.sharding import Mesh, PartitionSpec
 
 import jaxlwp
@@ -124,6 +127,50 @@ def test_table_names_every_layer_and_unknown_operators() -> None:
         r"no rule for fft \(fft_0\): it runs whole on each of 8\s+devices, \S+ ms", text
     )
     close(jax.value_and_grad(plan)(params, x), jax.value_and_grad(loss)(params, x))
+
+
+def swirl(x: Any) -> Any:
+    """Mixes all elements of an array."""
+    return x * jnp.cumsum(jnp.roll(x.reshape(-1), 5)).reshape(x.shape)
+
+
+def swirl_primitive() -> Any:
+    """An operator that jaxlwp cannot know."""
+    primitive = Primitive("swirl")
+    primitive.def_impl(jax.jit(swirl))
+    primitive.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
+    mlir.register_lowering(primitive, mlir.lower_fun(swirl, multiple_results=False))
+
+    def jvp(primals: Any, tangents: Any) -> Any:
+        return primitive.bind(*primals), jax.jvp(swirl, primals, tangents)[1]
+
+    ad.primitive_jvps[primitive] = jvp
+    return primitive
+
+
+@pytest.mark.parametrize("strategy", ["search", *jaxlwp.BASELINES])
+def test_an_operator_of_ones_own_gives_the_same_numbers(strategy: str) -> None:
+    """Without a rule it runs whole on every device; the report says so, and what that costs."""
+    operator = swirl_primitive()
+
+    def loss(params: Any, x: Any) -> Any:
+        y = jax.lax.conv_general_dilated(
+            x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = operator.bind(jnp.tanh(y)).mean((1, 2))
+        return jnp.mean((y @ params["dense"]) ** 2), y
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "conv": jax.random.normal(keys[0], (3, 3, 4, 8)),
+        "dense": jax.random.normal(keys[1], (8, 16)),
+    }
+    x = jax.random.normal(keys[2], (8, 8, 9, 4))
+    plan = jaxlwp.parallelize(loss, params, x, rates=RATES, strategy=strategy)
+    assert [layer.name for layer in plan.graph.unknown()] == ["swirl_0"]
+    assert re.search(r"no rule for swirl \(swirl_0\): it runs whole on each of 8", str(plan))
+    step = jax.jit(jax.value_and_grad(plan, has_aux=True))
+    close(step(params, x), jax.value_and_grad(loss, has_aux=True)(params, x))
 
 
 def test_repr_is_the_report_and_short() -> None:
