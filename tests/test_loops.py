@@ -217,8 +217,8 @@ def kernels(params: Any) -> Any:
 ADAM = optax.adam(1e-2, eps=1e-4)
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, warmup_steps=1, decay_steps=4)
 OPTIMIZERS = {
-    "clip, adamw, schedule": optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(SCHEDULE, eps=1e-4)
+    "clip, adamw, schedule, ema": optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(SCHEDULE, eps=1e-4), optax.ema(0.9)
     ),
     "MultiSteps": optax.MultiSteps(ADAM, every_k_schedule=2).gradient_transformation(),
     "masked": optax.chain(
@@ -230,7 +230,6 @@ OPTIMIZERS = {
         {"adam": ADAM, "sgd": optax.sgd(0.1, momentum=0.9), "frozen": optax.set_to_zero()},
         {"Conv_0": "adam", "BatchNorm_0": "frozen", "Conv_1": "sgd", "Dense_0": "adam"},
     ),
-    "ema": optax.chain(ADAM, optax.ema(0.9)),
     "inject_hyperparams": optax.inject_hyperparams(optax.sgd)(SCHEDULE, momentum=0.9),
 }
 
@@ -343,7 +342,7 @@ def test_average_of_parameters() -> None:
 
 
 def test_checkpoint_is_read_back_and_placed_again() -> None:
-    plan, tx = make_plan(), OPTIMIZERS["clip, adamw, schedule"]
+    plan, tx = make_plan(), OPTIMIZERS["clip, adamw, schedule, ema"]
     step = stepper(plan)
     state, _ = train(step, plan.place(create(tx)), BATCHES[:2])
     written = serialization.to_bytes(state)
