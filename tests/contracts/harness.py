@@ -12,6 +12,7 @@ independent random orders, so input and output change layout in ever new ways fr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import random
 import zlib
@@ -51,7 +52,21 @@ Shape = tuple[int, ...]
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """Options that compile fast; None where they do not apply."""
-    return _CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
+    return _known_options() if mesh.devices.flat[0].platform == "cpu" else None
+
+
+@functools.cache
+def _known_options() -> dict[str, Any]:
+    """Those of the options that this version of XLA has: names come and go."""
+
+    def known(name: str, value: Any) -> bool:
+        try:
+            jax.jit(lambda: jnp.zeros(()), compiler_options={name: value})()
+        except Exception:  # the class differs between versions of JAX
+            return False
+        return True
+
+    return {name: value for name, value in _CPU_OPTIONS.items() if known(name, value)}
 
 
 def draw_seed() -> int:
