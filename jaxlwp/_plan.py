@@ -218,9 +218,16 @@ class Plan:
           *batch: the arguments after the parameters, or the first few of them.
 
         Raises:
-          ValueError: a shape or dtype differs from the traced one.
+          ValueError: the structure or a shape differs from the traced one.
         """
         given, wanted = list(batch), list(self.batch_shardings[: len(batch)])
+        have: Any = jax.tree.structure(given)
+        expected: Any = jax.tree.structure(wanted)
+        if have != expected:
+            raise ValueError(
+                f"place_batch: the batch has the structure {have}, but the "
+                f"plan was made for {expected}; pass the batch as to parallelize"
+            )
         names = iter(self.graph.argument_names[self.graph.num_parameters :])
         infos = iter(self.graph.program.inputs[self.graph.num_parameters :])
         for leaf, name, index in zip(jax.tree.leaves(given), names, infos, strict=False):
@@ -231,13 +238,6 @@ class Plan:
                     f"was made for {want}; drop or pad the last incomplete batch, or make a plan "
                     "for the new shape"
                 )
-        have: Any = jax.tree.structure(given)
-        expected: Any = jax.tree.structure(wanted)
-        if have != expected:
-            raise ValueError(
-                f"place_batch: the batch has the structure {have}, but the "
-                f"plan was made for {expected}; pass the batch as to parallelize"
-            )
         placed = jax.device_put(given, wanted)
         return placed[0] if len(placed) == 1 else tuple(placed)
 

@@ -422,3 +422,8 @@ def test_nnx_random_stream_given_as_argument_is_written_back() -> None:
     expected = losses(nnx_loss)
     assert expected[0] != expected[1]
     np.testing.assert_allclose(losses(make_nnx_plan()), expected, rtol=1e-5)
+
+
+def test_batch_without_an_argument_that_comes_before_it() -> None:
+    with pytest.raises(ValueError, match=r"place_batch: .*structure .*pass the batch as"):
+        make_nnx_plan().place_batch(*BATCHES[0])
