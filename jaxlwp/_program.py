@@ -202,15 +202,20 @@ class _Builder:
 
     def unroll(self, eqn: Any, operands: tuple[int, ...], scope: str) -> list[int]:
         """Inline a scan, once per iteration."""
-        body, length = eqn.params["jaxpr"], eqn.params["length"]
-        first, last = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+        length = eqn.params["length"]
+        # Closed up to JAX 0.10, open from 0.11 on, where the counts below are private as well.
+        body = eqn.params["jaxpr"]
+        consts, body = getattr(body, "consts", ()), getattr(body, "jaxpr", body)
+        last = len(eqn.invars) - _count_different(eqn.invars, body.invars)
+        num_carry = len(eqn.outvars) - _count_different(eqn.outvars, body.outvars)
+        first = last - num_carry
         carry, stacked = list(operands[first:last]), operands[last:]
         outputs: list[list[int]] = [[] for _ in eqn.outvars[last - first :]]
         order = range(length)
         for i in reversed(order) if eqn.params["reverse"] else order:
             rows = [self.row(value, i, scope) for value in stacked]
             arguments = [*operands[:first], *carry, *rows]
-            results = self.inline(body.jaxpr, body.consts, arguments, f"{scope}/{i}")
+            results = self.inline(body, consts, arguments, f"{scope}/{i}")
             carry, made = results[: last - first], results[last - first :]
             for values, value in zip(outputs, made, strict=True):
                 values.insert(0 if eqn.params["reverse"] else len(values), value)
@@ -261,6 +266,11 @@ class _Builder:
                 checkpoints=self.checkpoints,
             )
         )
+
+
+def _count_different(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many values of a scan are stacked: the body sees one row of them."""
+    return sum(a.aval.shape != b.aval.shape for a, b in zip(outside, inside, strict=True))
 
 
 def _row(x: Any, *, index: int) -> Any:
