@@ -246,6 +246,8 @@ def _each_s(short: Callable[[], Any], long: Callable[[], Any], more: int) -> flo
     return typical_s / more
 
 
+# A plan may be made while a training step is traced: without this, nothing would run.
+@jax.ensure_compile_time_eval()
 def measure(mesh: Mesh) -> DeviceGraph:
     """Measure the rates of a mesh's devices and links now, all devices at once.
 

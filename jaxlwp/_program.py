@@ -215,7 +215,8 @@ class _Builder:
         for i in reversed(order) if eqn.params["reverse"] else order:
             rows = [self.row(value, i, scope) for value in stacked]
             arguments = [*operands[:first], *carry, *rows]
-            results = self.inline(body, consts, arguments, f"{scope}/{i}")
+            where = "/".join(p for p in (scope, f"scan{i}") if p)
+            results = self.inline(body, consts, arguments, where)
             carry, made = results[: last - first], results[last - first :]
             for values, value in zip(outputs, made, strict=True):
                 values.insert(0 if eqn.params["reverse"] else len(values), value)

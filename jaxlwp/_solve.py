@@ -9,7 +9,9 @@ section 5), in three phases:
    minimum over its configs: two neighbours get an edge between them (`_min_plus`), one gets the
    minimum added to its own costs, and a layer with none just waits for phase 3. The paper
    eliminates layers with one in-edge and one out-edge; direction does not matter to a sum, and
-   layers with one neighbour or none are the same minimum over fewer tables.
+   layers with one neighbour or none are the same minimum over fewer tables. So is a layer with
+   one config (a sum of scalars: a weight penalty joins all layers by them), however many
+   neighbours it has: each gets what its edge costs.
 2. Enumerate what is left: `_depth_first`. The K remaining layers: two for every network of
    treewidth two, so for all of the paper's.
 3. Undo in reverse order: `_undo`. Each eliminated layer takes its best config, given those of
@@ -267,7 +269,7 @@ def _connect(graph: _Graph, i: int, j: int, table: FloatArray) -> int:
 
 
 def _eliminate(graph: _Graph) -> tuple[list[_NodeElimination], int]:
-    """Node elimination until two layers remain, or none has at most two neighbours.
+    """Node elimination until two layers remain, or none has one config or two neighbours at most.
 
     Fewest neighbours first, then the least work, then the lowest index. A layer's place in the
     queue changes when a neighbour goes; it is queued again then, and the old entry is stale.
@@ -297,13 +299,14 @@ def _eliminate(graph: _Graph) -> tuple[list[_NodeElimination], int]:
 
 
 def _priority(graph: _Graph, layer: int) -> tuple[int, int, int]:
-    """(neighbours, sums that eliminating the layer would take, index)."""
+    """(neighbours to choose for, sums that eliminating the layer would take, index)."""
     sizes = [graph.costs[n].size for n in graph.tables[layer]]
-    return len(sizes), math.prod(sizes) * graph.costs[layer].size, layer
+    bound = len(sizes) if graph.costs[layer].size > 1 else 0  # one config binds no neighbour
+    return bound, math.prod(sizes) * graph.costs[layer].size, layer
 
 
 def _eliminate_node(graph: _Graph, layer: int) -> tuple[_NodeElimination, int]:
-    """Takes a layer with at most two neighbours out of the graph, by the min over its configs.
+    """Takes a layer with at most two neighbours, or with one config, out of the graph.
 
     Returns:
         The record for `_undo`, and 1 if an edge elimination came with it, else 0.
@@ -315,7 +318,7 @@ def _eliminate_node(graph: _Graph, layer: int) -> tuple[_NodeElimination, int]:
     )
     for end in ends:
         del graph.tables[end][layer]
-    if len(ends) == 2:
+    if len(ends) == 2 and costs.size > 1:
         first, last = ends
         table = _min_plus(tables[first].T + costs, tables[last])
         return record, _connect(graph, first, last, table)

@@ -12,6 +12,7 @@ Every equation of the flat program either becomes part of a layer or is evaluate
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -43,8 +44,9 @@ def trace(
       The graph; see `ComputationGraph`.
 
     Raises:
-      ValueError: `fn` has side effects.
+      ValueError: `fn` has side effects, or an argument holds something that is no array.
     """
+    _check_leaves((params, *args))
     shapes = jax.tree.map(_shape_of, (params, *args))
     leaves, tree = jax.tree.flatten(shapes)
     changed: list[int] = []
@@ -75,6 +77,18 @@ def recognised(program: Program) -> Program:
         found = recognise(eqn, [known(i) for i in eqn.operands]) if recognise else None
         equations.append(found or eqn)
     return without_dead_code(replace(program, equations=tuple(equations)))
+
+
+def _check_leaves(arguments: Any) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(arguments)[0]:
+        try:
+            _shape_of(leaf)
+        except TypeError as error:
+            raise ValueError(
+                f"trace: {_path_name(path)} is a {type(leaf).__name__} ({leaf!r:.60}), which is no "
+                "array; pass arrays only: close over everything else, or split the model into "
+                "arrays and the rest (as equinox.partition does)"
+            ) from error
 
 
 def _shape_of(leaf: Any) -> Any:
@@ -169,9 +183,11 @@ def whole(eqn: Equation) -> Signature:
 def _for_reduction(program: Program) -> frozenset[int]:
     """Positions of the following operators that only reductions read: a square before its mean.
 
-    They belong to the reduction's layer, which would else read their operand and their result.
+    They belong to the reduction's layer, which would else read their operand and their result. An
+    operand that nothing else reads (a bias is added to it) is better left where it is made.
     """
     found: set[int] = set()
+    counts = collections.Counter(i for eqn in program.equations for i in eqn.operands)
     readers: dict[int, bool] = dict.fromkeys(program.outputs, False)  # value -> only reductions
     for position, eqn in reversed(list(enumerate(program.equations))):
         signature = _signature_of(eqn)
@@ -181,6 +197,13 @@ def _for_reduction(program: Program) -> frozenset[int]:
         wanted = role == "reduce" or position in found
         for operand in eqn.operands:
             readers[operand] = readers.get(operand, True) and wanted
+    waiting: set[int] = set()  # values
+    for position, eqn in enumerate(program.equations):
+        shared = any(counts[i] > 1 or i in waiting for i in eqn.operands)
+        if position in found and shared:
+            waiting.update(eqn.results)
+        else:
+            found.discard(position)
     return frozenset(found)
 
 
@@ -202,8 +225,9 @@ class _Draft:
 class _Grouping:
     """Assigns the equations of a program to layers, in one pass."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, num_parameters: int) -> None:
         self.program = program
+        self.of_parameters = set(program.inputs[:num_parameters]) | set(program.constants)
         self.drafts: list[_Draft] = []
         self.known: dict[int, dict[int, Labels]] = {}  # value -> layer -> labels
         self.homes: dict[int, tuple[int, Labels]] = {}
@@ -216,6 +240,8 @@ class _Grouping:
     def assign(self, position: int, eqn: Equation) -> None:
         rule, signature = RULES.get(eqn.name), _signature_of(eqn)
         placed = [i for i in eqn.operands if i in self.known or i in self.waiting]
+        if self.of_parameters.issuperset(eqn.operands):
+            self.of_parameters.update(eqn.results)
         if rule is None or signature is None:
             self.open(position, eqn, whole(eqn), eqn.name, has_rule=False)
         elif signature.role == "lazy" or (signature.role == "follow" and not placed):
@@ -224,6 +250,11 @@ class _Grouping:
             self.waiting.update(dict.fromkeys(eqn.results, position))
         else:
             self.place(position, eqn, rule, signature)
+
+    def reads_parameters_only(self, layer: int) -> bool:
+        """Whether a layer's results depend on parameters and constants alone."""
+        members = (self.program.equations[position] for position, _ in self.drafts[layer].members)
+        return all(self.of_parameters.issuperset(eqn.results) for eqn in members)
 
     def place(self, position: int, eqn: Equation, rule: Rule, signature: Signature) -> None:
         """Let the equation join or start a layer; what waited for it comes first."""
@@ -273,8 +304,9 @@ class _Grouping:
         for operand, letters in zip(eqn.operands, signature.operands, strict=True):
             give(letters, self.names_of(operand))
         tensors = (*signature.operands, *signature.results)
-        for letters in tensors:
-            give(letters, default_names(len(letters)))
+        for value, letters in zip((*eqn.operands, *eqn.results), tensors, strict=True):
+            if value not in self.of_parameters:  # a kernel's first dimension is no sample
+                give(letters, default_names(len(letters)))
         for letters in tensors:
             give(letters, tuple(f"dim{dim}" for dim in range(len(letters))))
         return rename(signature, names)
@@ -339,14 +371,14 @@ def build_graph(
         program's last outputs.
       gradients: values that have a cotangent.
     """
-    grouping = _Grouping(program)
+    grouping = _Grouping(program, num_parameters)
     owners: dict[int, tuple[int, Labels]] = {}
-    found = []
-    for index, draft in enumerate(grouping.drafts):
-        reader = _Reader(grouping, gradients, owners, index)
-        for position, signature in draft.members:
+    found = [_Reader(grouping, gradients, owners, i) for i in range(len(grouping.drafts))]
+    # The first reader of an argument says how it is stored: a layer of the network, rather than
+    # a weight penalty that happens to come first.
+    for reader in sorted(found, key=lambda reader: grouping.reads_parameters_only(reader.layer)):
+        for position, signature in grouping.drafts[reader.layer].members:
             reader.read(program.equations[position], signature)
-        found.append(reader)
     names = _layer_names(grouping.drafts, found, argument_names, num_parameters)
     layers = tuple(
         _layer(index, names[index], draft, reader)
@@ -443,8 +475,8 @@ def _layer(index: int, name: str, draft: _Draft, reader: _Reader) -> Layer:
     even: dict[str, int] = {}
     for member in reader.members:
         eqn, signature = member.equation, member.signature
-        for name, size in signature.even.items():
-            even[name] = math.gcd(even.get(name, 0), size)
+        for label, size in signature.even.items():
+            even[label] = math.gcd(even.get(label, 0), size)
         tensors = zip(
             signature.operands + signature.results,
             eqn.operand_values + eqn.result_values,

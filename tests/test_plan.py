@@ -269,6 +269,7 @@ def test_layers_are_named_by_module_or_parameter_path() -> None:
     model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
     graph = jaxlwp.trace(lambda m, x: jnp.sum(m(x)), model, jnp.ones((8, 6)))
     assert [x.name for x in graph.layers if x.kind == "dense"] == ["layers/0", "layers/1"]
+    assert [x.name for x in linen.layers if x.kind == "reshape"] == ["reshape_0"]
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -282,6 +283,24 @@ def test_batch_not_divisible() -> None:
 def test_search_splits_a_batch_that_is_not_divisible() -> None:
     plan = jaxlwp.parallelize(loss_fn, PARAMS, IMAGES[:13], LABELS[:13], rates=RATES)
     close(plan(PARAMS, IMAGES[:13], LABELS[:13]), loss_fn(PARAMS, IMAGES[:13], LABELS[:13]))
+
+
+def test_a_leaf_that_is_no_array() -> None:
+    with pytest.raises(ValueError, match=r"params\['name'\] is a str \('conv'\).*no array"):
+        jaxlwp.parallelize(lambda p, x: jnp.sum(p["w"] * x), {"w": 1.0, "name": "conv"}, 2.0)
+
+
+def test_a_weight_penalty_has_no_samples() -> None:
+    def loss(params: Any, images: Any, labels: Any) -> Any:
+        penalty = sum(jnp.sum(x**2) for x in jax.tree.leaves(params) if x.ndim > 1)
+        return loss_fn(params, images, labels) + 1e-4 * penalty
+
+    plan = jaxlwp.parallelize(loss, PARAMS, IMAGES, LABELS, rates=RATES, strategy="data")
+    sums = [x for x in plan.graph.layers if x.kind == "reduce" and "dim0" in x.dimensions]
+    assert len(sums) == 5 and not any("sample" in layer.dimensions for layer in sums)
+    owners = {plan.graph.owners[value][0] for value in plan.graph.program.inputs[:10]}
+    assert {plan.graph.layers[i].kind for i in owners} == {"conv", "dense"}
+    close(plan(PARAMS, IMAGES, LABELS), loss(PARAMS, IMAGES, LABELS))
 
 
 def test_more_devices_than_exist() -> None:

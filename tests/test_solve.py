@@ -70,11 +70,11 @@ def draw_wide_range(rng, shape):
 DRAWS = (draw_real, draw_ties, draw_infinite, draw_wide_range)
 
 
-def make_problem(shape, draw, seed):
-    """Random tables for a shape, one to four configs per layer."""
+def make_problem(shape, draw, seed, least=1):
+    """Random tables for a shape, `least` to four configs per layer."""
     layers, edges = SHAPES[shape]
     rng = np.random.default_rng(seed)
-    sizes = rng.integers(1, 5, layers)
+    sizes = rng.integers(least, 5, layers)
     nodes = [draw(rng, (n,)) for n in sizes]
     return nodes, edges, [draw(rng, (sizes[i], sizes[j])) for i, j in edges]
 
@@ -193,7 +193,7 @@ def test_a_hand_worked_example(method):
     ],
 )
 def test_eliminations_are_counted(shape, nodes, edges, remaining):
-    problem = make_problem(shape, draw_real, 0)
+    problem = make_problem(shape, draw_real, 0, least=2)  # one config: whatever the shape
     solution = solve(*problem)
     assert (solution.nodes_eliminated, solution.edges_eliminated) == (nodes, edges)
     assert solution.remaining == remaining == len(problem[0]) - nodes
@@ -208,6 +208,20 @@ def test_series_parallel_graphs_reduce_to_two_layers():
     solution = solve([rng.random(21) for _ in range(41)], edges, tables)
     assert solution.remaining == 2
     assert solution.enumerated == 21**2
+
+
+def test_scalars_that_join_layers_leave_nothing_to_enumerate():
+    """A weight penalty: each layer's own sum goes into one chain of sums, of one config each."""
+    layers = 20
+    sizes = [4] * layers + [3] * layers + [1] * layers  # the network, its sums, the sums' sums
+    edges = [(i, i + 1) for i in range(layers - 1)]
+    edges += [(i, layers + i) for i in range(layers)]
+    edges += [(layers + i, 2 * layers + i) for i in range(layers)]
+    edges += [(2 * layers + i, 2 * layers + i + 1) for i in range(layers - 1)]
+    edges += [(i, i + 2) for i in range(0, layers - 2, 2)]  # and residual connections
+    rng = np.random.default_rng(0)
+    tables = [rng.random((sizes[i], sizes[j])) for i, j in edges]
+    assert solve([rng.random(n) for n in sizes], edges, tables).remaining == 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)

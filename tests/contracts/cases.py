@@ -469,7 +469,7 @@ def scan_of_layers(params: Any) -> Any:
     """The same layer with each of a stack of kernels; its last output, and a mean of each."""
 
     def layer(x: Any, kernel: Any) -> Any:
-        y = jnp.tanh(convolve(x, kernel))
+        y = jnp.tanh(convolve(x, 0.2 * kernel))
         return y, y.mean((1, 2))
 
     y, means = lax.scan(layer, params["x"], params["stack"], reverse=True)
@@ -477,7 +477,7 @@ def scan_of_layers(params: Any) -> Any:
 
 
 def scan_of_checkpoints(params: Any) -> Any:
-    layer = jax.checkpoint(lambda x, kernel: (jnp.tanh(convolve(x, kernel)), None))
+    layer = jax.checkpoint(lambda x, kernel: (jnp.tanh(convolve(x, 0.2 * kernel)), None))
     return lax.scan(layer, params["x"], params["stack"])[0]
 
 
