@@ -92,6 +92,7 @@ class Case:
         rounding can carry a value across the kink of a relu, and maxima have ties.
       front: put an identity layer with a config of its own before the operator. Without it the
         operator reads its input from the arguments, stored as it wants it.
+      slow: swept by `make test-all` only; a case that is harder on the same rule is not.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Case:
     args: Callable[[np.random.Generator], tuple[Any, ...]] = lambda rng: ()
     whole_numbers: bool = False
     front: bool = True
+    slow: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

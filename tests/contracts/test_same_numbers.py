@@ -81,7 +81,10 @@ def test_eight_devices_slow(case: Case, mesh222: Mesh) -> None:
     check(case, mesh222)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow if c.slow else (), id=c.name) for c in CASES],
+)
 def test_four_devices(case: Case, mesh22: Mesh) -> None:
     check(case, mesh22)
 
