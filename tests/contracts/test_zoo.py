@@ -33,7 +33,7 @@ SEED = int(os.environ.get("JAXLWP_SWEEP_SEED") or time.time_ns() % 2**31)
 DRAWS = 8
 TOLERANCE = 1e-4
 RANDOM = 20
-FAST_RANDOM = 1  # the rest in `make test-all`
+FAST_BFLOAT16 = ("resnet50", "mobilenet_v2", "convnext_t", "unet_bilinear")  # the rest: test-all
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +84,8 @@ def test_found_strategy_and_baselines(
         )
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [pytest.param(i, marks=pytest.mark.slow if i >= FAST_RANDOM else ()) for i in range(RANDOM)],
-)
+@pytest.mark.slow  # in `make test-all`: each takes some seconds to compile
+@pytest.mark.parametrize("strategy", range(RANDOM))
 @pytest.mark.parametrize("name", ZOO)
 def test_random_strategies(name: str, strategy: int) -> None:
     check_strategy(name, strategy)
@@ -103,7 +101,10 @@ def distance(actual: Any, expected: Any) -> float:
     return float(np.sqrt(off / sum(float(np.sum(b**2)) for _, b in pairs)))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in FAST_BFLOAT16 else pytest.mark.slow) for n in ZOO],
+)
 def test_bfloat16(name: str) -> None:
     """The found strategy in bfloat16: as near to float32 as one device in bfloat16, times 1.5."""
     this = case(name, SEED, "bfloat16")
