@@ -304,8 +304,9 @@ class _Grouping:
         for operand, letters in zip(eqn.operands, signature.operands, strict=True):
             give(letters, self.names_of(operand))
         tensors = (*signature.operands, *signature.results)
-        for value, letters in zip((*eqn.operands, *eqn.results), tensors, strict=True):
-            if value not in self.of_parameters:  # a kernel's first dimension is no sample
+        penalty = self.of_parameters.issuperset(eqn.results) and not any(signature.results)
+        for letters in tensors:
+            if not penalty:  # the sum over a kernel, whose first dimension is no sample
                 give(letters, default_names(len(letters)))
         for letters in tensors:
             give(letters, tuple(f"dim{dim}" for dim in range(len(letters))))
@@ -475,8 +476,8 @@ def _layer(index: int, name: str, draft: _Draft, reader: _Reader) -> Layer:
     even: dict[str, int] = {}
     for member in reader.members:
         eqn, signature = member.equation, member.signature
-        for label, size in signature.even.items():
-            even[label] = math.gcd(even.get(label, 0), size)
+        for dimension, size in signature.even.items():
+            even[dimension] = math.gcd(even.get(dimension, 0), size)
         tensors = zip(
             signature.operands + signature.results,
             eqn.operand_values + eqn.result_values,

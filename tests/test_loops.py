@@ -416,7 +416,7 @@ def test_nnx_optimizer_follows_its_module() -> None:
         if moment[...].ndim:
             assert moment[...].sharding == by_name[path[-2:]][...].sharding
             split += moment[...].sharding.spec != REPLICATED
-    assert split == 2 * 4  # mu and nu of all but the last layer's bias
+    assert split == 2 * 5  # mu and nu of every parameter
     np.testing.assert_allclose(train_nnx(plan, model, optimizer), expected, rtol=1e-4)
     close(model, reference)
 

@@ -33,6 +33,8 @@ from models.alexnet import AlexNet
 from models.lenet import LeNet5
 from models.vgg import VGG16
 
+from .harness import compiler_options
+
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
 )
@@ -47,7 +49,7 @@ NETWORKS: dict[str, tuple[Any, tuple[int, int, int]]] = {
 }
 SEARCHED = ("search", *jaxlwp.BASELINES)
 RANDOM = 20
-FAST_RANDOM = 3  # the rest in `make test-all`: each takes some ten seconds to compile
+FAST_RANDOM = 1  # the rest in `make test-all`: each takes some ten seconds to compile
 
 
 class Case(NamedTuple):
@@ -86,7 +88,8 @@ def case(name: str) -> Case:
 @functools.cache
 def one_device(name: str) -> Callable[..., Any]:
     """Compiled loss, logits and gradients on one device."""
-    return jax.jit(jax.value_and_grad(case(name).loss, has_aux=True))
+    step = jax.value_and_grad(case(name).loss, has_aux=True)
+    return jax.jit(step, compiler_options=compiler_options(case(name).mesh))
 
 
 def plan_for(name: str, strategy: str | int) -> jaxlwp.Plan:
@@ -126,7 +129,11 @@ def check(name: str, strategy: str | int) -> None:
     plan, this = plan_for(name, strategy), case(name)
     params = plan.place(this.params)
     batch = plan.place_batch(*this.batch)
-    step = jax.jit(jax.value_and_grad(plan, has_aux=True)).lower(params, *batch).compile()
+    step = (
+        jax.jit(jax.value_and_grad(plan, has_aux=True))
+        .lower(params, *batch)
+        .compile(compiler_options(this.mesh))
+    )
     compiled = bytes_by_kind(jaxlwp.compiled_collectives(step.as_text()))
     assert by_kind(plan) == compiled, f"{name} {strategy}: predicted, then compiled"
     errors = []
@@ -158,8 +165,15 @@ def test_random_strategies(name: str, strategy: int) -> None:
     check(name, strategy)
 
 
-@pytest.mark.parametrize("strategy", SEARCHED)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        # A minute each: VGG-16's baselines are left to `make test-all`.
+        pytest.param(n, s, marks=pytest.mark.slow if n == "vgg16" and s != "search" else ())
+        for n in NETWORKS
+        for s in SEARCHED
+    ],
+)
 def test_twenty_steps(name: str, strategy: str) -> None:
     """Twenty steps of SGD with momentum follow one device's losses, dropout included.
 
