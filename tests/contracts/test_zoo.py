@@ -30,7 +30,7 @@ from .zoo import (
 )
 
 SEED = int(os.environ.get("JAXLWP_SWEEP_SEED") or time.time_ns() % 2**31)
-DRAWS = 8
+DRAWS = 20  # each costs a second at most, and is needed rarely
 TOLERANCE = 1e-4
 RANDOM = 20
 FAST_BFLOAT16 = ("resnet50", "mobilenet_v2", "convnext_t", "unet_bilinear")  # the rest: test-all
