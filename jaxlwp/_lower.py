@@ -80,7 +80,7 @@ class Lowered:
 
     def __call__(self, *blocks: Any) -> tuple[Any, ...]:
         """Evaluate on blocks of the arguments, inside `jax.shard_map`; returns output blocks."""
-        run = _Run(self, blocks)
+        run = Run(self, blocks)
         run.evaluate(range(len(self.graph.program.equations)), depth=0)
         outputs = zip(self.graph.program.outputs, self.output_layouts(), strict=True)
         return tuple(run.output(value, layout) for value, layout in outputs)
@@ -100,7 +100,7 @@ def stored_layout(
     return even_layout(shape, configs[layer].layout(labels), axis_sizes)
 
 
-def _read_elsewhere(graph: ComputationGraph, positions: Sequence[int]) -> tuple[int, ...]:
+def read_elsewhere(graph: ComputationGraph, positions: Sequence[int]) -> tuple[int, ...]:
     """Values that layers make at the given positions and that something after them reads."""
     inside = frozenset(positions)
     wanted = set(graph.program.outputs)
@@ -113,18 +113,23 @@ def _read_elsewhere(graph: ComputationGraph, positions: Sequence[int]) -> tuple[
     return tuple(value for value in made if value in wanted and value in graph.homes)
 
 
-class _Run:
-    """One evaluation: the values made so far."""
+class Run:
+    """One evaluation: the values made so far.
 
-    def __init__(self, lowered: Lowered, blocks: Sequence[Any]) -> None:
+    `blocks` are those of the program's arguments; None for a run that evaluates some equations
+    only, whose operands are put into `cache`.
+    """
+
+    def __init__(self, lowered: Lowered, blocks: Sequence[Any] | None) -> None:
         self.lowered, self.graph = lowered, lowered.graph
         self.axis_sizes = lowered.axis_sizes
         self.program = lowered.graph.program
         self.made: dict[int, Placed] = {}
         self.cache: dict[Any, Any] = {}
         self.memo: dict[Any, tuple[tuple[Any, ...], Any]] = {}
-        for value, block in zip(self.program.inputs, blocks, strict=True):
-            self.made[value] = Placed(block, lowered.argument_layout(value))
+        if blocks is not None:
+            for value, block in zip(self.program.inputs, blocks, strict=True):
+                self.made[value] = Placed(block, lowered.argument_layout(value))
         for value, constant in self.program.constants.items():
             layout: Layout = ((),) * len(self.program.values[value].shape)
             self.made[value] = Placed(constant, layout)
@@ -153,7 +158,7 @@ class _Run:
 
     def checkpoint(self, call: Checkpoint, positions: Sequence[int], depth: int) -> None:
         """Evaluate the equations of a `jax.checkpoint`: only what others read is kept."""
-        kept = _read_elsewhere(self.graph, positions)
+        kept = read_elsewhere(self.graph, positions)
 
         def body() -> list[Any]:
             inner = copy.copy(self)

@@ -249,7 +249,7 @@ class _Builder:
     def append(
         self, eqn: Any, operands: tuple[int, ...], results: tuple[int, ...], scope: str
     ) -> None:
-        if eqn.effects:
+        if any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects):
             raise ValueError(
                 f"trace: {eqn.primitive.name} at {scope or 'the top level'} has the side effects "
                 f"{set(map(str, eqn.effects))}; a sharded step must be pure: remove debug prints "

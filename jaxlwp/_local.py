@@ -1,0 +1,262 @@
+"""One layer's work on one device: the layer's own lowering, forward and backward, alone.
+
+The layer is lowered as in the whole program, differentiated, and its collectives are taken out:
+what is left runs on one device, for a mesh of any size, and is what the layer costs there besides
+its communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex_core
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from jaxlwp._config import Config, Layout
+from jaxlwp._graph import ComputationGraph, Layer
+from jaxlwp._layout import degree, local_shape
+from jaxlwp._lower import Lowered, Run, read_elsewhere
+from jaxlwp._program import Equation, Program, Value, flatten
+from jaxlwp._reshard import reshard
+
+COLLECTIVES = (
+    "psum",
+    "psum_invariant",
+    "pmax",
+    "pmin",
+    "pbroadcast",
+    "pvary",
+    "pcast",
+    "ppermute",
+    "all_gather",
+    "all_gather_invariant",
+    "all_gather_reduced",
+    "all_to_all",
+    "reduce_scatter",
+    "unreduced_psum",
+)
+"""Primitives that talk to other devices, or only say over which mesh axes a value varies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalStep:
+    """A layer's forward and backward pass on one device's blocks, without collectives.
+
+    Its operands are, in this order, the blocks that have a gradient, the cotangents of the outputs,
+    and the other blocks; its results are the gradients, and the outputs that have a cotangent. So
+    its results have the shapes of its first operands: run it again on them.
+
+    Attributes:
+      program: the program.
+      carried: how many operands are replaced by results.
+      key: hash of the program: equal for layers and configs whose local work is the same.
+    """
+
+    program: Program = field(repr=False)
+    carried: int
+    key: str
+
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """Shapes and dtypes of the operands."""
+        return tuple(self.program.values[i] for i in self.program.inputs)
+
+    def __call__(self, *operands: Any) -> tuple[Any, ...]:
+        """Evaluate once."""
+        made: dict[int, Any] = dict(zip(self.program.inputs, operands, strict=True))
+        made.update(self.program.constants)
+        for eqn in self.program.equations:
+            results = _evaluate(eqn, [made[i] for i in eqn.operands])
+            made.update(zip(eqn.results, results, strict=True))
+        return tuple(jnp.asarray(made[i]) for i in self.program.outputs)
+
+
+def _evaluate(eqn: Equation, operands: Sequence[Any]) -> Sequence[Any]:
+    if eqn.name == "axis_index":
+        return (jnp.zeros((), jnp.int32),)
+    if eqn.name not in COLLECTIVES:
+        return eqn.bind(*operands)
+    return [
+        _resized(operand, value.shape)
+        for operand, value in zip(operands, eqn.result_values, strict=True)
+    ]
+
+
+def _resized(x: Any, shape: tuple[int, ...]) -> Any:
+    """An array of the wanted shape, made of `x`: what a collective would leave."""
+    if x.shape == shape:
+        return x
+    if math.prod(x.shape) == math.prod(shape):
+        return x.reshape(shape)
+    for dim, (have, want) in enumerate(zip(x.shape, shape, strict=True)):
+        if have < want:
+            copies = -(-want // have)
+            x = jnp.concatenate([x] * copies, axis=dim)
+        x = jax.lax.slice_in_dim(x, 0, want, axis=dim)
+    return x
+
+
+def local_step(
+    graph: ComputationGraph, layer: Layer, config: Config, axis_sizes: dict[str, int]
+) -> LocalStep:
+    """The local work of a layer under a config.
+
+    Args:
+      graph: the graph that the layer is of.
+      layer: the layer.
+      config: one of its configs.
+      axis_sizes: devices along each mesh axis; the devices need not exist.
+    """
+    configs = tuple(config if other is layer else Config() for other in graph.layers)
+    lowered = Lowered(graph=graph, configs=configs, axis_sizes=axis_sizes)
+    positions = [p for p, (owner, _) in graph.assigned.items() if owner == layer.index]
+    uses = [use for use in layer.uses if use.source != layer.index or use.argument]
+    outputs = read_elsewhere(graph, positions)
+    reads = [(use.info, config.layout(use.labels), use.gradient) for use in uses]
+    makes = [
+        (graph.program.values[v], config.layout(graph.homes[v][1]), v in graph.gradients)
+        for v in outputs
+    ]
+
+    def forward(blocks: Sequence[Any]) -> list[Any]:
+        run = Run(lowered, None)
+        for use, (info, layout, _), block in zip(uses, reads, blocks, strict=True):
+            active = frozenset(axis for name in use.active for axis in config.axes(name))
+            run.cache[use.value, use.labels, use.active, layer.index] = reshard(
+                block,
+                shape=info.shape,
+                source=layout,
+                target=layout,
+                active=active,
+                axis_sizes=axis_sizes,
+            )
+        run.evaluate(positions, depth=0)
+        return [run.made[value].block for value in outputs]
+
+    moved = [n for n, (_, _, gradient) in enumerate(reads) if gradient]
+    fixed = [n for n, (_, _, gradient) in enumerate(reads) if not gradient]
+    driven = [n for n, (_, _, gradient) in enumerate(makes) if gradient]
+    undriven = [n for n, (_, _, gradient) in enumerate(makes) if not gradient]
+
+    def step(*operands: Any) -> tuple[Any, ...]:
+        inputs = operands[: len(moved)]
+        cotangents = operands[len(moved) : len(moved) + len(driven)]
+        others = operands[len(moved) + len(driven) :]
+
+        def differentiated(*inputs: Any) -> tuple[list[Any], list[Any]]:
+            blocks = dict(zip(moved, inputs, strict=True)) | dict(zip(fixed, others, strict=True))
+            made = forward([blocks[n] for n in range(len(reads))])
+            return [made[n] for n in driven], [made[n] for n in undriven]
+
+        made, back, rest = jax.vjp(differentiated, *inputs, has_aux=True)
+        gradients = back(list(cotangents)) if driven else inputs
+        return (*gradients, *made, *rest)
+
+    ends = [reads[n] for n in moved] + [makes[n] for n in driven]
+    arguments = ends + [reads[n] for n in fixed]
+    results = ends + [makes[n] for n in undriven]
+    mapped = jax.shard_map(
+        step,
+        mesh=AbstractMesh(tuple(axis_sizes.values()), tuple(axis_sizes)),
+        in_specs=tuple(_spec(layout) for _, layout, _ in arguments),
+        out_specs=tuple(_spec(layout) for _, layout, _ in results),
+    )
+    traced = jax.make_jaxpr(mapped)(
+        *(_padded(info, layout, axis_sizes) for info, layout, _ in arguments)
+    )
+    program = _local_program(traced)
+    return LocalStep(program=program, carried=len(ends), key=_hash(program))
+
+
+def _spec(layout: Layout) -> PartitionSpec:
+    return PartitionSpec(*(axes or None for axes in layout))
+
+
+def _padded(info: Value, layout: Layout, axis_sizes: dict[str, int]) -> jax.ShapeDtypeStruct:
+    """Shape of an array whose blocks are all full."""
+    blocks = local_shape(info.shape, layout, axis_sizes)
+    shape = [n * degree(axes, axis_sizes) for n, axes in zip(blocks, layout, strict=True)]
+    return jax.ShapeDtypeStruct(tuple(shape), info.dtype)
+
+
+def _local_program(traced: Any) -> Program:
+    """The program inside the one `shard_map` of a traced function."""
+    (eqn,) = (eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "shard_map")
+    places = {var: n for n, var in enumerate(traced.jaxpr.invars)}
+    consts = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
+    body = eqn.params["jaxpr"]
+    body = getattr(body, "jaxpr", body)
+    program = flatten(jex_core.ClosedJaxpr(body, ()), derivatives=False)
+    inputs = [-1] * len(places)
+    constants = dict(program.constants)
+    for atom, value in zip(eqn.invars, program.inputs, strict=True):
+        if isinstance(atom, jex_core.Literal):
+            constants[value] = atom.val
+        elif atom in places:
+            inputs[places[atom]] = value
+        else:
+            constants[value] = consts[atom]
+    equations = tuple(
+        # Shardings name the mesh that the program was traced for.
+        dataclasses.replace(eqn, params={**eqn.params, "sharding": None})
+        if "sharding" in eqn.params
+        else eqn
+        for eqn in program.equations
+    )
+    # Constants remember that mesh as well; as plain arrays they do not. Weak types are lost, but
+    # every equation's operands have been promoted already.
+    plain = {
+        value: np.asarray(constant, program.values[value].dtype)
+        if isinstance(program.values[value].dtype, np.dtype)
+        else constant
+        for value, constant in constants.items()
+    }
+    return Program(
+        values=program.values,
+        constants=plain,
+        inputs=tuple(inputs),
+        equations=equations,
+        outputs=program.outputs,
+    )
+
+
+def _hash(program: Program) -> str:
+    """Equal for programs that do the same on blocks of the same shapes."""
+    number = {v: n for n, v in enumerate(dict.fromkeys(program.inputs))}
+    lines = [str([_type(program.values[v]) for v in program.inputs])]
+    for eqn in program.equations:
+        for value in (*eqn.operands, *eqn.results):
+            number.setdefault(value, len(number))
+        operands = [
+            f"{number[v]}:{_type(program.values[v])}" + _constant(program.constants.get(v))
+            for v in eqn.operands
+        ]
+        results = [f"{number[v]}:{_type(program.values[v])}" for v in eqn.results]
+        params = sorted((k, _text(v)) for k, v in eqn.params.items())
+        lines.append(f"{results} = {eqn.name}{params} {operands}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
+
+
+def _type(value: Value) -> str:
+    return f"{value.dtype}{list(value.shape)}"
+
+
+def _constant(constant: Any) -> str:
+    """A scalar's value; of larger constants only that they are known."""
+    if constant is None:
+        return ""
+    return f"={constant}" if np.ndim(constant) == 0 else "="
+
+
+def _text(parameter: Any) -> str:
+    """A parameter of an equation as text that is the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+|id=\d+", "", str(parameter))
