@@ -6,7 +6,9 @@ Everything is measured inside compiled programs, as the median of several runs.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -23,7 +25,8 @@ import platformdirs
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp._devices import DeviceGraph, MeshAxis, axis_shape
+from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis, axis_shape
+from jaxlwp._layout import COLLECTIVES, wire_share
 
 FORMAT_VERSION = 2
 REPEATS = 5
@@ -204,46 +207,194 @@ def _dense_rate(mesh: Mesh) -> float:
 
 
 def _memory_rate(mesh: Mesh) -> float:
-    """Bytes per second read and written by an elementwise pass over 16 MB per device."""
+    """Bytes per second read and written by elementwise passes over 16 MB per device, in place."""
     x = _spread(mesh, (1 << 22,))
-    run = _on_every_device(mesh, lambda x: x * 1.5 + 1.0, 1)
-    return 2 * 4 * (1 << 22) / median_s(lambda: run(x))
 
-
-def _link(mesh: Mesh, axis: str) -> tuple[float, float]:
-    """Latency per ring step and bytes per second of all-reduces along one axis."""
-
-    def runner(elements: int, copies: int) -> Callable[[], Any]:
-        x = _spread(mesh, (elements,))
-
-        def body(x: jax.Array) -> jax.Array:
+    def body(copies: int) -> Callable[[jax.Array], jax.Array]:
+        def passes(x: jax.Array) -> jax.Array:
             for _ in range(copies):
-                x = lax.pcast(lax.psum(x, axis), (axis,), to="varying") * 0.5
+                x = x + 1e-30 * jnp.sum(x)  # the sum keeps the passes apart: three accesses each
             return x
 
-        run = _on_every_device(mesh, body, 1)
-        return lambda: run(x)
+        return passes
 
-    parts = mesh.shape[axis]
-    small, large = 256, 1 << 20
-    short_s = _each_s(runner(small, 1), runner(small, 9), 8)
-    long_s = _each_s(runner(large, 1), runner(large, 4), 3)
-    wire = 2 * (parts - 1) / parts * 4 * large
-    return short_s / (2 * (parts - 1)), wire / max(long_s - short_s, 0.1 * long_s)
+    return 3 * 4 * (1 << 22) / _in_place_s(mesh, body, x, (2, 6))
 
 
-def _each_s(short: Callable[[], Any], long: Callable[[], Any], more: int) -> float:
-    """Seconds of one of the `more` operations that `long` has beyond `short`.
+def _in_place_s(
+    mesh: Mesh,
+    body: Callable[[int], Callable[..., Any]],
+    x: jax.Array,
+    copies: tuple[int, int],
+    repeats: int = REPEATS,
+) -> float:
+    """Seconds of one copy of an operation, unrolled inside a program that works in place."""
+    spec = PartitionSpec(tuple(mesh.axis_names))
+    programs = [
+        jax.jit(
+            jax.shard_map(body(count), mesh=mesh, in_specs=spec, out_specs=spec), donate_argnums=0
+        )
+        .lower(x)
+        .compile()
+        for count in copies
+    ]
+    times: list[list[float]] = [[], []]
+    for _ in range(repeats + 1):
+        for taken, program in zip(times, programs, strict=True):
+            start = time.perf_counter()
+            x = jax.block_until_ready(program(x))
+            taken.append(time.perf_counter() - start)
+    few, many = (taken[1:] for taken in times)
+    typical_s = statistics.median(b - a for a, b in zip(few, many, strict=True))
+    if typical_s <= 0:  # noise hides the difference: the whole is an upper bound
+        return min(many) / copies[1]
+    return typical_s / (copies[1] - copies[0])
 
-    The difference leaves out the cost of the call. Runs take turns; where noise hides the
-    difference, the whole of the longer run is an upper bound.
+
+FIRST_TOUCH_BYTES = (1 << 20, 1 << 23, 1 << 26)
+"""Sizes of new memory for each device: allocators treat small and large ones differently."""
+
+
+def _first_touch(mesh: Mesh) -> tuple[tuple[float, float], ...]:
+    """(bytes, seconds per byte) of writing to new memory instead of memory in use."""
+    result = []
+    for num_bytes in FIRST_TOUCH_BYTES:
+        x = _spread(mesh, (num_bytes // 4,))
+        in_place, anew = (
+            jax.jit(lambda x: x * 1.5 + 1.0, donate_argnums=donated).lower(x).compile()
+            for donated in ((0,), ())
+        )
+        extra = []
+        for _ in range(REPEATS + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(anew(x))
+            middle = time.perf_counter()
+            x = jax.block_until_ready(in_place(x))
+            extra.append(2 * middle - start - time.perf_counter())
+        result.append((float(num_bytes), max(statistics.median(extra[1:]), 0.0) / num_bytes))
+    return tuple(result)
+
+
+def _step_overhead(mesh: Mesh) -> tuple[float, float]:
+    """Seconds of a step that does next to nothing, and more for each array that it reads."""
+    few, many = 8, 136
+
+    def runner(count: int) -> Callable[[], Any]:
+        arrays = [_spread(mesh, (8,)) for _ in range(count)]
+        run = _on_every_device(mesh, lambda *xs: tuple(x + 1.0 for x in xs), count)
+        return lambda: run(*arrays)
+
+    runs = runner(few), runner(many)
+    times = [[median_s(run, 1) for run in runs] for _ in range(2 * REPEATS)]
+    few_s, many_s = (statistics.median(taken) for taken in zip(*times, strict=True))
+    leaf_s = max(many_s - few_s, 0.0) / (many - few)
+    return max(few_s - few * leaf_s, 0.0), leaf_s
+
+
+def _input_rate(mesh: Mesh) -> float:
+    """Seconds for each byte that a device receives of a batch of 4 MB per device."""
+    spec = PartitionSpec(tuple(mesh.axis_names))
+    values = np.ones((mesh.size << 20,), np.float32)
+    sharding = NamedSharding(mesh, spec)
+    return median_s(lambda: jax.device_put(values, sharding)) / (4 << 20)
+
+
+LINK_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 23)
+"""Bytes of a device's operand in the sweep of collectives."""
+
+
+def _collective(kind: str, axes: tuple[str, ...], parts: int) -> Callable[..., Any]:
+    """One collective and the least work that makes its result the next one's operand."""
+
+    def run(x: jax.Array) -> jax.Array:
+        if kind == "all-reduce":
+            return lax.pcast(lax.psum(x, axes), axes, to="varying") * 0.5
+        if kind == "all-gather":
+            every = lax.all_gather(x, axes, tiled=True)
+            return every[: x.shape[0]] + every[-x.shape[0] :]
+        if kind == "reduce-scatter":
+            return jnp.tile(lax.psum_scatter(x, axes, tiled=True), parts)
+        if kind == "all-to-all":
+            return lax.all_to_all(x, axes, 0, 0, tiled=True)
+        return lax.ppermute(x, axes, [(i, (i + 1) % parts) for i in range(parts)])
+
+    return run
+
+
+def _link_fits(mesh: Mesh, levels: dict[str, int]) -> tuple[LinkFit, ...]:
+    """Every kind of collective over every set of axes that differs in more than names."""
+    unmeasured = [
+        MeshAxis(name=str(n), size=s, level=levels[n], latency_s=0.0, bytes_per_s=1.0)
+        for n, s in mesh.shape.items()
+        if s > 1
+    ]
+    if not unmeasured:
+        return ()
+    groups = DeviceGraph(
+        axes=tuple(unmeasured), conv_flops_per_s=1.0, dense_flops_per_s=1.0, memory_bytes_per_s=1.0
+    ).axis_groups
+    fits = []
+    for counts in itertools.product(*(range(len(group) + 1) for group in groups)):
+        axes = tuple(n for group, c in zip(groups, counts, strict=True) for n in group[:c])
+        if axes:
+            fits += [_link_fit(mesh, kind, axes, counts) for kind in COLLECTIVES]
+    return tuple(fits)
+
+
+def _link_fit(mesh: Mesh, kind: str, axes: tuple[str, ...], counts: tuple[int, ...]) -> LinkFit:
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    one = _collective(kind, axes, parts)
+
+    def body(copies: int) -> Callable[..., Any]:
+        def chain(x: jax.Array) -> jax.Array:
+            for _ in range(copies):
+                x = one(x)
+            return x
+
+        return chain
+
+    seconds = []
+    for num_bytes in LINK_BYTES:
+        elements = -(-num_bytes // (4 * parts)) * parts
+        copies = (2, 10) if num_bytes <= 1 << 16 else (1, 4)
+        seconds.append(_in_place_s(mesh, body, _spread(mesh, (elements,)), copies, 2 * REPEATS))
+    return fit_link(kind, counts, LINK_BYTES, seconds)
+
+
+def fit_link(
+    kind: str, axes_per_group: tuple[int, ...], sizes: Sequence[float], seconds: Sequence[float]
+) -> LinkFit:
+    """The line of least relative squared distance through the sweep, with positive terms.
+
+    Args:
+      kind: as in `Collective`.
+      axes_per_group: see `LinkFit`.
+      sizes: bytes of a device's operand.
+      seconds: measured.
     """
-    pairs = [(median_s(short, 1), median_s(long, 1)) for _ in range(REPEATS)]
-    differences = [b - a for a, b in pairs]
-    typical_s = statistics.median(differences)
-    if typical_s <= 0:
-        typical_s = min(b for _, b in pairs)
-    return typical_s / more
+    x, y = np.asarray(sizes, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    weighted = np.stack([1 / y, x / y], axis=1)
+    latency_s, byte_s = np.linalg.lstsq(weighted, np.ones(len(y)), rcond=None)[0]
+    if latency_s < 0:
+        latency_s, byte_s = 0.0, float(np.sum(x / y) / np.sum((x / y) ** 2))
+    if byte_s < 0:
+        latency_s, byte_s = float(np.sum(1 / y) / np.sum(1 / y**2)), 0.0
+    residual = float(np.median(np.abs(latency_s + byte_s * x - y) / y))
+    return LinkFit(
+        kind=kind,
+        axes_per_group=axes_per_group,
+        latency_s=float(latency_s),
+        byte_s=float(byte_s),
+        residual=residual,
+    )
+
+
+def _ring(fits: Sequence[LinkFit], number: int, parts: int) -> tuple[float, float]:
+    """Latency of a ring step and bytes per second along one axis, from its all-reduces."""
+    for fit in fits:
+        if fit.kind == "all-reduce" and sum(fit.axes_per_group) == fit.axes_per_group[number] == 1:
+            return fit.latency_s / (2 * (parts - 1)), wire_share("all-reduce", parts) / fit.byte_s
+    return 0.0, 1e12
 
 
 # A plan may be made while a training step is traced: without this, nothing would run.
@@ -251,16 +402,16 @@ def _each_s(short: Callable[[], Any], long: Callable[[], Any], more: int) -> flo
 def measure(mesh: Mesh) -> DeviceGraph:
     """Measure the rates of a mesh's devices and links now, all devices at once.
 
-    Takes a few seconds. Axes of one level and size are measured once.
+    Takes about half a minute. Axes of one level and size are measured once.
     """
     levels = _levels(mesh)
-    links: dict[tuple[int, int], tuple[float, float]] = {}
+    fits = _link_fits(mesh, levels)
+    kinds = sorted({(levels[n], -s) for n, s in mesh.shape.items() if s > 1})
     axes = []
     for name, size in mesh.shape.items():
-        key = (levels[name], size)
-        if key not in links:
-            links[key] = _link(mesh, str(name)) if size > 1 else (0.0, 1e12)
-        latency_s, bytes_per_s = links[key]
+        latency_s, bytes_per_s = 0.0, 1e12
+        if size > 1:
+            latency_s, bytes_per_s = _ring(fits, kinds.index((levels[name], -size)), size)
         axes.append(
             MeshAxis(
                 name=str(name),
@@ -270,11 +421,19 @@ def measure(mesh: Mesh) -> DeviceGraph:
                 bytes_per_s=bytes_per_s,
             )
         )
+    memory_bytes_per_s = _memory_rate(mesh)
+    step_s, leaf_s = _step_overhead(mesh)
     return DeviceGraph(
         axes=tuple(axes),
         conv_flops_per_s=_conv_rate(mesh),
         dense_flops_per_s=_dense_rate(mesh),
-        memory_bytes_per_s=_memory_rate(mesh),
+        memory_bytes_per_s=memory_bytes_per_s,
+        links=fits,
+        first_touch_byte_s=_first_touch(mesh),
+        update_pass_byte_s=1 / memory_bytes_per_s,
+        step_s=step_s,
+        leaf_s=leaf_s,
+        input_byte_s=_input_rate(mesh),
         device_kind=mesh.devices.flat[0].device_kind,
         source="measured",
     )

@@ -315,15 +315,22 @@ class LayerCosts(NamedTuple):
       compute_s: forward and backward time of the operators.
       exchange_s: transfer inside the layer: halo exchanges, partial sums.
       sync_s: above all synchronisation of the parameters' gradients.
+      overhead_s: the optimizer's update of its parameters, memory that it takes anew, and the way
+        of the batch that it reads to the devices.
     """
 
     compute_s: FloatArray
     exchange_s: FloatArray
     sync_s: FloatArray
+    overhead_s: FloatArray
 
 
 class CostModel(Protocol):
-    """Two questions: a layer under its configs, and moving a tensor between layouts."""
+    """A layer under its configs, moving a tensor between layouts, and what every step costs."""
+
+    def step_s(self, graph: ComputationGraph) -> float:
+        """Seconds of a step that every strategy has."""
+        ...
 
     def layer(self, layer: Layer, configs: Sequence[Config]) -> LayerCosts:
         """Compute, internal transfer (halo, partial sums) and sync seconds of a layer."""
@@ -351,9 +358,19 @@ class AnalyticCostModel:
 
     Attributes:
       devices: rates of devices and links.
+      optimizer_slots: arrays like the parameters that the optimizer keeps: 1 for SGD with momentum,
+        2 for Adam, 0 for an evaluation or plain SGD.
+      temporary_bytes: of memory that a step takes anew on each device, in all, about.
     """
 
     devices: DeviceGraph
+    optimizer_slots: float = 1.0
+    temporary_bytes: float = 0.0
+
+    def step_s(self, graph: ComputationGraph) -> float:
+        """See `CostModel`: dispatch, and every array that the step reads."""
+        leaves = len(graph.program.inputs) + self.optimizer_slots * graph.num_parameters
+        return self.devices.step_s + leaves * self.devices.leaf_s
 
     def layer(self, layer: Layer, configs: Sequence[Config]) -> LayerCosts:
         """See `CostModel`."""
@@ -366,7 +383,22 @@ class AnalyticCostModel:
             if use.source == layer.index:
                 total_s = sync_s if use.argument else exchange_s
                 total_s += self._own_use_s(use, configs)
-        return LayerCosts(compute_s, exchange_s, sync_s)
+        return LayerCosts(compute_s, exchange_s, sync_s, self._overhead_s(layer, blocks))
+
+    def _overhead_s(self, layer: Layer, blocks: _Blocks) -> FloatArray:
+        """Seconds of update, new memory and input, for each config."""
+        new_s = self.devices.first_touch_s(self.temporary_bytes)
+        total_s = np.zeros(blocks.count)
+        for info, labels in layer.outputs:
+            total_s += new_s * info.itemsize * blocks.elements(info.shape, labels)
+        # The update reads parameter, gradient and slots, and writes parameter and slots.
+        update_s = (3 + 2 * self.optimizer_slots) * self.devices.update_pass_byte_s
+        for use in layer.uses:
+            if use.argument and use.source == layer.index:
+                byte_s = new_s + update_s if use.gradient else self.devices.input_byte_s
+                num_bytes = use.info.itemsize * blocks.elements(use.info.shape, use.source_labels)
+                total_s += byte_s * num_bytes
+        return total_s
 
     def transfer_s(
         self, use: Use, sources: Sequence[Config], targets: Sequence[Config]
@@ -496,6 +528,18 @@ def _distinct(keys: Sequence[Key]) -> tuple[list[Key], list[int]]:
     return list(numbers), [numbers[key] for key in keys]
 
 
+def temporary_bytes(graph: ComputationGraph, num_devices: int) -> float:
+    """About how many bytes of activations and gradients a step keeps on each device."""
+    values = graph.program.values
+    kept = [value for layer in graph.layers for value, _ in layer.outputs]
+    parameters = [
+        values[i] for i in graph.program.inputs[: graph.num_parameters] if i in graph.gradients
+    ]
+    activations_bytes = sum(math.prod(v.shape) * v.itemsize for v in kept)
+    gradients_bytes = sum(math.prod(v.shape) * v.itemsize for v in parameters)
+    return activations_bytes / num_devices + gradients_bytes
+
+
 # --- tables --------------------------------------------------------------------------------------
 
 
@@ -543,6 +587,8 @@ def build_tables(
     return CostTables(
         compute_s=tuple(cost.compute_s for cost in costs),
         exchange_s=tuple(cost.exchange_s for cost in costs),
+        overhead_s=tuple(cost.overhead_s for cost in costs),
+        step_s=model.step_s(graph),
         sync_s=tuple(cost.sync_s for cost in costs),
         edges=tuple((edge.source, edge.target) for edge in edges),
         transfer_s=tuple(

@@ -5,7 +5,9 @@ Rates are plain numbers, measured by `calibrate`, taken from a preset, or given 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +51,44 @@ class MeshAxis:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinkFit:
+    """Seconds of one kind of collective over axes of certain groups, fitted to a size sweep.
+
+    Attributes:
+      kind: as in `Collective`.
+      axes_per_group: how many axes of each of `DeviceGraph.axis_groups` it runs over.
+      latency_s: seconds beside the bytes.
+      byte_s: seconds for each byte of a device's operand.
+      residual: median relative distance between the fit and what was measured.
+    """
+
+    kind: str
+    axes_per_group: tuple[int, ...]
+    latency_s: float
+    byte_s: float
+    residual: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+          ValueError: a time is negative, infinite or NaN.
+        """
+        for name in ("latency_s", "byte_s", "residual"):
+            check_seconds(f"LinkFit of {self.kind}", name, getattr(self, name))
+
+
+def check_seconds(place: str, name: str, value: float) -> None:
+    """Check a duration.
+
+    Raises:
+      ValueError: it is negative, infinite or NaN.
+    """
+    if not (0 <= value < math.inf):
+        raise ValueError(f"{place}: {name} is {value}; it must be at least 0 and finite")
+
+
 def check_rate(place: str, name: str, value: float) -> None:
     """Check a rate.
 
@@ -73,6 +113,15 @@ class DeviceGraph:
       dense_flops_per_s: the same in matrix products.
       memory_bytes_per_s: bytes per second that one device reads and writes, all busy at once.
       overhead_s: fixed seconds per operator.
+      links: measured collectives; where there is none for a kind and its axes, ring steps of the
+        axes' latency and bytes at the axes' rate.
+      first_touch_byte_s: seconds for each byte of temporary memory that a step takes anew, beside
+        reading or writing it: (bytes of all temporaries, seconds per byte), ascending. Operating
+        systems hand out and clear pages; accelerators' allocators keep them.
+      update_pass_byte_s: seconds for each byte that the optimizer's update reads or writes.
+      step_s: fixed seconds of a step.
+      leaf_s: seconds more for each array that a step reads.
+      input_byte_s: seconds for each byte of the batch that is put on a device, all busy at once.
       device_kind: as JAX names it, for reports.
       source: where the rates come from: "measured", "preset NAME" or "given".
     """
@@ -82,6 +131,12 @@ class DeviceGraph:
     dense_flops_per_s: float
     memory_bytes_per_s: float
     overhead_s: float = 0.0
+    links: tuple[LinkFit, ...] = ()
+    first_touch_byte_s: tuple[tuple[float, float], ...] = ()
+    update_pass_byte_s: float = 0.0
+    step_s: float = 0.0
+    leaf_s: float = 0.0
+    input_byte_s: float = 0.0
     device_kind: str = "unknown"
     source: str = "given"
 
@@ -96,10 +151,10 @@ class DeviceGraph:
             raise ValueError(f"DeviceGraph: mesh axis names {names} must differ: rename one")
         for name in ("conv_flops_per_s", "dense_flops_per_s", "memory_bytes_per_s"):
             check_rate("DeviceGraph", name, getattr(self, name))
-        if not (0 <= self.overhead_s < math.inf):
-            raise ValueError(
-                f"DeviceGraph: overhead_s is {self.overhead_s}; it must be at least 0 and finite"
-            )
+        for name in ("overhead_s", "update_pass_byte_s", "step_s", "leaf_s", "input_byte_s"):
+            check_seconds("DeviceGraph", name, getattr(self, name))
+        for _, byte_s in self.first_touch_byte_s:
+            check_seconds("DeviceGraph", "first_touch_byte_s", byte_s)
 
     @property
     def num_devices(self) -> int:
@@ -119,6 +174,17 @@ class DeviceGraph:
             groups.setdefault((axis.level, axis.size), []).append(axis.name)
         return tuple(tuple(group) for group in groups.values())
 
+    @functools.cached_property
+    def _fits(self) -> dict[tuple[str, tuple[int, ...]], LinkFit]:
+        return {(fit.kind, fit.axes_per_group): fit for fit in self.links}
+
+    def first_touch_s(self, temporary_bytes: float) -> float:
+        """Seconds for each byte of a step's temporaries, of which it takes so many in all."""
+        sizes = [size for size, _ in self.first_touch_byte_s]
+        if not sizes:
+            return 0.0
+        return self.first_touch_byte_s[max(bisect.bisect_right(sizes, temporary_bytes) - 1, 0)][1]
+
     def collective_s(self, collective: Collective) -> float:
         """Seconds of one collective."""
         latency_s, byte_s = self.link_rate(collective.kind, collective.axes)
@@ -127,8 +193,11 @@ class DeviceGraph:
     def link_rate(self, kind: str, names: tuple[str, ...]) -> tuple[float, float]:
         """Seconds of a collective beside its bytes, and for each byte of a device's operand.
 
-        Ring steps times the latency, and bytes over the slowest link.
+        As measured; else ring steps times the latency, and bytes over the slowest link.
         """
+        groups = tuple(sum(name in names for name in group) for group in self.axis_groups)
+        if fit := self._fits.get((kind, groups)):
+            return fit.latency_s, fit.byte_s
         axes = [axis for axis in self.axes if axis.name in names]
         parts = math.prod(axis.size for axis in axes)
         steps = {"all-reduce": 2 * (parts - 1), "collective-permute": 1}.get(kind, parts - 1)
@@ -148,7 +217,13 @@ class DeviceGraph:
         """
         try:
             axes = tuple(MeshAxis(**axis) for axis in data["axes"])
-            return cls(**{**data, "axes": axes})
+            links = tuple(
+                LinkFit(**{**link, "axes_per_group": tuple(link["axes_per_group"])})
+                for link in data.get("links", ())
+            )
+            touch = tuple((size, byte_s) for size, byte_s in data.get("first_touch_byte_s", ()))
+            fields = {"axes": axes, "links": links, "first_touch_byte_s": touch}
+            return cls(**{**data, **fields})
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"DeviceGraph.from_json: {error}; expected the fields that to_json writes"

@@ -67,6 +67,7 @@ class Layer:
       even: dimension -> a size that the degree of its split must divide.
       members: the layer's operators in order of evaluation, operators pulled in by uses included.
       uses: the values that it reads.
+      outputs: values it makes that something else reads, and the names of their dimensions.
       has_rule: False for an operator that jaxlwp does not know: it runs replicated.
     """
 
@@ -77,6 +78,7 @@ class Layer:
     even: dict[str, int]
     members: tuple[Member, ...] = field(repr=False)
     uses: tuple[Use, ...] = field(repr=False)
+    outputs: tuple[tuple[Value, Labels], ...] = field(default=(), repr=False)
     has_rule: bool = True
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxlwp._config import Config
-from jaxlwp._cost import AnalyticCostModel, CostModel, build_tables, layer_configs
+from jaxlwp._cost import AnalyticCostModel, CostModel, build_tables, layer_configs, temporary_bytes
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._solve import Solution, solve
@@ -126,7 +126,9 @@ def price(
             else choices
             for layer, choices in zip(graph.layers, configs, strict=True)
         )
-    model = model or AnalyticCostModel(devices=devices)
+    model = model or AnalyticCostModel(
+        devices=devices, temporary_bytes=temporary_bytes(graph, devices.num_devices)
+    )
     tables = build_tables(graph, configs, model)
     return SearchSpace(graph=graph, devices=devices, configs=configs, tables=tables)
 

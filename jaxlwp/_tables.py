@@ -24,14 +24,17 @@ class Cost:
         compute_s: forward and backward time of the layers (t_C).
         transfer_s: time to move tensors between layers of different configs (t_X).
         sync_s: time to synchronise the parameters' gradients (t_S).
+        overhead_s: what a step has besides: the optimizer's update, memory taken anew, the batch's
+            way to the devices, and what is the same for every strategy.
     """
 
     compute_s: float = 0.0
     transfer_s: float = 0.0
     sync_s: float = 0.0
+    overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("compute_s", "transfer_s", "sync_s"):
+        for name in ("compute_s", "transfer_s", "sync_s", "overhead_s"):
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(
@@ -42,7 +45,7 @@ class Cost:
     @property
     def total_s(self) -> float:
         """The paper's objective: the plain sum, nothing overlaps."""
-        return self.compute_s + self.transfer_s + self.sync_s
+        return self.compute_s + self.transfer_s + self.sync_s + self.overhead_s
 
     def __add__(self, other: Cost) -> Cost:
         if not isinstance(other, Cost):
@@ -51,6 +54,7 @@ class Cost:
             compute_s=self.compute_s + other.compute_s,
             transfer_s=self.transfer_s + other.transfer_s,
             sync_s=self.sync_s + other.sync_s,
+            overhead_s=self.overhead_s + other.overhead_s,
         )
 
 
@@ -66,6 +70,9 @@ class CostTables:
         sync_s: per layer, shape (C_l,), seconds of gradient synchronisation (t_S).
         exchange_s: per layer, shape (C_l,), seconds of transfers inside the layer (halo exchange,
             partial sums); part of the transfer cost. Zero if left out.
+        overhead_s: per layer, shape (C_l,), seconds of a step besides (optimizer update, memory
+            taken anew, input). Zero if left out.
+        step_s: seconds of a step that every strategy has.
         edges: pairs (i, j) of different layer indices. Parallel edges are legal, in either
             direction, and their costs add up; the direction only fixes the array's axes.
         transfer_s: per edge (i, j), shape (C_i, C_j), seconds of data movement (t_X).
@@ -81,6 +88,8 @@ class CostTables:
     edges: tuple[tuple[int, int], ...]
     transfer_s: tuple[FloatArray, ...]
     exchange_s: tuple[FloatArray, ...] = ()
+    overhead_s: tuple[FloatArray, ...] = ()
+    step_s: float = 0.0
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -99,12 +108,18 @@ class CostTables:
             _frozen_copy(check_costs(f"sync_s[{n}]{label[n]}", costs, compute[n].shape))
             for n, costs in enumerate(self.sync_s)
         ]
-        inside = self.exchange_s or tuple(np.zeros_like(costs) for costs in compute)
-        _check_count("CostTables.exchange_s", len(inside), layers, "layer")
-        exchange = [
-            _frozen_copy(check_costs(f"exchange_s[{n}]{label[n]}", costs, compute[n].shape))
-            for n, costs in enumerate(inside)
-        ]
+        parts: dict[str, list[FloatArray]] = {}
+        for part in ("exchange_s", "overhead_s"):
+            given = getattr(self, part) or tuple(np.zeros_like(costs) for costs in compute)
+            _check_count(f"CostTables.{part}", len(given), layers, "layer")
+            parts[part] = [
+                _frozen_copy(check_costs(f"{part}[{n}]{label[n]}", costs, compute[n].shape))
+                for n, costs in enumerate(given)
+            ]
+        if not self.step_s >= 0:
+            raise ValueError(
+                f"CostTables.step_s is {self.step_s}: it must be 0 s or more; correct it."
+            )
         edges = check_edges(self.edges, layers)
         transfer = [
             _frozen_copy(
@@ -118,7 +133,8 @@ class CostTables:
         ]
         object.__setattr__(self, "compute_s", tuple(compute))
         object.__setattr__(self, "sync_s", tuple(sync))
-        object.__setattr__(self, "exchange_s", tuple(exchange))
+        object.__setattr__(self, "exchange_s", tuple(parts["exchange_s"]))
+        object.__setattr__(self, "overhead_s", tuple(parts["overhead_s"]))
         object.__setattr__(self, "edges", edges)
         object.__setattr__(self, "transfer_s", tuple(transfer))
         object.__setattr__(self, "names", tuple(self.names))
@@ -126,8 +142,8 @@ class CostTables:
     @property
     def node_costs_s(self) -> tuple[FloatArray, ...]:
         """Per layer, shape (C_l,): all of its own costs in seconds, what a search needs."""
-        parts = zip(self.compute_s, self.sync_s, self.exchange_s, strict=True)
-        return tuple(compute + sync + exchange for compute, sync, exchange in parts)
+        parts = zip(self.compute_s, self.sync_s, self.exchange_s, self.overhead_s, strict=True)
+        return tuple(compute + sync + inside + besides for compute, sync, inside, besides in parts)
 
     @property
     def num_configs(self) -> tuple[int, ...]:
@@ -162,6 +178,8 @@ class CostTables:
             )
             + _sum(t[c] for t, c in zip(self.exchange_s, choices, strict=True)),
             sync_s=_sum(t[c] for t, c in zip(self.sync_s, choices, strict=True)),
+            overhead_s=_sum(t[c] for t, c in zip(self.overhead_s, choices, strict=True))
+            + self.step_s,
         )
 
 

@@ -381,8 +381,17 @@ def build_graph(
         for position, signature in grouping.drafts[reader.layer].members:
             reader.read(program.equations[position], signature)
     names = _layer_names(grouping.drafts, found, argument_names, num_parameters)
+    read = set(program.outputs).union(*({use.value for use in r.uses.values()} for r in found))
     layers = tuple(
-        _layer(index, names[index], draft, reader)
+        replace(
+            _layer(index, names[index], draft, reader),
+            outputs=tuple(
+                (program.values[value], grouping.homes[value][1])
+                for position, _ in draft.members
+                for value in program.equations[position].results
+                if value in read and value in grouping.homes
+            ),
+        )
         for index, (draft, reader) in enumerate(zip(grouping.drafts, found, strict=True))
     )
     return ComputationGraph(
