@@ -7,6 +7,7 @@ meets all of them alike.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -24,7 +25,9 @@ import optax
 from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._hlo import bytes_by_kind, compiled_collectives
+from jaxlwp._measure import LayerTimer, local_devices, open_cache
 from jaxlwp._plan import Plan, bind, parallelize
+from jaxlwp._search import measured_space
 from jaxlwp._strategy import BASELINES
 from jaxlwp._tables import Cost
 
@@ -43,7 +46,7 @@ class StrategyResult:
 
     Attributes:
       strategy: its name.
-      predicted: predicted seconds of a step without the optimizer, decomposed.
+      predicted: predicted seconds of a step, decomposed.
       times_s: measured seconds of a step, one for each round.
       predicted_bytes_by_kind: operand bytes per device of a step's collectives, as predicted.
       compiled_bytes_by_kind: the same, counted in the compiled step.
@@ -125,7 +128,7 @@ class Comparison:
 
         - `strategy`: "search", "data", "model", "owt" or "spatial";
         - `predicted_s`: its sum, and `predicted_compute_s`, `predicted_transfer_s`,
-          `predicted_sync_s`;
+          `predicted_sync_s`, `predicted_overhead_s`;
         - `measured_s`: the median; `measured_min_s`, `measured_max_s`, and all `times_s`;
         - `speedup`: over data parallelism, of the medians;
         - `predicted_bytes`, `compiled_bytes`: operand bytes per device of a step's collectives,
@@ -153,6 +156,7 @@ class Comparison:
             "predicted_compute_s": result.predicted.compute_s,
             "predicted_transfer_s": result.predicted.transfer_s,
             "predicted_sync_s": result.predicted.sync_s,
+            "predicted_overhead_s": result.predicted.overhead_s,
             "measured_s": result.measured_s,
             "measured_min_s": min(result.times_s),
             "measured_max_s": max(result.times_s),
@@ -226,6 +230,62 @@ def compare(
     )
 
 
+def fastest(
+    plan: Plan,
+    params: Any,
+    batch: tuple[Any, ...],
+    *,
+    against: Sequence[str] = ("data",),
+    optimizer: Any = None,
+    rounds: int = ROUNDS,
+    progress: Progress | None = None,
+) -> Plan:
+    """Run a plan and baselines for a few steps, and keep the fastest.
+
+    Args:
+      plan: the plan.
+      params: the parameters, as arrays.
+      batch: the other arguments, as arrays.
+      against: names of baselines; one that does not apply (a batch that the devices do not divide)
+        is left out.
+      optimizer: optax transformation of the step; SGD with momentum by default.
+      rounds: measured steps of each, in turns.
+      progress: called as `progress(what, done, total)`.
+
+    Returns:
+      The plan of the least median time, with what was measured in `checked`.
+
+    Raises:
+      ValueError: parameters or batch are shapes only.
+    """
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((params, batch))):
+        raise ValueError(
+            "check='measure': the parameters or the batch are shapes only, but steps are to be "
+            "run; pass arrays, or leave the check out"
+        )
+    progress = progress or (lambda what, done, total: None)
+    plans = [plan]
+    for name in against:
+        try:
+            other = plan.space.baseline(name)
+        except ValueError:
+            continue
+        if all(other.configs != known.strategy.configs for known in plans):
+            arguments = (params, *batch)
+            plans.append(
+                bind(plan.space, other, plan.mesh, arguments, plan.out_tree, None, plan.function)
+            )
+    state = (params, (optimizer or OPTIMIZER).init(params))
+    steps = []
+    for number, each in enumerate(plans):
+        progress("compiling steps", number, len(plans))
+        steps.append(_compile(each, state, batch, optimizer))
+    times = [statistics.median(taken) for taken in _measure(steps, state, batch, rounds, progress)]
+    checked = {each.strategy.name: s for each, s in zip(plans, times, strict=True)}
+    best = min(range(len(plans)), key=times.__getitem__)
+    return dataclasses.replace(plans[best], checked=checked)
+
+
 def batch_size(batch: tuple[Any, ...]) -> int:
     """Examples in a batch: the first dimension of its first array that has one."""
     shapes = (tuple(leaf.shape) for leaf in jax.tree.leaves(batch) if hasattr(leaf, "shape"))
@@ -246,12 +306,20 @@ def _make_plans(
     rated = rates if isinstance(rates, DeviceGraph) else device_graph(mesh, rates=rates)
     progress("measuring device rates", 1, 1)
     progress("tracing, pricing and searching", 0, 1)
-    found = parallelize(fn, params, *batch, mesh=mesh, rates=rated)
+    measured = rates is None
+    found = parallelize(
+        fn, params, *batch, mesh=mesh, rates=rated, measure=measured, on_progress=progress
+    )
+    space = found.space
+    strategies = [space.baseline(name) for name in BASELINES]
+    if measured:
+        timer = LayerTimer(space.graph, rated.axis_sizes, local_devices(mesh), open_cache(mesh))
+        pairs = [pair for strategy in strategies for pair in space.pairs(strategy)]
+        timer.measure(pairs, progress)
+        space = measured_space(space, timer)
+        found = dataclasses.replace(found, space=space)
     arguments = (params, *batch)
-    baselines = [
-        bind(found.space, found.space.baseline(name), mesh, arguments, found.out_tree)
-        for name in BASELINES
-    ]
+    baselines = [bind(space, strategy, mesh, arguments, found.out_tree) for strategy in strategies]
     progress("tracing, pricing and searching", 1, 1)
     return [found, *baselines]
 
@@ -282,7 +350,9 @@ class _Step:
         return placed, (data,) if len(batch) == 1 else data
 
 
-def _compile(plan: Plan, state: Any, batch: tuple[Any, ...]) -> _Step:
+def _compile(plan: Plan, state: Any, batch: tuple[Any, ...], optimizer: Any = None) -> _Step:
+    optimizer = optimizer or OPTIMIZER
+
     def loss(params: Any, *batch: Any) -> tuple[Any, Any]:
         out = plan(params, *batch)
         return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
@@ -290,7 +360,7 @@ def _compile(plan: Plan, state: Any, batch: tuple[Any, ...]) -> _Step:
     def step(state: Any, *batch: Any) -> tuple[Any, Any]:
         params, momentum = state
         value, gradients = jax.value_and_grad(loss, has_aux=True)(params, *batch)
-        updates, momentum = OPTIMIZER.update(gradients, momentum, params)
+        updates, momentum = optimizer.update(gradients, momentum, params)
         return (optax.apply_updates(params, updates), momentum), value
 
     shardings = jax.tree_util.tree_map_with_path(plan.sharding_for, state)

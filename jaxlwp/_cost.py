@@ -383,9 +383,9 @@ class AnalyticCostModel:
             if use.source == layer.index:
                 total_s = sync_s if use.argument else exchange_s
                 total_s += self._own_use_s(use, configs)
-        return LayerCosts(compute_s, exchange_s, sync_s, self._overhead_s(layer, blocks))
+        return LayerCosts(compute_s, exchange_s, sync_s, self._overhead_s(layer, configs, blocks))
 
-    def _overhead_s(self, layer: Layer, blocks: _Blocks) -> FloatArray:
+    def _overhead_s(self, layer: Layer, configs: Sequence[Config], blocks: _Blocks) -> FloatArray:
         """Seconds of update, new memory and input, for each config."""
         new_s = self.devices.first_touch_s(self.temporary_bytes)
         total_s = np.zeros(blocks.count)
@@ -395,9 +395,16 @@ class AnalyticCostModel:
         update_s = (3 + 2 * self.optimizer_slots) * self.devices.update_pass_byte_s
         for use in layer.uses:
             if use.argument and use.source == layer.index:
-                byte_s = new_s + update_s if use.gradient else self.devices.input_byte_s
                 num_bytes = use.info.itemsize * blocks.elements(use.info.shape, use.source_labels)
-                total_s += byte_s * num_bytes
+                if not use.gradient:
+                    total_s += self.devices.input_byte_s * num_bytes
+                    continue
+                # A gradient that is summed over devices is there twice: before and after.
+                summed = [
+                    len(active - layout_axes(layout)) > 0
+                    for layout, active in _wanted(use, configs)
+                ]
+                total_s += (update_s + new_s * (1 + np.array(summed))) * num_bytes
         return total_s
 
     def transfer_s(

@@ -241,7 +241,7 @@ def _hash(program: Program) -> str:
             for v in eqn.operands
         ]
         results = [f"{number[v]}:{_type(program.values[v])}" for v in eqn.results]
-        params = sorted((k, _text(v)) for k, v in eqn.params.items())
+        params = sorted((k, text_of(v)) for k, v in eqn.params.items())
         lines.append(f"{results} = {eqn.name}{params} {operands}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
 
@@ -257,6 +257,6 @@ def _constant(constant: Any) -> str:
     return f"={constant}" if np.ndim(constant) == 0 else "="
 
 
-def _text(parameter: Any) -> str:
+def text_of(parameter: Any) -> str:
     """A parameter of an equation as text that is the same in every process."""
     return re.sub(r" at 0x[0-9a-f]+|id=\d+", "", str(parameter))

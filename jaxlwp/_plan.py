@@ -21,7 +21,16 @@ from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._layout import Collective
 from jaxlwp._lower import Lowered
-from jaxlwp._search import SearchResult, SearchSpace, check_mesh, price, search
+from jaxlwp._measure import LayerTimer, local_devices, open_cache
+from jaxlwp._search import (
+    SearchResult,
+    SearchSpace,
+    check_mesh,
+    measured_space,
+    price,
+    search,
+    search_measured,
+)
 from jaxlwp._strategy import Strategy
 from jaxlwp._tables import Cost
 from jaxlwp._trace import trace
@@ -42,6 +51,8 @@ class Plan:
       function: the function that was traced.
       in_tree: structure of (params, *batch).
       out_tree: structure of the function's output.
+      checked: measured seconds of a step by name of the strategy, if `parallelize` was asked to
+        check; the plan's is the least.
     """
 
     space: SearchSpace
@@ -51,6 +62,7 @@ class Plan:
     function: Callable[..., Any] | None = field(default=None, repr=False)
     in_tree: Any = field(repr=False)
     out_tree: Any = field(repr=False)
+    checked: dict[str, float] = field(default_factory=dict)
 
     @property
     def graph(self) -> ComputationGraph:
@@ -315,6 +327,10 @@ def parallelize(
     mesh: Mesh | None = None,
     strategy: str | Strategy = "search",
     rates: Rates | DeviceGraph | None = None,
+    measure: bool | None = None,
+    optimizer: Any = None,
+    check: str | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """Trace, price, search and bind: from a loss function to a sharded one.
 
@@ -326,7 +342,14 @@ def parallelize(
       devices: devices or how many of `jax.devices()`; all by default.
       mesh: a mesh of the user's own, in place of `devices`; its axes keep their names.
       strategy: "search", "data", "model", "owt", "spatial", or a `Strategy`.
-      rates: rates of devices and links by hand; measured (under 20 s, cached) by default.
+      rates: rates of devices and links by hand; measured (about 30 s, cached) by default.
+      measure: measure the layers that the search picks on these devices (about a second each,
+        cached). By default if no rates are given; False prices layers by the devices' rates.
+      optimizer: the optax transformation of the training step, for the time and memory of its
+        update; by default SGD with momentum is assumed.
+      check: "measure" runs a few training steps of the plan and of data parallelism and returns
+        the faster; `params` and `batch` must be arrays then.
+      on_progress: called as `on_progress(what, done, total)`.
 
     Returns:
       A plan, to be called like `fn`.
@@ -334,13 +357,15 @@ def parallelize(
     Raises:
       ValueError: more devices than exist, a loss that is not a scalar, an unknown strategy or one
         for another model, a batch that the devices do not divide under strategy "data", a rate
-        that is not a positive number.
+        that is not a positive number, an unknown check.
     """
     if not isinstance(strategy, (str, Strategy)):
         raise ValueError(
             f"strategy: {strategy!r} is a {type(strategy).__name__}; give 'search', a baseline's "
             "name, or a Strategy"
         )
+    if check not in (None, "measure"):
+        raise ValueError(f"check: {check!r} is unknown; give 'measure', or None for no check")
     mesh = mesh if mesh is not None else make_mesh(choose_devices(devices))
     graph = trace(fn, params, *batch)
     out_tree = _check_loss(fn, params, *batch)
@@ -351,13 +376,37 @@ def parallelize(
     if isinstance(strategy, Strategy):
         check_mesh(strategy, rated.axis_sizes)
         strategy.for_graph(graph)
-    space = price(graph, rated)
-    result = search(space) if strategy == "search" else None
-    if result is not None:
-        chosen = result.strategy
+    space = price(graph, rated, optimizer_slots=_slots(optimizer, params))
+    timer = None
+    if measure or (measure is None and rates is None):
+        timer = LayerTimer(graph, rated.axis_sizes, local_devices(mesh), open_cache(mesh))
+    result = None
+    if strategy == "search":
+        result = search_measured(space, timer, progress=on_progress) if timer else search(space)
+        space, chosen = result.space, result.strategy
     else:
         chosen = strategy if isinstance(strategy, Strategy) else space.baseline(strategy)
-    return bind(space, chosen, mesh, (params, *batch), out_tree, result, fn)
+        if timer:
+            timer.measure(space.pairs(chosen), on_progress)
+            space = measured_space(space, timer)
+    plan = bind(space, chosen, mesh, (params, *batch), out_tree, result, fn)
+    if check is None:
+        return plan
+    from jaxlwp._compare import fastest
+
+    return fastest(plan, params, batch, optimizer=optimizer, progress=on_progress)
+
+
+def _slots(optimizer: Any, params: Any) -> float:
+    """Arrays like the parameters that the optimizer keeps; one if it is not known."""
+    if optimizer is None:
+        return 1.0
+    state = jax.eval_shape(optimizer.init, params)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size"))
+        for tree in (state, params)
+    ]
+    return float(sizes[0] / max(sizes[1], 1))
 
 
 def bind(

@@ -62,7 +62,10 @@ def plan_table(plan: Plan) -> Table:
         ),
         caption=(
             f"compute {seconds(cost.compute_s)} ms, transfer {seconds(cost.transfer_s)} ms, sync "
-            f"{seconds(cost.sync_s)} ms; rates: {space.devices.source}" + _replication_notes(plan)
+            f"{seconds(cost.sync_s)} ms, besides (update, new memory, input, dispatch) "
+            f"{seconds(cost.overhead_s)} ms; rates: {space.devices.source}"
+            + _measured_notes(plan)
+            + _replication_notes(plan)
         ),
         title_justify="left",
         caption_justify="left",
@@ -89,6 +92,18 @@ def plan_table(plan: Plan) -> Table:
             num_bytes(_layer_bytes(plan, layer.index, configs)),
         )
     return table
+
+
+def _measured_notes(plan: Plan) -> str:
+    """What of the costs was measured, and what a check of whole steps gave."""
+    space = plan.space
+    notes = ""
+    if space.measured:
+        notes += f"; layers measured: {space.num_measured:,} of {space.num_pairs:,} (layer, config)"
+    if plan.checked:
+        steps = ", ".join(f"{name} {seconds(s)} ms" for name, s in plan.checked.items())
+        notes += f"\nmeasured steps: {steps}; kept: {plan.strategy.name}"
+    return notes
 
 
 def _replication_notes(plan: Plan) -> str:
@@ -185,8 +200,7 @@ def comparison_table(comparison: Comparison) -> Table:
 def _comparison_notes(comparison: Comparison) -> str:
     """What the columns mean, and where the compiled bytes differ from the predicted ones."""
     notes = [
-        f"predicted: loss and gradients, from rates {comparison.devices.source}; measured: the "
-        "optimizer's update too",
+        f"predicted: from layer times and rates, {comparison.devices.source}",
         "bytes: operands of the step's collectives; arguments: parameters, optimizer state, batch",
     ]
     for result in comparison.results:

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from jaxlwp._config import Config
 from jaxlwp._cost import AnalyticCostModel, CostModel, build_tables, layer_configs, temporary_bytes
 from jaxlwp._devices import DeviceGraph
-from jaxlwp._graph import ComputationGraph
+from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._solve import Solution, solve
 from jaxlwp._strategy import Strategy, baseline, make_strategy
-from jaxlwp._tables import Cost, CostTables
+from jaxlwp._tables import Cost, CostTables, FloatArray
+
+
+class Timer(Protocol):
+    """Measures layers under configs; `jaxlwp.LayerTimer` on the devices at hand."""
+
+    def known_s(self, layer: Layer, config: Config) -> float | None:
+        """Measured seconds of forward and backward work, or None."""
+        ...
+
+    def measure(
+        self,
+        pairs: Sequence[tuple[Layer, Config]],
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> int:
+        """Measure what is not known yet; returns how many programs were run."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +43,27 @@ class SearchSpace:
       devices: the device graph.
       configs: the configs of each layer.
       tables: their costs.
+      measured: for each layer, shape (configs,), whether `tables.compute_s` is measured; empty if
+        all times are analytic.
+      analytic_s: for each layer, shape (configs,), the analytic times that measured ones replaced.
     """
 
     graph: ComputationGraph
     devices: DeviceGraph
     configs: tuple[tuple[Config, ...], ...] = field(repr=False)
     tables: CostTables = field(repr=False)
+    measured: tuple[NDArray[np.bool_], ...] = field(default=(), repr=False)
+    analytic_s: tuple[FloatArray, ...] = field(default=(), repr=False)
+
+    @property
+    def num_measured(self) -> int:
+        """How many (layer, config) pairs have a measured time."""
+        return sum(int(mask.sum()) for mask in self.measured)
+
+    @property
+    def num_pairs(self) -> int:
+        """How many (layer, config) pairs there are."""
+        return sum(map(len, self.configs))
 
     def choices(self, strategy: Strategy) -> tuple[int, ...]:
         """Index of each layer's config.
@@ -63,6 +98,10 @@ class SearchSpace:
         """A strategy from config indices."""
         configs = [known[i] for known, i in zip(self.configs, choices, strict=True)]
         return make_strategy(name, self.graph, configs, self.devices.axis_sizes)
+
+    def pairs(self, strategy: Strategy) -> list[tuple[Layer, Config]]:
+        """Every layer with its config under a strategy, what a `Timer` measures."""
+        return list(zip(self.graph.layers, strategy.for_graph(self.graph), strict=True))
 
     def baseline(self, name: str) -> Strategy:
         """A baseline strategy; see `jaxlwp.BASELINES`.
@@ -107,6 +146,7 @@ def price(
     model: CostModel | None = None,
     interchangeable: bool = True,
     fixed: Mapping[str, Config] | None = None,
+    optimizer_slots: float = 1.0,
 ) -> SearchSpace:
     """Enumerate and price every config of every layer and edge.
 
@@ -117,6 +157,8 @@ def price(
       interchangeable: mesh axes of one link level are used in one fixed order; False enumerates
         every assignment of axes.
       fixed: layer name -> the only config that it may have, as far as the layer can have it.
+      optimizer_slots: arrays like the parameters that the optimizer keeps: 1 for SGD with
+        momentum, 2 for Adam. Of no use with a `model`.
     """
     configs = layer_configs(graph, devices, interchangeable=interchangeable)
     if fixed:
@@ -127,7 +169,9 @@ def price(
             for layer, choices in zip(graph.layers, configs, strict=True)
         )
     model = model or AnalyticCostModel(
-        devices=devices, temporary_bytes=temporary_bytes(graph, devices.num_devices)
+        devices=devices,
+        optimizer_slots=optimizer_slots,
+        temporary_bytes=temporary_bytes(graph, devices.num_devices),
     )
     tables = build_tables(graph, configs, model)
     return SearchSpace(graph=graph, devices=devices, configs=configs, tables=tables)
@@ -153,6 +197,100 @@ def search(space: SearchSpace, *, method: str = "elimination") -> SearchResult:
         solution=solution,
         space=space,
     )
+
+
+# --- measuring no more than the search needs -----------------------------------------------------
+
+SLACK = 0.75
+"""How much faster, against its analytic time, a config may be than the best measured of its layer.
+
+The bound of what is not measured: analytic time, times the least ratio of measured to analytic time
+that the layer has shown, times this.
+"""
+
+
+def search_measured(
+    space: SearchSpace,
+    timer: Timer,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> SearchResult:
+    """Find the strategy of least cost under measured times, measuring what the search picks.
+
+    What is not measured counts with an optimistic bound. The strategy that is then the cheapest is
+    measured, and the search repeated, until the cheapest strategy rests on measured times alone:
+    it is the one that a fully measured table would give, as far as the bounds (`SLACK`) hold.
+
+    Args:
+      space: from `price`, or with measured times already.
+      timer: measures.
+      progress: called as `progress(what, done, total)`.
+
+    Returns:
+      The result; its space holds the measured times, and for the rest analytic ones scaled to them.
+    """
+    while True:
+        work = [_Work.of(space, timer, n) for n in range(len(space.configs))]
+        bounded = _with_compute(space, [w.bound_s for w in work])
+        solution = solve(bounded.node_costs_s, bounded.edges, bounded.transfer_s)
+        missing = [
+            (space.graph.layers[n], space.configs[n][choice])
+            for n, choice in enumerate(solution.choices)
+            if not work[n].measured[choice]
+        ]
+        if not missing:
+            break
+        timer.measure(missing, progress)
+    found = measured_space(space, timer)
+    cost = found.tables.evaluate(solution.choices)
+    strategy = found.strategy("search", solution.choices)
+    return SearchResult(strategy=strategy, cost=cost, solution=solution, space=found)
+
+
+def measured_space(space: SearchSpace, timer: Timer) -> SearchSpace:
+    """The space with measured times where there are any, the others scaled to match them.
+
+    Args:
+      space: from `price`, or with measured times already.
+      timer: knows the measured times.
+    """
+    work = [_Work.of(space, timer, n) for n in range(len(space.configs))]
+    return replace(
+        space,
+        tables=_with_compute(space, [w.estimate_s for w in work]),
+        measured=tuple(w.measured for w in work),
+        analytic_s=space.analytic_s or space.tables.compute_s,
+    )
+
+
+def _with_compute(space: SearchSpace, compute_s: Sequence[FloatArray]) -> CostTables:
+    return replace(space.tables, compute_s=tuple(compute_s))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Times of one layer's work under each of its configs; every array has shape (configs,)."""
+
+    measured: NDArray[np.bool_]
+    bound_s: FloatArray
+    estimate_s: FloatArray
+
+    @classmethod
+    def of(cls, space: SearchSpace, timer: Timer, number: int) -> _Work:
+        """Measured times of a layer where there are any, else from its analytic ones."""
+        layer, configs = space.graph.layers[number], space.configs[number]
+        analytic_s = np.maximum((space.analytic_s or space.tables.compute_s)[number], 1e-9)
+        known = [timer.known_s(layer, config) for config in configs]
+        measured = np.array([seconds is not None for seconds in known])
+        if not measured.any():  # the first guess; what it picks will be measured
+            return cls(measured, analytic_s, analytic_s)
+        known_s = np.array([seconds or 0.0 for seconds in known])
+        ratios = (known_s / analytic_s)[measured]
+        return cls(
+            measured,
+            np.where(measured, known_s, SLACK * ratios.min() * analytic_s),
+            np.where(measured, known_s, float(np.median(ratios)) * analytic_s),
+        )
 
 
 def check_mesh(strategy: Strategy, axis_sizes: dict[str, int]) -> None:

@@ -1,0 +1,336 @@
+"""Measured layer times: a layer's own local work, forward and backward, on the devices at hand.
+
+A call of its own would over-count: dispatch, and output buffers that are new each time. So the work
+is unrolled inside one compiled program, each copy fed with what the one before has made, and what
+counts is the difference between a program of many copies and one of few. All simulated devices work
+at once, since they share the machine's cores. Programs take turns, so that whatever else the
+machine does meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlwp._config import Config
+from jaxlwp._graph import ComputationGraph, Layer
+from jaxlwp._layout import degree
+from jaxlwp._local import LocalStep, local_step, text_of
+
+Pair = tuple[Layer, Config]
+Progress = Callable[[str, int, int], None]
+
+ROUNDS = (5, 31)
+"""Least and most runs of a program."""
+
+ENOUGH_S = 0.5
+"""A program that has run so long in all, and often enough, is measured."""
+
+STEADY = 0.02
+"""Relative standard error of the median at which a program is measured."""
+
+CHUNK = 8
+"""Programs that take turns."""
+
+CHUNK_BYTES = 1 << 31
+"""Bytes of operands of the programs that take turns, over all devices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What was measured of one program.
+
+    Attributes:
+      seconds: of one copy; the median.
+      spread: median absolute deviation, relative.
+      samples: how many runs.
+    """
+
+    seconds: float
+    spread: float
+    samples: int
+
+
+class LayerTimer:
+    """Times of layers under configs on given devices: known ones, and new ones when asked for."""
+
+    def __init__(
+        self,
+        graph: ComputationGraph,
+        axis_sizes: dict[str, int],
+        devices: Sequence[Any],
+        cache: TimingCache | None = None,
+    ) -> None:
+        self.graph, self.axis_sizes = graph, dict(axis_sizes)
+        self.mesh = Mesh(np.array(list(devices), dtype=object), ("device",))
+        self.cache = cache if cache is not None else TimingCache()
+        self._structures: dict[int, str] = {}
+        self._keys: dict[tuple[int, Config], str] = {}
+
+    def key(self, layer: Layer, config: Config) -> str:
+        """What the time depends on: the layer's operators and shapes, and the degrees."""
+        if layer.index not in self._structures:
+            self._structures[layer.index] = _structure(layer)
+        if (layer.index, config) not in self._keys:
+            degrees = sorted((n, degree(a, self.axis_sizes)) for n, a in config.splits if a)
+            text = f"{self._structures[layer.index]} {degrees}"
+            self._keys[layer.index, config] = hashlib.sha256(text.encode()).hexdigest()[:24]
+        return self._keys[layer.index, config]
+
+    def known_s(self, layer: Layer, config: Config) -> float | None:
+        """Measured seconds, or None."""
+        timing = self.cache.get(self.key(layer, config))
+        return None if timing is None else timing.seconds
+
+    def measure(self, pairs: Sequence[Pair], progress: Progress | None = None) -> int:
+        """Measure what is not known yet of some layers under configs.
+
+        Interrupted, it keeps what it has finished.
+
+        Args:
+          pairs: layers and configs.
+          progress: called as `progress(what, done, total)`.
+
+        Returns:
+          How many programs were run.
+        """
+        progress = progress or (lambda what, done, total: None)
+        missing: dict[str, Pair] = {}
+        for layer, config in pairs:
+            key = self.key(layer, config)
+            if self.cache.get(key) is None:
+                missing.setdefault(key, (layer, config))
+        programs: dict[str, LocalStep] = {}
+        keys_of: dict[str, list[str]] = {}
+        for key, (layer, config) in missing.items():
+            step = local_step(self.graph, layer, config, self.axis_sizes)
+            known = self.cache.find(step.key)
+            if known is not None:
+                self.cache.put({key: (step.key, known)})
+            else:
+                programs.setdefault(step.key, step)
+                keys_of.setdefault(step.key, []).append(key)
+        done = 0
+        for chunk in _chunks(list(programs.values()), self.mesh.size):
+            progress("measuring layers", done, len(programs))
+            timings = _time_together(chunk, self.mesh)
+            self.cache.put(
+                {
+                    key: (step.key, timing)
+                    for step, timing in zip(chunk, timings, strict=True)
+                    for key in keys_of[step.key]
+                }
+            )
+            done += len(chunk)
+        if programs:
+            progress("measuring layers", done, done)
+        return len(programs)
+
+
+class TimingCache:
+    """Timings by key; those of equal programs are found by the program. In memory alone."""
+
+    def __init__(self) -> None:
+        self.timings: dict[str, Timing] = {}
+        self.programs: dict[str, Timing] = {}
+
+    def get(self, key: str) -> Timing | None:
+        """The timing of a key."""
+        return self.timings.get(key)
+
+    def find(self, program: str) -> Timing | None:
+        """The timing of any key that stands for the same program."""
+        return self.programs.get(program)
+
+    def put(self, entries: dict[str, tuple[str, Timing]]) -> None:
+        """Add timings: key -> (program, timing)."""
+        for key, (program, timing) in entries.items():
+            self.timings[key] = timing
+            self.programs[program] = timing
+
+
+def local_devices(mesh: Mesh) -> list[Any]:
+    """The mesh's devices that this process can run programs on."""
+    return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+
+
+_CACHES: dict[str, TimingCache] = {}
+
+
+def open_cache(mesh: Mesh) -> TimingCache:
+    """The timings of devices of this kind."""
+    devices = local_devices(mesh)
+    return _CACHES.setdefault(f"{devices[0].device_kind} {len(devices)}", TimingCache())
+
+
+def _structure(layer: Layer) -> str:
+    """A layer's operators, shapes, and what is read and made, as text; without names of layers."""
+    number: dict[int, int] = {}
+    lines = []
+    for member in layer.members:
+        eqn = member.equation
+        for value in (*eqn.operands, *eqn.results):
+            number.setdefault(value, len(number))
+        params = sorted((name, text_of(value)) for name, value in eqn.params.items())
+        types = [
+            f"{number[i]}:{v.dtype}{list(v.shape)}"
+            for i, v in zip(
+                (*eqn.operands, *eqn.results), (*eqn.operand_values, *eqn.result_values),
+                strict=True,
+            )
+        ]  # fmt: skip
+        names = (member.signature.operands, member.signature.results)
+        lines.append(f"{eqn.name} {params} {types} {names} {member.gradient} {member.recomputed}")
+    reads = [
+        f"{use.info.dtype}{list(use.info.shape)} {use.labels} {sorted(map(str, use.active))} "
+        f"{use.gradient} {use.source == layer.index and not use.argument}"
+        for use in layer.uses
+    ]
+    makes = [f"{value.dtype}{list(value.shape)} {labels}" for value, labels in layer.outputs]
+    text = "\n".join((*lines, *reads, *makes))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- timing ----------------------------------------------------------------------------------
+
+
+def _chunks(steps: Sequence[LocalStep], devices: int) -> Iterator[list[LocalStep]]:
+    """The steps in groups whose operands fit into memory together."""
+    chunk: list[LocalStep] = []
+    chunk_bytes = 0
+    for step in steps:
+        num_bytes = 4 * devices * sum(math.prod(v.shape) * v.itemsize for v in step.operands)
+        if chunk and (len(chunk) == CHUNK or chunk_bytes + num_bytes > CHUNK_BYTES):
+            yield chunk
+            chunk, chunk_bytes = [], 0
+        chunk.append(step)
+        chunk_bytes += num_bytes
+    if chunk:
+        yield chunk
+
+
+@dataclass
+class _Runner:
+    """Programs of few and many copies of one step, and what they have taken."""
+
+    step: LocalStep
+    mesh: Mesh
+    copies: tuple[int, int] = (1, 3)
+    programs: list[Any] = field(default_factory=list)
+    carried: list[Any] = field(default_factory=list)
+    fixed: list[Any] = field(default_factory=list)
+    few_s: list[float] = field(default_factory=list)
+    many_s: list[float] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        """Compile; more copies of what is short, for its time to stand out from the noise."""
+        self.carried = [self.random(v, n) for n, v in enumerate(self.operands(carried=True))]
+        few, _ = self.copies
+        self.fixed = [
+            [self.random(v, n + 100 * copy) for n, v in enumerate(self.operands(carried=False))]
+            for copy in range(few)
+        ]
+        self.programs = [self.compiled(few)]
+        short_s = min(self.once(0) for _ in range(3))
+        many = few + (8 if short_s < 2e-3 else 3 if short_s < 1e-2 else 1)
+        self.copies = (few, many)
+        self.fixed += [
+            [self.random(v, n + 100 * copy) for n, v in enumerate(self.operands(carried=False))]
+            for copy in range(few, many)
+        ]
+        self.programs.append(self.compiled(many))
+        self.once(1)
+
+    def operands(self, *, carried: bool) -> Sequence[Any]:
+        count = self.step.carried
+        return self.step.operands[:count] if carried else self.step.operands[count:]
+
+    @property
+    def sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec("device"))
+
+    def random(self, value: Any, seed: int) -> Any:
+        """One block for each device, stacked."""
+        shape = (self.mesh.size, *value.shape)
+        generator = np.random.default_rng(seed)
+        if not isinstance(value.dtype, np.dtype):  # random keys
+            keys = jax.random.split(jax.random.key(seed), shape)
+            return jax.device_put(keys, self.sharding)
+        if value.differentiable:
+            values = generator.standard_normal(shape, np.float32) * 0.1
+        else:
+            values = np.zeros(shape)
+        return jax.device_put(jnp.asarray(values, value.dtype), self.sharding)
+
+    def compiled(self, copies: int) -> Any:
+        spec = PartitionSpec("device")
+
+        def body(carried: Any, fixed: Any) -> Any:
+            carried, fixed = jax.tree.map(lambda x: x[0], (carried, fixed))
+            made: tuple[Any, ...] = ()
+            for others in fixed:
+                results = self.step(*carried, *others)
+                carried, made = results[: self.step.carried], results[self.step.carried :]
+            return jax.tree.map(lambda x: x[None], (list(carried), made))
+
+        mapped = jax.shard_map(
+            body, mesh=self.mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False
+        )
+        return jax.jit(mapped, donate_argnums=0).lower(self.carried, self.fixed[:copies]).compile()
+
+    def once(self, number: int) -> float:
+        """Seconds of one run of a program."""
+        start = time.perf_counter()
+        self.carried, made = self.programs[number](self.carried, self.fixed[: self.copies[number]])
+        jax.block_until_ready((self.carried, made))
+        return time.perf_counter() - start
+
+    def turn(self) -> None:
+        """Run both programs."""
+        self.few_s.append(self.once(0))
+        self.many_s.append(self.once(1))
+
+    @property
+    def done(self) -> bool:
+        """Measured often and long enough, or steady."""
+        least, most = ROUNDS
+        samples = len(self.few_s)
+        if samples < least:
+            return False
+        steady = 1.25 * self.timing().spread / math.sqrt(samples) < STEADY
+        return steady or samples >= most or sum(self.few_s) + sum(self.many_s) > ENOUGH_S
+
+    def timing(self) -> Timing:
+        """Of one copy."""
+        extra = self.copies[1] - self.copies[0]
+        each = [(many - few) / extra for few, many in zip(self.few_s, self.many_s, strict=True)]
+        typical_s = statistics.median(each)
+        if typical_s <= 0:  # next to nothing: a whole run is an upper bound
+            typical_s = min(self.many_s) / self.copies[1] / 100
+        spread = statistics.median(abs(s - typical_s) for s in each) / typical_s
+        return Timing(seconds=typical_s, spread=spread, samples=len(each))
+
+
+# A plan may be made while a training step is traced: without this, nothing would run.
+@jax.ensure_compile_time_eval()
+def _time_together(steps: Sequence[LocalStep], mesh: Mesh) -> list[Timing]:
+    """Timings of some steps that take turns."""
+    runners = [_Runner(step, mesh) for step in steps]
+    for runner in runners:
+        runner.prepare()
+    waiting = list(runners)
+    while waiting:
+        for runner in waiting:
+            runner.turn()
+        waiting = [runner for runner in waiting if not runner.done]
+    return [runner.timing() for runner in runners]
