@@ -201,7 +201,7 @@ def search(space: SearchSpace, *, method: str = "elimination") -> SearchResult:
 
 # --- measuring no more than the search needs -----------------------------------------------------
 
-SLACK = 0.75
+SLACK = 0.8
 """How much faster, against its analytic time, a config may be than the best measured of its layer.
 
 The bound of what is not measured: analytic time, times the least ratio of measured to analytic time
@@ -213,6 +213,7 @@ def search_measured(
     space: SearchSpace,
     timer: Timer,
     *,
+    tolerance: float = 0.0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> SearchResult:
     """Find the strategy of least cost under measured times, measuring what the search picks.
@@ -238,6 +239,15 @@ def search_measured(
             for n, choice in enumerate(solution.choices)
             if not work[n].measured[choice]
         ]
+        if missing and all(w.measured.any() for w in work):
+            only = _with_compute(space, [np.where(w.measured, w.bound_s, np.inf) for w in work])
+            known = _solved(only)
+            floor_s = solution.lower_bound_s + bounded.step_s
+            if known and known.cost_s + bounded.step_s <= floor_s * (1 + tolerance):
+                bound_s = min(solution.lower_bound_s, known.cost_s)
+                optimal = bound_s == known.cost_s
+                solution = replace(known, lower_bound_s=bound_s, optimal=optimal)
+                missing = []
         if not missing:
             break
         timer.measure(missing, progress)
@@ -245,6 +255,14 @@ def search_measured(
     cost = found.tables.evaluate(solution.choices)
     strategy = found.strategy("search", solution.choices)
     return SearchResult(strategy=strategy, cost=cost, solution=solution, space=found)
+
+
+def _solved(tables: CostTables) -> Solution | None:
+    """The solution of tables, None if nothing is allowed."""
+    try:
+        return solve(tables.node_costs_s, tables.edges, tables.transfer_s)
+    except ValueError:
+        return None
 
 
 def measured_space(space: SearchSpace, timer: Timer) -> SearchSpace:
