@@ -313,7 +313,7 @@ def _make_plans(
     space = found.space
     strategies = [space.baseline(name) for name in BASELINES]
     if measured:
-        timer = LayerTimer(space.graph, rated.axis_sizes, local_devices(mesh), open_cache(mesh))
+        timer = LayerTimer(space.graph, rated, local_devices(mesh), open_cache(mesh))
         pairs = [pair for strategy in strategies for pair in space.pairs(strategy)]
         timer.measure(pairs, progress)
         space = measured_space(space, timer)

@@ -7,7 +7,11 @@ import json
 from dataclasses import dataclass, field
 
 from jaxlwp._program import Equation, Program, Value
-from jaxlwp.ops import Labels, Signature
+from jaxlwp.ops import RULES, Labels, Signature
+
+
+FUSED = ("elementwise", "broadcast", "iota", "pad", "random", "reshape", "slice", "transpose")
+"""Kinds of operators that compilers merge into other operators' loops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,12 @@ class Layer:
     uses: tuple[Use, ...] = field(repr=False)
     outputs: tuple[tuple[Value, Labels], ...] = field(default=(), repr=False)
     has_rule: bool = True
+
+    @property
+    def fused(self) -> bool:
+        """Whether compilers merge all of the layer's operators into loops of its neighbours."""
+        rules = [RULES.get(member.equation.name) for member in self.members]
+        return all(rule is not None and rule.kind in FUSED for rule in rules)
 
     @property
     def output(self) -> Value:

@@ -2,9 +2,9 @@
 
 A call of its own would over-count: dispatch, and output buffers that are new each time. So the work
 is unrolled inside one compiled program, each copy fed with what the one before has made, and what
-counts is the difference between a program of many copies and one of few. All simulated devices work
-at once, since they share the machine's cores. Programs take turns, so that whatever else the
-machine does meets all of them alike.
+counts is the difference between a program of several copies and one of a single copy. All simulated
+devices work at once, since they share the machine's cores. Programs take turns, so that whatever
+else the machine does meets all of them alike.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlwp._config import Config
+from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._layout import degree
 from jaxlwp._local import LocalStep, local_step, text_of
+from jaxlwp._program import Value
 
 Pair = tuple[Layer, Config]
 Progress = Callable[[str, int, int], None]
 
-ROUNDS = (5, 31)
+ROUNDS = (3, 21)
 """Least and most runs of a program."""
 
-ENOUGH_S = 0.5
+ENOUGH_S = 0.4
 """A program that has run so long in all, and often enough, is measured."""
 
 STEADY = 0.02
@@ -67,11 +69,11 @@ class LayerTimer:
     def __init__(
         self,
         graph: ComputationGraph,
-        axis_sizes: dict[str, int],
+        rates: DeviceGraph,
         devices: Sequence[Any],
         cache: TimingCache | None = None,
     ) -> None:
-        self.graph, self.axis_sizes = graph, dict(axis_sizes)
+        self.graph, self.rates, self.axis_sizes = graph, rates, rates.axis_sizes
         self.mesh = Mesh(np.array(list(devices), dtype=object), ("device",))
         self.cache = cache if cache is not None else TimingCache()
         self._structures: dict[int, str] = {}
@@ -123,7 +125,7 @@ class LayerTimer:
         done = 0
         for chunk in _chunks(list(programs.values()), self.mesh.size):
             progress("measuring layers", done, len(programs))
-            timings = _time_together(chunk, self.mesh)
+            timings = _time_together(chunk, self.mesh, self.rates)
             self.cache.put(
                 {
                     key: (step.key, timing)
@@ -221,11 +223,12 @@ def _chunks(steps: Sequence[LocalStep], devices: int) -> Iterator[list[LocalStep
 
 @dataclass
 class _Runner:
-    """Programs of few and many copies of one step, and what they have taken."""
+    """Programs of one copy and of several copies of one step, and what they have taken."""
 
     step: LocalStep
     mesh: Mesh
-    copies: tuple[int, int] = (1, 3)
+    rates: DeviceGraph
+    copies: int = 1
     programs: list[Any] = field(default_factory=list)
     carried: list[Any] = field(default_factory=list)
     fixed: list[Any] = field(default_factory=list)
@@ -234,32 +237,19 @@ class _Runner:
 
     def prepare(self) -> None:
         """Compile; more copies of what is short, for its time to stand out from the noise."""
-        self.carried = [self.random(v, n) for n, v in enumerate(self.operands(carried=True))]
-        few, _ = self.copies
-        self.fixed = [
-            [self.random(v, n + 100 * copy) for n, v in enumerate(self.operands(carried=False))]
-            for copy in range(few)
-        ]
-        self.programs = [self.compiled(few)]
-        short_s = min(self.once(0) for _ in range(3))
-        many = few + (8 if short_s < 2e-3 else 3 if short_s < 1e-2 else 1)
-        self.copies = (few, many)
-        self.fixed += [
-            [self.random(v, n + 100 * copy) for n, v in enumerate(self.operands(carried=False))]
-            for copy in range(few, many)
-        ]
-        self.programs.append(self.compiled(many))
-        self.once(1)
-
-    def operands(self, *, carried: bool) -> Sequence[Any]:
         count = self.step.carried
-        return self.step.operands[:count] if carried else self.step.operands[count:]
+        self.carried = [self.random(v, n) for n, v in enumerate(self.step.operands[:count])]
+        self.programs = [self.compiled(1)]
+        once_s = min(self.once(0) for _ in range(2))
+        self.copies = 9 if once_s < 2e-3 else 4 if once_s < 1e-2 else 2
+        self.programs.append(self.compiled(self.copies))
+        self.once(1)
 
     @property
     def sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec("device"))
 
-    def random(self, value: Any, seed: int) -> Any:
+    def random(self, value: Value, seed: int) -> Any:
         """One block for each device, stacked."""
         shape = (self.mesh.size, *value.shape)
         generator = np.random.default_rng(seed)
@@ -273,7 +263,15 @@ class _Runner:
         return jax.device_put(jnp.asarray(values, value.dtype), self.sharding)
 
     def compiled(self, copies: int) -> Any:
+        """A program of so many copies.
+
+        What is not carried is another array for each copy: of work on that alone, equal copies
+        would be merged.
+        """
         spec = PartitionSpec("device")
+        rest = self.step.operands[self.step.carried :]
+        for copy in range(len(self.fixed), copies):
+            self.fixed.append([self.random(v, n + 100 * copy) for n, v in enumerate(rest)])
 
         def body(carried: Any, fixed: Any) -> Any:
             carried, fixed = jax.tree.map(lambda x: x[0], (carried, fixed))
@@ -286,12 +284,14 @@ class _Runner:
         mapped = jax.shard_map(
             body, mesh=self.mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False
         )
-        return jax.jit(mapped, donate_argnums=0).lower(self.carried, self.fixed[:copies]).compile()
+        jitted = jax.jit(mapped, donate_argnums=0)
+        return jitted.lower(self.carried, self.fixed[:copies]).compile()
 
     def once(self, number: int) -> float:
         """Seconds of one run of a program."""
+        fixed = self.fixed[: self.copies if number else 1]
         start = time.perf_counter()
-        self.carried, made = self.programs[number](self.carried, self.fixed[: self.copies[number]])
+        self.carried, made = self.programs[number](self.carried, fixed)
         jax.block_until_ready((self.carried, made))
         return time.perf_counter() - start
 
@@ -300,32 +300,40 @@ class _Runner:
         self.few_s.append(self.once(0))
         self.many_s.append(self.once(1))
 
+    def pages_s(self, program: Any) -> float:
+        """Seconds to take a program's temporary memory anew."""
+        num_bytes = program.memory_analysis().temp_size_in_bytes
+        return float(num_bytes * self.rates.first_touch_s(num_bytes))
+
     @property
     def done(self) -> bool:
         """Measured often and long enough, or steady."""
         least, most = ROUNDS
-        samples = len(self.few_s)
+        samples = len(self.many_s)
         if samples < least:
             return False
         steady = 1.25 * self.timing().spread / math.sqrt(samples) < STEADY
         return steady or samples >= most or sum(self.few_s) + sum(self.many_s) > ENOUGH_S
 
     def timing(self) -> Timing:
-        """Of one copy."""
-        extra = self.copies[1] - self.copies[0]
-        each = [(many - few) / extra for few, many in zip(self.few_s, self.many_s, strict=True)]
-        typical_s = statistics.median(each)
-        if typical_s <= 0:  # next to nothing: a whole run is an upper bound
-            typical_s = min(self.many_s) / self.copies[1] / 100
+        """Of one copy; the pages that the larger program takes anew are not part of it."""
+        few_pages_s, many_pages_s = map(self.pages_s, self.programs)
+        pages_s, extra = many_pages_s - few_pages_s, self.copies - 1
+        each = [
+            (many - few - pages_s) / extra
+            for few, many in zip(self.few_s, self.many_s, strict=True)
+        ]
+        # Next to nothing, hidden by noise: a small part of a run stands in for it.
+        typical_s = max(statistics.median(each), 1e-3 * min(self.many_s) / self.copies)
         spread = statistics.median(abs(s - typical_s) for s in each) / typical_s
         return Timing(seconds=typical_s, spread=spread, samples=len(each))
 
 
 # A plan may be made while a training step is traced: without this, nothing would run.
 @jax.ensure_compile_time_eval()
-def _time_together(steps: Sequence[LocalStep], mesh: Mesh) -> list[Timing]:
+def _time_together(steps: Sequence[LocalStep], mesh: Mesh, rates: DeviceGraph) -> list[Timing]:
     """Timings of some steps that take turns."""
-    runners = [_Runner(step, mesh) for step in steps]
+    runners = [_Runner(step, mesh, rates) for step in steps]
     for runner in runners:
         runner.prepare()
     waiting = list(runners)

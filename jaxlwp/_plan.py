@@ -379,7 +379,7 @@ def parallelize(
     space = price(graph, rated, optimizer_slots=_slots(optimizer, params))
     timer = None
     if measure or (measure is None and rates is None):
-        timer = LayerTimer(graph, rated.axis_sizes, local_devices(mesh), open_cache(mesh))
+        timer = LayerTimer(graph, rated, local_devices(mesh), open_cache(mesh))
     result = None
     if strategy == "search":
         result = search_measured(space, timer, progress=on_progress) if timer else search(space)

@@ -225,6 +225,8 @@ def search_measured(
     Args:
       space: from `price`, or with measured times already.
       timer: measures.
+      tolerance: relative gap that may be left to what the bounds allow, to measure less; the
+        result states what is left.
       progress: called as `progress(what, done, total)`.
 
     Returns:
@@ -298,6 +300,8 @@ class _Work:
         """Measured times of a layer where there are any, else from its analytic ones."""
         layer, configs = space.graph.layers[number], space.configs[number]
         analytic_s = np.maximum((space.analytic_s or space.tables.compute_s)[number], 1e-9)
+        if layer.fused:  # there is nothing to measure alone: passes over memory, as priced
+            return cls(np.ones(len(configs), dtype=bool), analytic_s, analytic_s)
         known = [timer.known_s(layer, config) for config in configs]
         measured = np.array([seconds is not None for seconds in known])
         if not measured.any():  # the first guess; what it picks will be measured
