@@ -20,21 +20,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import optax
 
 from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp._measure import LayerTimer, local_devices, open_cache
+from jaxlwp._memory import OPTIMIZER
 from jaxlwp._plan import Plan, bind, parallelize
 from jaxlwp._search import measured_space
-from jaxlwp._strategy import BASELINES
+from jaxlwp._step import ProgramMemory, lower_step, program_memory
+from jaxlwp._strategy import BASELINES, Strategy
 from jaxlwp._tables import Cost
 
 FORMAT_VERSION = 1
 STRATEGIES = ("search", *BASELINES)
 ROUNDS = 7
-OPTIMIZER = optax.sgd(1e-4, momentum=0.9)
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many parts of it are done, and of how many."""
@@ -183,20 +183,24 @@ def compare(
     params: Any,
     *batch: Any,
     devices: Sequence[Any] | int | None = None,
+    strategies: Sequence[str | Strategy] = BASELINES,
     rounds: int = ROUNDS,
     rates: Rates | DeviceGraph | None = None,
     name: str | None = None,
     on_progress: Progress | None = None,
 ) -> Comparison:
-    """Run the strategy found and every baseline, and set them against the prediction.
+    """Run the strategy found and others, and set them against the prediction.
 
     Args:
       fn: loss function, as for `parallelize`.
       params: pytree of floating-point arrays.
       *batch: the other arguments, arrays; the data first.
       devices: devices or how many of `jax.devices()`; all by default.
+      strategies: what to compare with: names of baselines, or strategies of this model and mesh;
+        every baseline by default.
       rounds: measured steps of each strategy, after one to warm up.
-      rates: rates by hand; measured (under 20 s, cached) by default.
+      rates: rates by hand; by default they are measured (about 30 s, cached), and the layers too
+        (about a second for each layer and config, cached).
       name: of the model, for the report; the function's by default.
       on_progress: called as `on_progress(what, done, total)`.
 
@@ -210,7 +214,7 @@ def compare(
     if rounds < 1:
         raise ValueError(f"compare: rounds is {rounds}; it must be at least 1: 7 give a median")
     progress = on_progress or (lambda what, done, total: None)
-    plans = _make_plans(fn, params, batch, devices, rates, progress)
+    plans = _make_plans(fn, params, batch, devices, strategies, rates, progress)
     state = (params, OPTIMIZER.init(params))
     steps: list[_Step] = []
     for plan in plans:
@@ -297,10 +301,11 @@ def _make_plans(
     params: Any,
     batch: tuple[Any, ...],
     devices: Sequence[Any] | int | None,
+    strategies: Sequence[str | Strategy],
     rates: Rates | DeviceGraph | None,
     progress: Progress,
 ) -> list[Plan]:
-    """The plan found, and one per baseline over the same priced space."""
+    """The plan found, and one per strategy over the same priced space."""
     mesh = make_mesh(choose_devices(devices))
     progress("measuring device rates", 0, 1)
     rated = rates if isinstance(rates, DeviceGraph) else device_graph(mesh, rates=rates)
@@ -311,29 +316,20 @@ def _make_plans(
         fn, params, *batch, mesh=mesh, rates=rated, measure=measured, on_progress=progress
     )
     space = found.space
-    strategies = [space.baseline(name) for name in BASELINES]
+    others = [s if isinstance(s, Strategy) else space.baseline(s) for s in strategies]
     if measured:
         timer = LayerTimer(space.graph, rated, local_devices(mesh), open_cache(mesh))
-        pairs = [pair for strategy in strategies for pair in space.pairs(strategy)]
+        pairs = [pair for strategy in others for pair in space.pairs(strategy)]
         timer.measure(pairs, progress)
         space = measured_space(space, timer)
         found = dataclasses.replace(found, space=space)
     arguments = (params, *batch)
-    baselines = [bind(space, strategy, mesh, arguments, found.out_tree) for strategy in strategies]
+    bound = [bind(space, strategy, mesh, arguments, found.out_tree) for strategy in others]
     progress("tracing, pricing and searching", 1, 1)
-    return [found, *baselines]
+    return [found, *bound]
 
 
 # --- one training step -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Memory:
-    """Bytes per device that a compiled step takes; see `StrategyResult`."""
-
-    argument_bytes: int
-    temporary_bytes: int
-    peak_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +338,7 @@ class _Step:
 
     plan: Plan
     program: Any
-    memory: _Memory
+    memory: ProgramMemory
 
     def place(self, state: Any, batch: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         placed = self.plan.place(state)
@@ -351,30 +347,8 @@ class _Step:
 
 
 def _compile(plan: Plan, state: Any, batch: tuple[Any, ...], optimizer: Any = None) -> _Step:
-    optimizer = optimizer or OPTIMIZER
-
-    def loss(params: Any, *batch: Any) -> tuple[Any, Any]:
-        out = plan(params, *batch)
-        return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
-
-    def step(state: Any, *batch: Any) -> tuple[Any, Any]:
-        params, momentum = state
-        value, gradients = jax.value_and_grad(loss, has_aux=True)(params, *batch)
-        updates, momentum = optimizer.update(gradients, momentum, params)
-        return (optax.apply_updates(params, updates), momentum), value
-
-    shardings = jax.tree_util.tree_map_with_path(plan.sharding_for, state)
-
-    jitted = jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(shardings, *plan.batch_shardings),
-        out_shardings=(shardings, None),
-    )
-    # Shapes alone: the arrays given may be committed to devices of their own.
-    arguments = jax.eval_shape(lambda *arguments: arguments, state, *batch)
-    program = jitted.lower(*arguments).compile()
-    memory = _memory(program, plan.mesh.devices.flat[0].platform)
+    program = lower_step(plan, state, batch, optimizer or OPTIMIZER).compile()
+    memory = program_memory(program, plan.mesh.devices.flat[0].platform)
     return _Step(plan=plan, program=program, memory=memory)
 
 
@@ -391,18 +365,6 @@ def _result(step: _Step, times_s: Sequence[float]) -> StrategyResult:
         argument_bytes=step.memory.argument_bytes,
         temporary_bytes=step.memory.temporary_bytes,
         peak_bytes=step.memory.peak_bytes,
-    )
-
-
-def _memory(program: Any, platform: str) -> _Memory:
-    stats = program.memory_analysis()
-    argument_bytes, temporary_bytes = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-    new_bytes = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    every_bytes = argument_bytes + temporary_bytes + new_bytes
-    # On CPUs the compiler's own peak leaves the temporaries out.
-    peak_bytes = every_bytes if platform == "cpu" else stats.peak_memory_in_bytes or every_bytes
-    return _Memory(
-        argument_bytes=argument_bytes, temporary_bytes=temporary_bytes, peak_bytes=peak_bytes
     )
 
 
@@ -445,7 +407,7 @@ def _finished(results: Any) -> Any:
     return results
 
 
-def _staying(memories: Sequence[_Memory], free_bytes: float) -> set[int]:
+def _staying(memories: Sequence[ProgramMemory], free_bytes: float) -> set[int]:
     """The steps, smallest state first, whose states fit beside the largest step in progress."""
     stay: set[int] = set()
     used_bytes = max(memory.peak_bytes for memory in memories)

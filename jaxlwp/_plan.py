@@ -22,6 +22,7 @@ from jaxlwp._graph import ComputationGraph
 from jaxlwp._layout import Collective
 from jaxlwp._lower import Lowered
 from jaxlwp._measure import LayerTimer, local_devices, open_cache
+from jaxlwp._memory import Memory, plan_memory
 from jaxlwp._search import (
     SearchResult,
     SearchSpace,
@@ -79,6 +80,14 @@ class Plan:
         """Every collective that one training step (loss and gradients) performs."""
         configs = self.strategy.for_graph(self.graph)
         return strategy_collectives(self.graph, configs, self.space.devices.axis_sizes)
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Predicted bytes per device of a training step with SGD with momentum.
+
+        As XLA compiles it for GPUs; see `plan_memory` for other optimizers.
+        """
+        return plan_memory(self)
 
     @functools.cached_property
     def lowered(self) -> Lowered:
@@ -154,6 +163,16 @@ class Plan:
                 )
         return flat
 
+    @property
+    def argument_shapes(self) -> tuple[Any, ...]:
+        """Shapes and dtypes of (params, *batch), as a pytree of the same structure."""
+        program = self.graph.program
+        shapes = [
+            jax.ShapeDtypeStruct(program.values[i].shape, program.values[i].dtype)
+            for i in program.inputs
+        ]
+        return tuple(jax.tree.unflatten(self.in_tree, shapes))
+
     def rebind(self, *batch: Any, fn: Callable[..., Any] | None = None, params: Any = None) -> Plan:
         """The same strategy for another batch size, or for evaluation, without a new search.
 
@@ -180,13 +199,8 @@ class Plan:
                 "rebind: this plan was bound without its function; give it, as in "
                 "plan.rebind(*batch, fn=loss_fn)"
             )
-        program = self.graph.program
-        shapes = [
-            jax.ShapeDtypeStruct(program.values[i].shape, program.values[i].dtype)
-            for i in program.inputs
-        ]
         if params is None:
-            params = jax.tree.unflatten(self.in_tree, shapes)[0]
+            params = self.argument_shapes[0]
         outputs = _output_shapes(fn, params, *batch)
         graph = trace(fn, params, *batch, differentiated=_is_loss(outputs))
         space = price(graph, self.space.devices, fixed=self.strategy.configs)
