@@ -1,0 +1,306 @@
+"""How true the costs are, on simulated devices: `make bench-costs`.
+
+Three parts, each with a table and its rows in results/costs.json:
+
+- accuracy: predicted against measured step times of the strategy found, all baselines and random
+  strategies; median and 90th percentile of the absolute error, Kendall's tau of the order, regret
+  of the strategy found (its measured time over the best of all).
+- lazy: the search that measures what it picks against the fully measured table.
+- warm: a second `parallelize` of AlexNet with a warm cache.
+
+Every model runs in a process of its own, with its number of simulated devices. The strategies of a
+model take turns, and medians count. `--models`, `--devices` and `--parts` redo a part and keep the
+rest of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "costs.json"
+
+MODELS: dict[str, tuple[str, tuple[int, ...], int]] = {
+    "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256),
+    "AlexNet": ("models.alexnet:AlexNet", (115, 115, 3), 32),
+    "VGG-16": ("models.vgg:VGG16", (64, 64, 3), 16),
+    "ResNet-18": ("models.resnet:ResNet18", (128, 128, 3), 16),
+    "Inception-v3": ("models.inception:InceptionV3", (139, 139, 3), 8),
+    "MobileNetV2": ("models.mobilenet:MobileNetV2", (128, 128, 3), 16),
+}
+"""Module, shape of one example, batch: sizes that two cores can run."""
+
+BASELINES = ("data", "model", "owt", "spatial")
+
+
+def workload(name: str) -> Any:
+    """The model's loss, parameters and batch."""
+    from jaxlwp._model import load_workload
+
+    module, shape, batch = MODELS[name]
+    return load_workload(module, batch=batch, input_shape=shape)
+
+
+def tau(predicted: list[float], measured: list[float]) -> float:
+    """Kendall's tau-b: agreement of two orders, from -1 to 1."""
+    pairs = list(itertools.combinations(zip(predicted, measured, strict=True), 2))
+    signs = [((a[0] > b[0]) - (a[0] < b[0])) * ((a[1] > b[1]) - (a[1] < b[1])) for a, b in pairs]
+    ties = [sum(a[i] == b[i] for a, b in pairs) for i in (0, 1)]
+    return sum(signs) / ((len(pairs) - ties[0]) * (len(pairs) - ties[1])) ** 0.5
+
+
+# --- what runs in a process with its own devices --------------------------------------------------
+
+
+def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one model: every strategy, predicted and measured."""
+    import jax
+
+    import jaxlwp
+
+    work = workload(name)
+    devices = jaxlwp.device_graph(jaxlwp.make_mesh(jax.devices()))
+    space = jaxlwp.price(jaxlwp.trace(work.loss, work.params, *work.batch), devices)
+    generator = random.Random(0)
+    drawn = [
+        space.strategy(f"random{n}", [generator.randrange(len(c)) for c in space.configs])
+        for n in range(num_random)
+    ]
+    result = jaxlwp.compare(
+        work.loss,
+        work.params,
+        *work.batch,
+        strategies=[*BASELINES, *drawn],
+        rounds=rounds,
+        name=name,
+    )
+    return [
+        {
+            "model": name,
+            "devices": len(jax.devices()),
+            "strategy": r.strategy,
+            "predicted_s": r.predicted_s,
+            "compute_s": r.predicted.compute_s,
+            "transfer_s": r.predicted.transfer_s,
+            "sync_s": r.predicted.sync_s,
+            "overhead_s": r.predicted.overhead_s,
+            "measured_s": r.measured_s,
+            "times_s": r.times_s,
+        }
+        for r in result.results
+    ]
+
+
+def lazy(name: str) -> list[dict[str, Any]]:
+    """The search that measures what it picks, on times that are all known, and the full search."""
+    import jax
+
+    import jaxlwp
+    from jaxlwp._measure import LayerTimer, local_devices, open_cache
+    from jaxlwp._search import measured_space, search_measured
+
+    work = workload(name)
+    mesh = jaxlwp.make_mesh(jax.devices())
+    devices = jaxlwp.device_graph(mesh)
+    graph = jaxlwp.trace(work.loss, work.params, *work.batch)
+    space = jaxlwp.price(graph, devices)
+    timer = LayerTimer(graph, devices, local_devices(mesh), open_cache(mesh))
+    work_layers = [layer for layer in graph.layers if not layer.fused]
+    timer.measure([(layer, c) for layer in work_layers for c in space.configs[layer.index]])
+    full = jaxlwp.search(measured_space(space, timer))
+
+    class Asked:
+        """Gives away a time only after it was asked to measure it."""
+
+        def __init__(self) -> None:
+            self.keys: set[str] = set()
+
+        def known_s(self, layer: Any, config: Any) -> float | None:
+            known = timer.key(layer, config) in self.keys
+            return timer.known_s(layer, config) if known else None
+
+        def measure(self, pairs: Any, progress: Any = None) -> int:
+            self.keys.update(timer.key(layer, config) for layer, config in pairs)
+            return len(pairs)
+
+    asked = Asked()
+    found = search_measured(space, asked)
+    pairs = [(layer, c) for layer in work_layers for c in space.configs[layer.index]]
+    every = {timer.key(layer, config) for layer, config in pairs}
+    known = sum(timer.key(layer, config) in asked.keys for layer, config in pairs)
+    return [
+        {
+            "model": name,
+            "devices": len(jax.devices()),
+            "same_optimum": found.solution.choices == full.solution.choices,
+            "cost_over_full": full.space.evaluate(found.strategy).total_s / full.cost.total_s,
+            "pairs_measured": known,
+            "pairs": len(pairs),
+            "share": known / len(pairs),
+            "programs_measured": len(asked.keys),
+            "programs": len(every),
+        }
+    ]
+
+
+def warm(name: str) -> list[dict[str, Any]]:
+    """Seconds of a second `parallelize` with a warm cache, JAX's tracing left out."""
+    import jax
+
+    import jaxlwp
+
+    work = workload(name)
+    jaxlwp.parallelize(work.loss, work.params, *work.batch)
+    code = "from tests.benchmarks import costs; costs.time_parallelize()"
+    out = subprocess.run(
+        [sys.executable, "-c", code, name], check=True, capture_output=True, text=True
+    )
+    return [{"model": name, "devices": len(jax.devices()), **json.loads(out.stdout)}]
+
+
+def time_parallelize() -> None:
+    """Print the seconds of `parallelize` in this process, and of tracing alone, as JSON."""
+    import jaxlwp
+
+    work = workload(sys.argv[1])
+    start = time.perf_counter()
+    jaxlwp.trace(work.loss, work.params, *work.batch)
+    traced = time.perf_counter()
+    jaxlwp.parallelize(work.loss, work.params, *work.batch)
+    print(json.dumps({"trace_s": traced - start, "warm_s": time.perf_counter() - traced}))
+
+
+PARTS = {"accuracy": accuracy, "lazy": lazy, "warm": warm}
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def run(part: str, name: str, devices: int, extra: list[str]) -> list[dict[str, Any]]:
+    """Rows of one model on so many devices, from a process of its own."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-m", "tests.benchmarks.costs", "--inside", part, name, *extra]
+    out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    rows: list[dict[str, Any]] = json.loads(out.stdout)
+    return rows
+
+
+def show(part: str, rows: list[dict[str, Any]]) -> None:
+    """Print the rows of one model."""
+    for r in rows:
+        where = f"{r['model']:13}{r['devices']:2} devices"
+        if part == "accuracy":
+            error = r["predicted_s"] / r["measured_s"] - 1
+            print(
+                f"{where} {r['strategy']:9} predicted {r['predicted_s'] * 1e3:8.1f} ms, measured "
+                f"{r['measured_s'] * 1e3:8.1f} ms ({min(r['times_s']) * 1e3:.1f}.."
+                f"{max(r['times_s']) * 1e3:.1f}), {error:+.0%}"
+            )
+        elif part == "lazy":
+            print(
+                f"{where} measured {r['pairs_measured']} of {r['pairs']} pairs ({r['share']:.0%}), "
+                f"same optimum: {r['same_optimum']}, cost over the full table's "
+                f"{r['cost_over_full']:.4f}"
+            )
+        else:
+            print(f"{where} parallelize with a warm cache {r['warm_s']:.2f} s")
+    sys.stdout.flush()
+
+
+def summary(content: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the rows come to."""
+    rows = content.get("accuracy", [])
+    errors = sorted(abs(r["predicted_s"] / r["measured_s"] - 1) for r in rows)
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for r in rows:
+        groups.setdefault((r["model"], r["devices"]), []).append(r)
+    result: dict[str, Any] = {"models": sorted({r["model"] for r in rows})}
+    if errors:
+        result["median_abs_error"] = statistics.median(errors)
+        result["p90_abs_error"] = errors[min(int(0.9 * len(errors)), len(errors) - 1)]
+        result["kendall_tau_min"] = min(
+            tau([r["predicted_s"] for r in g], [r["measured_s"] for r in g])
+            for g in groups.values()
+        )
+        result["regret_max"] = max(
+            g[0]["measured_s"] / min(r["measured_s"] for r in g) for g in groups.values()
+        )
+        result["over_data_max"] = max(
+            next(r["measured_s"] for r in g if r["strategy"] == "search")
+            / next(r["measured_s"] for r in g if r["strategy"] == "data")
+            for g in groups.values()
+        )
+    if content.get("lazy"):
+        result["measured_share"] = max(r["share"] for r in content["lazy"])
+        result["same_optimum"] = all(r["same_optimum"] for r in content["lazy"])
+    if content.get("warm"):
+        result["warm_s"] = max(r["warm_s"] for r in content["warm"])
+    memory = RESULTS.with_name("memory.json")
+    if memory.exists():
+        errors = [abs(r["error"]) for r in json.loads(memory.read_text())["rows"]]
+        result["memory_abs_error_max"] = max(errors)
+    return result
+
+
+def main() -> None:
+    """Run, print and write; with --inside, one part of one model in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inside", nargs=2, metavar=("PART", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--devices", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--random", type=int, default=10, help="random strategies of each model")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each strategy")
+    options = parser.parse_args()
+    if options.inside:
+        part, name = options.inside
+        extra = (options.random, options.rounds) if part == "accuracy" else ()
+        print(json.dumps(PARTS[part](name, *extra)))
+        return
+    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    lazy_models = ("LeNet-5", "AlexNet", "ResNet-18")
+    chosen = {"accuracy": options.models, "lazy": lazy_models, "warm": ("AlexNet",)}
+    for part, devices in itertools.product(options.parts, options.devices):
+        for name in (name for name in chosen[part] if name in options.models):
+            extra = ["--random", str(options.random), "--rounds", str(options.rounds)]
+            rows = run(part, name, devices, extra)
+            show(part, rows)
+            others = [
+                r for r in content.get(part, []) if (r["model"], r["devices"]) != (name, devices)
+            ]
+            content[part] = others + rows
+            write(content)
+    print(json.dumps(summary(content), indent=1))
+
+
+def write(content: dict[str, Any]) -> None:
+    """The results so far, with where and when."""
+    import importlib.metadata
+
+    versions = {p: importlib.metadata.version(p) for p in ("jaxlwp", "jax", "jaxlib", "flax")}
+    content |= {
+        "summary": summary(content),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, simulated devices",
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
