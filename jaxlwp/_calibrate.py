@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis, axis_shape
 from jaxlwp._layout import COLLECTIVES, wire_share
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REPEATS = 5
 
 
@@ -176,8 +176,16 @@ def _on_every_device(mesh: Mesh, body: Callable[..., Any], count: int) -> Callab
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(spec,) * count, out_specs=spec))
 
 
-def _conv_rate(mesh: Mesh) -> float:
-    """Operations per second, forward and both backward convolutions, 3x3 on 28x28x64."""
+_CONV_FLOPS = 3 * 2 * 4 * 28 * 28 * 64 * 9 * 64
+
+
+def reference(mesh: Mesh) -> Callable[[], float]:
+    """A program to tell by how fast a shared machine is: 3x3 convolutions on 28x28x64.
+
+    Returns:
+      A function that runs it once, forward and both backward convolutions of four examples on every
+      device, and returns the seconds.
+    """
     x, w = _spread(mesh, (4, 28, 28, 64)), _spread(mesh, (3, 3, 64, 64))
 
     def step(x: jax.Array, w: jax.Array) -> Any:
@@ -189,9 +197,15 @@ def _conv_rate(mesh: Mesh) -> float:
         y, vjp = jax.vjp(conv, x, w)
         return vjp(y)
 
-    run = _on_every_device(mesh, step, 2)
-    seconds = median_s(lambda: run(x, w))
-    return 3 * 2 * 4 * 28 * 28 * 64 * 9 * 64 / seconds
+    program = _on_every_device(mesh, step, 2).lower(x, w).compile()
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(program(x, w))
+        return time.perf_counter() - start
+
+    run()
+    return run
 
 
 def _dense_rate(mesh: Mesh) -> float:
@@ -405,7 +419,10 @@ def measure(mesh: Mesh) -> DeviceGraph:
     Takes about half a minute. Axes of one level and size are measured once.
     """
     levels = _levels(mesh)
+    run_reference = reference(mesh)
+    reference_s = [run_reference() for _ in range(REPEATS)]
     fits = _link_fits(mesh, levels)
+    reference_s += [run_reference() for _ in range(REPEATS)]
     kinds = sorted({(levels[n], -s) for n, s in mesh.shape.items() if s > 1})
     axes = []
     for name, size in mesh.shape.items():
@@ -422,11 +439,13 @@ def measure(mesh: Mesh) -> DeviceGraph:
             )
         )
     memory_bytes_per_s = _memory_rate(mesh)
+    dense_flops_per_s = _dense_rate(mesh)
+    reference_s += [run_reference() for _ in range(REPEATS)]
     step_s, leaf_s = _step_overhead(mesh)
     return DeviceGraph(
         axes=tuple(axes),
-        conv_flops_per_s=_conv_rate(mesh),
-        dense_flops_per_s=_dense_rate(mesh),
+        conv_flops_per_s=_CONV_FLOPS / statistics.median(reference_s),
+        dense_flops_per_s=dense_flops_per_s,
         memory_bytes_per_s=memory_bytes_per_s,
         links=fits,
         first_touch_byte_s=_first_touch(mesh),
@@ -434,6 +453,7 @@ def measure(mesh: Mesh) -> DeviceGraph:
         step_s=step_s,
         leaf_s=leaf_s,
         input_byte_s=_input_rate(mesh),
+        reference_s=statistics.median(reference_s),
         device_kind=mesh.devices.flat[0].device_kind,
         source="measured",
     )

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlwp._calibrate import reference
 from jaxlwp._config import Config
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer
@@ -32,10 +33,10 @@ from jaxlwp._program import Value
 Pair = tuple[Layer, Config]
 Progress = Callable[[str, int, int], None]
 
-ROUNDS = (3, 21)
+ROUNDS = (4, 21)
 """Least and most runs of a program."""
 
-ENOUGH_S = 0.4
+ENOUGH_S = 0.5
 """A program that has run so long in all, and often enough, is measured."""
 
 STEADY = 0.02
@@ -315,24 +316,33 @@ class _Runner:
         steady = 1.25 * self.timing().spread / math.sqrt(samples) < STEADY
         return steady or samples >= most or sum(self.few_s) + sum(self.many_s) > ENOUGH_S
 
-    def timing(self) -> Timing:
-        """Of one copy; the pages that the larger program takes anew are not part of it."""
+    def timing(self, pace: float = 1.0) -> Timing:
+        """Of one copy; the pages that the larger program takes anew are not part of it.
+
+        Args:
+          pace: how many times slower the machine is than it was when its rates were measured.
+        """
         few_pages_s, many_pages_s = map(self.pages_s, self.programs)
         pages_s, extra = many_pages_s - few_pages_s, self.copies - 1
         each = [
-            (many - few - pages_s) / extra
+            (many - few - pages_s * pace) / extra
             for few, many in zip(self.few_s, self.many_s, strict=True)
         ]
         # Next to nothing, hidden by noise: a small part of a run stands in for it.
         typical_s = max(statistics.median(each), 1e-3 * min(self.many_s) / self.copies)
         spread = statistics.median(abs(s - typical_s) for s in each) / typical_s
-        return Timing(seconds=typical_s, spread=spread, samples=len(each))
+        return Timing(seconds=typical_s / pace, spread=spread, samples=len(each))
 
 
 # A plan may be made while a training step is traced: without this, nothing would run.
 @jax.ensure_compile_time_eval()
 def _time_together(steps: Sequence[LocalStep], mesh: Mesh, rates: DeviceGraph) -> list[Timing]:
-    """Timings of some steps that take turns."""
+    """Timings of some steps that take turns, at the machine's speed when its rates were measured.
+
+    A reference program takes turns too.
+    """
+    run_reference = reference(mesh)
+    reference_s = [run_reference()]
     runners = [_Runner(step, mesh, rates) for step in steps]
     for runner in runners:
         runner.prepare()
@@ -340,5 +350,7 @@ def _time_together(steps: Sequence[LocalStep], mesh: Mesh, rates: DeviceGraph) -
     while waiting:
         for runner in waiting:
             runner.turn()
+            reference_s.append(run_reference())
         waiting = [runner for runner in waiting if not runner.done]
-    return [runner.timing() for runner in runners]
+    pace = statistics.median(reference_s) / rates.reference_s if rates.reference_s else 1.0
+    return [runner.timing(pace) for runner in runners]
