@@ -4,14 +4,16 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+AOT_VENV := .venv-gpu-aot
+AOT_READY := $(AOT_VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all lint format demo notebook bench-search bench-space bench-compare clean
+.PHONY: help venv test test-all test-gpu-aot lint format demo notebook bench-search bench-space bench-compare bench-memory clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY)  ## Create .venv and install the package with its development tools
 
@@ -28,6 +30,16 @@ test: $(READY)  ## Run the fast tests
 
 test-all: $(READY)  ## Run every test, the slow sweeps too
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m ""
+
+# An environment of its own: beside the plugin, JAX would look for a GPU whenever it starts.
+$(AOT_READY): pyproject.toml
+	@echo "Installing into $(AOT_VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(AOT_VENV)
+	@$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,gpu-aot]'
+	@touch $@
+
+test-gpu-aot: $(AOT_READY)  ## Compile plans for 16 H200s that are not there (downloads 250 MB)
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -q -m gpu_aot tests/test_target.py
 
 lint: $(READY)  ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -57,6 +69,9 @@ bench-compare: $(READY)  ## Run AlexNet under every strategy on 8 simulated devi
 	$(BIN)/jaxlwp compare models.alexnet:AlexNet --devices 8 --batch 32 \
 		--json tests/benchmarks/results/compare-alexnet.json
 
+bench-memory: $(AOT_READY)  ## Compare predicted memory with what is compiled for 16 H200s
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.memory
+
 clean:  ## Remove the environment and all caches
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AOT_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -62,10 +62,14 @@ class Memory:
     layer_kept_bytes: tuple[int, ...] = field(repr=False, default=())
 
     @property
+    def argument_bytes(self) -> int:
+        """What is there before and after a step."""
+        return self.parameter_bytes + self.optimizer_bytes + self.batch_bytes
+
+    @property
     def peak_bytes(self) -> int:
         """What has to fit: the arguments, and what lives beside them at the worst moment."""
-        arguments_bytes = self.parameter_bytes + self.optimizer_bytes + self.batch_bytes
-        return arguments_bytes + self.kept_bytes + self.temporary_bytes
+        return self.argument_bytes + self.kept_bytes + self.temporary_bytes
 
 
 def plan_memory(plan: Plan, optimizer: optax.GradientTransformation = OPTIMIZER) -> Memory:

@@ -6,8 +6,8 @@ before anybody pays for it.
 
 The optional extra `gpu-aot` brings the compiler (no driver and no NVIDIA library is needed). JAX's
 plugin for CUDA 13 knows H200, H100 and A100; the one for CUDA 12, which cannot be installed beside
-it, P100 and V100 (`gpu-aot-cuda12`). Computing on the CPU while the plugin is installed needs
-`JAX_PLATFORMS=cpu` on a machine without a GPU.
+it, P100 and V100 (`gpu-aot-cuda12`). On a machine without a GPU, the plugin needs
+`JAX_PLATFORMS=cpu`, or JAX looks for one when it starts.
 """
 
 from __future__ import annotations
@@ -192,11 +192,17 @@ def _devices(target: Target) -> tuple[Any, ...]:
     ):
         raise _missing(target)
     config = importlib.resources.files("jaxlwp").joinpath("gpu_specs", f"{name}.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        target_config=config,
-        topology=f"1x{target.hosts}x{target.gpus_per_host}",
-    )
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=config,
+            topology=f"1x{target.hosts}x{target.gpus_per_host}",
+        )
+    except NotImplementedError as error:
+        raise RuntimeError(
+            f"target {target}: JAX looked for GPUs of this machine and found none, so its plugin "
+            "is not there to compile either; set JAX_PLATFORMS=cpu before JAX is first imported"
+        ) from error
     return tuple(topology.devices)
 
 
