@@ -11,9 +11,34 @@ import jaxlwp
 
 PACKAGE = Path(jaxlwp.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-NUMBERS_ONLY = ("_config", "_layout", "_devices", "_tables", "_solve")
+NUMBERS_ONLY = (
+    "_config",
+    "_layout",
+    "_devices",
+    "_tables",
+    "_problem",
+    "_eliminate",
+    "_bound",
+    "_branch",
+    "_exhaustive",
+    "_marginals",
+    "_solve",
+)
 COST_FREE = ("_program", "_graph", "_trace", "_halo", "_reshard", "_lower", "ops")
-COSTS = ("_cost", "_changes", "_tables", "_solve", "_search", "_devices")
+COSTS = (
+    "_cost",
+    "_changes",
+    "_tables",
+    "_problem",
+    "_eliminate",
+    "_bound",
+    "_branch",
+    "_exhaustive",
+    "_marginals",
+    "_solve",
+    "_search",
+    "_devices",
+)
 LEAVES = ("_report", "_plot", "_compare", "_cli")
 
 
