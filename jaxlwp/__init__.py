@@ -9,7 +9,7 @@ from jaxlwp._calibrate import Rates, device_graph, make_mesh, measure
 from jaxlwp._compare import Comparison, StrategyResult, compare
 from jaxlwp._config import Config
 from jaxlwp._cost import AnalyticCostModel, CostModel, strategy_collectives
-from jaxlwp._devices import DeviceGraph, MeshAxis
+from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis
 from jaxlwp._graph import ComputationGraph, Edge, Layer
 from jaxlwp._hlo import CompiledCollective, compiled_collectives
 from jaxlwp._layout import Collective
@@ -36,6 +36,7 @@ __all__ = [
     "DeviceGraph",
     "Edge",
     "Layer",
+    "LinkFit",
     "MeshAxis",
     "Plan",
     "Rates",

@@ -289,7 +289,8 @@ def fastest(
     for number, each in enumerate(plans):
         progress("compiling steps", number, len(plans))
         steps.append(_compile(each, state, batch, optimizer))
-    times = [statistics.median(taken) for taken in _measure(steps, state, batch, rounds, progress)]
+    taken, _ = _measure(steps, state, batch, rounds, progress)
+    times = [statistics.median(times_s) for times_s in taken]
     checked = {each.strategy.name: s for each, s in zip(plans, times, strict=True)}
     best = min(range(len(plans)), key=times.__getitem__)
     return dataclasses.replace(plans[best], checked=checked)

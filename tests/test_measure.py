@@ -1,0 +1,284 @@
+"""Layer times: the local work of a layer, how it is keyed and measured, and how little is measured.
+
+The clock itself is not tested: what is measured must be the layer's own forward and backward work
+on one device's blocks, the same programs must have the same key, and the search must find the
+optimum of the full table.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlwp
+from jaxlwp._calibrate import fit_link
+from jaxlwp._config import Config
+from jaxlwp._graph import Layer
+from jaxlwp._local import local_step
+from jaxlwp._measure import LayerTimer, Timing, TimingCache
+from jaxlwp._search import measured_space, search_measured
+
+AXES = {"a": 2, "b": 2}
+
+
+def devices() -> jaxlwp.DeviceGraph:
+    return jaxlwp.DeviceGraph(
+        axes=tuple(
+            jaxlwp.MeshAxis(name=n, size=s, latency_s=1e-5, bytes_per_s=1e9)
+            for n, s in AXES.items()
+        ),
+        conv_flops_per_s=1e10,
+        dense_flops_per_s=1e10,
+        memory_bytes_per_s=1e10,
+    )
+
+
+class Network(nn.Module):
+    """Convolution, batch norm without statistics, pooling, dense."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Conv(8, (3, 3), name="conv")(x))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(6, name="dense")(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def graph() -> jaxlwp.ComputationGraph:
+    module = Network()
+    x = jnp.zeros((8, 8, 8, 4))
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), x))
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(module.apply(params, x) ** 2)
+
+    return jaxlwp.trace(loss, params, x)
+
+
+def layer(graph: jaxlwp.ComputationGraph, name: str) -> Layer:
+    return next(each for each in graph.layers if each.name == name)
+
+
+class TestLocalStep:
+    def test_unsplit_work_is_the_layer_and_its_gradients(
+        self, graph: jaxlwp.ComputationGraph
+    ) -> None:
+        step = local_step(graph, layer(graph, "conv"), Config(), AXES)
+        generator = np.random.default_rng(1)
+        operands = [generator.normal(size=v.shape).astype(np.float32) for v in step.operands]
+        shapes = [v.shape for v in step.operands]
+        w, b = (operands[shapes.index(s)] for s in ((3, 3, 4, 8), (8,)))
+        cotangent, x = (operands[shapes.index(s)] for s in ((8, 8, 8, 8), (8, 8, 8, 4)))
+
+        def conv(w: Any, b: Any) -> Any:
+            y = jax.lax.conv_general_dilated(
+                x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            return jax.nn.relu(y + b)
+
+        y, back = jax.vjp(conv, w, b)
+        expected = {v.shape: v for v in (y, *back(jnp.asarray(cotangent)))}
+        results = step(*operands)
+        assert len(results) == step.carried == 3
+        for result, value in zip(results, step.operands, strict=False):
+            assert result.shape == value.shape
+            np.testing.assert_allclose(result, expected[result.shape], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("splits", "block"),
+        [
+            ((("sample", ("a", "b")),), (2, 8, 8, 8)),
+            ((("height", ("a",)), ("width", ("b",))), (8, 4, 4, 8)),
+            ((("channel", ("a", "b")),), (8, 8, 8, 2)),
+            ((("reduction", ("b",)), ("sample", ("a",))), (4, 8, 8, 8)),
+        ],
+    )
+    def test_it_runs_on_one_block(
+        self, graph: jaxlwp.ComputationGraph, splits: Any, block: tuple[int, ...]
+    ) -> None:
+        step = local_step(graph, layer(graph, "conv"), Config(splits), AXES)
+        operands = [jnp.ones(v.shape, v.dtype) for v in step.operands]
+        results = jax.jit(step)(*operands)
+        assert block in [r.shape for r in results]
+        assert [r.shape for r in results[: step.carried]] == [
+            v.shape for v in step.operands[: step.carried]
+        ]
+        names = {eqn.name for eqn in step.program.equations}
+        text = str(jax.make_jaxpr(step)(*operands))
+        assert not any(name in text for name in ("psum", "ppermute", "all_gather", "axis_index"))
+        assert names  # the collectives are in the program, and left out when it runs
+
+    def test_key_ignores_which_axes_split(self, graph: jaxlwp.ComputationGraph) -> None:
+        conv = layer(graph, "conv")
+        keys = [local_step(graph, conv, Config((("sample", (axis,)),)), AXES).key for axis in "ab"]
+        other = local_step(graph, conv, Config((("channel", ("a",)),)), AXES).key
+        assert keys[0] == keys[1] != other
+
+
+class TestLayerTimer:
+    def timer(self, graph: jaxlwp.ComputationGraph) -> LayerTimer:
+        return LayerTimer(graph, devices(), jax.devices()[:4], TimingCache())
+
+    def test_measures_once(self, graph: jaxlwp.ComputationGraph) -> None:
+        timer = self.timer(graph)
+        conv = layer(graph, "conv")
+        pairs = [(conv, Config((("sample", (axis,)),))) for axis in "ab"]
+        assert timer.known_s(*pairs[0]) is None
+        calls: list[tuple[str, int, int]] = []
+        assert timer.measure(pairs, lambda *call: calls.append(call)) == 1
+        assert calls[-1] == ("measuring layers", 1, 1)
+        seconds = timer.known_s(*pairs[0])
+        assert seconds is not None
+        assert 0 < seconds < 10
+        assert timer.known_s(*pairs[1]) == seconds
+        assert timer.measure(pairs) == 0
+
+    def test_equal_programs_are_found(self, graph: jaxlwp.ComputationGraph) -> None:
+        timer = self.timer(graph)
+        conv = layer(graph, "conv")
+        config = Config((("sample", ("a",)),))
+        known = Timing(seconds=1.25, spread=0.0, samples=3)
+        timer.cache.put({"another": (local_step(graph, conv, config, AXES).key, known)})
+        assert timer.measure([(conv, config)]) == 0
+        assert timer.known_s(conv, config) == 1.25
+
+
+class Table:
+    """Times by rule, given away when asked to measure."""
+
+    def __init__(self, seconds: Callable[[Layer, Config], float]) -> None:
+        self.seconds, self.asked = seconds, set[tuple[int, Config]]()
+
+    def known_s(self, layer: Layer, config: Config) -> float | None:
+        return self.seconds(layer, config) if (layer.index, config) in self.asked else None
+
+    def measure(self, pairs: Sequence[tuple[Layer, Config]], progress: Any = None) -> int:
+        fresh = {(layer.index, config) for layer, config in pairs} - self.asked
+        assert fresh, "asked to measure what is known"
+        self.asked |= fresh
+        return len(fresh)
+
+
+class TestLazySearch:
+    @pytest.mark.parametrize("seed", range(20))
+    def test_same_optimum_as_the_full_table(
+        self, graph: jaxlwp.ComputationGraph, seed: int
+    ) -> None:
+        """Times at most 1 / SLACK apart from the analytic ones, so that the bounds hold."""
+        space = jaxlwp.price(graph, devices())
+        generator = random.Random(seed)
+        factors = {
+            (layer.index, config): generator.uniform(0.8, 1.0)
+            for layer, configs in zip(graph.layers, space.configs, strict=True)
+            for config in configs
+        }
+
+        def seconds(layer: Layer, config: Config) -> float:
+            place = space.configs[layer.index].index(config)
+            analytic = float(space.tables.compute_s[layer.index][place])
+            return max(analytic, 1e-9) * factors[layer.index, config] * 3
+
+        every = Table(seconds)
+        for each, configs in zip(graph.layers, space.configs, strict=True):
+            every.measure([(each, config) for config in configs])
+        full = jaxlwp.search(measured_space(space, every))
+        table = Table(seconds)
+        found = search_measured(space, table)
+        assert found.cost.total_s == pytest.approx(full.cost.total_s, rel=1e-12)
+        chosen = zip(graph.layers, found.strategy.for_graph(graph), strict=True)
+        assert all(each.fused or (each.index, config) in table.asked for each, config in chosen)
+        assert found.space.num_measured < found.space.num_pairs
+
+    def test_tolerance_measures_less_and_states_the_gap(
+        self, graph: jaxlwp.ComputationGraph
+    ) -> None:
+        space = jaxlwp.price(graph, devices())
+
+        def seconds(layer: Layer, config: Config) -> float:
+            place = space.configs[layer.index].index(config)
+            return max(float(space.tables.compute_s[layer.index][place]), 1e-9)
+
+        exact, loose = Table(seconds), Table(seconds)
+        optimum = search_measured(space, exact)
+        found = search_measured(space, loose, tolerance=0.5)
+        assert len(loose.asked) < len(exact.asked)
+        assert found.cost.total_s <= optimum.cost.total_s * 1.5
+        bound_s = found.solution.lower_bound_s
+        assert bound_s <= optimum.solution.cost_s * (1 + 1e-12)
+        assert found.optimal == (bound_s == found.solution.cost_s)
+
+
+class TestFit:
+    def test_a_line_is_found(self) -> None:
+        sizes = [1e3, 1e5, 1e6, 1e7]
+        fit = fit_link("all-reduce", (1,), sizes, [2e-5 + 3e-10 * s for s in sizes])
+        assert fit.latency_s == pytest.approx(2e-5)
+        assert fit.byte_s == pytest.approx(3e-10)
+        assert fit.residual < 1e-9
+
+    def test_terms_are_never_negative(self) -> None:
+        falling = fit_link("all-reduce", (1,), [1e3, 1e6], [2e-3, 1e-3])
+        steep = fit_link("all-reduce", (1,), [1e3, 1e6], [1e-9, 1e-3])
+        for fit in (falling, steep):
+            assert fit.latency_s >= 0
+            assert fit.byte_s >= 0
+
+    def test_a_fit_takes_the_place_of_the_ring(self) -> None:
+        plain = devices()
+        fit = jaxlwp.LinkFit(
+            kind="all-reduce", axes_per_group=(2,), latency_s=1.0, byte_s=2.0, residual=0.1
+        )
+        fitted = jaxlwp.DeviceGraph(
+            axes=plain.axes,
+            conv_flops_per_s=1.0,
+            dense_flops_per_s=1.0,
+            memory_bytes_per_s=1.0,
+            links=(fit,),
+        )
+        assert fitted.link_rate("all-reduce", ("a", "b")) == (1.0, 2.0)
+        assert fitted.link_rate("all-reduce", ("a",)) == plain.link_rate("all-reduce", ("a",))
+        assert jaxlwp.DeviceGraph.from_json(fitted.to_json()) == fitted
+
+
+class TestOverhead:
+    def rates(self) -> jaxlwp.DeviceGraph:
+        plain = devices()
+        return jaxlwp.DeviceGraph(
+            axes=plain.axes,
+            conv_flops_per_s=1e10,
+            dense_flops_per_s=1e10,
+            memory_bytes_per_s=1e10,
+            update_pass_byte_s=1e-9,
+            step_s=0.5,
+            leaf_s=0.25,
+        )
+
+    def test_update_follows_how_parameters_are_split(self, graph: jaxlwp.ComputationGraph) -> None:
+        space = jaxlwp.price(graph, self.rates(), optimizer_slots=2)
+        conv = layer(graph, "conv")
+        costs = dict(
+            zip(space.configs[conv.index], space.tables.overhead_s[conv.index], strict=True)
+        )
+        kernel, bias, passes = 3 * 3 * 4 * 8, 8, 3 + 2 * 2
+        whole = costs[Config((("sample", ("a", "b")),))]
+        split = costs[Config((("channel", ("a", "b")),))]
+        assert whole == pytest.approx(1e-9 * 4 * passes * (kernel + bias))
+        assert split == pytest.approx(whole / 4)
+
+    def test_every_array_of_the_state_counts(self, graph: jaxlwp.ComputationGraph) -> None:
+        space = jaxlwp.price(graph, self.rates(), optimizer_slots=2)
+        inputs = len(graph.program.inputs)
+        assert space.tables.step_s == pytest.approx(
+            0.5 + 0.25 * (inputs + 2 * graph.num_parameters)
+        )
+        cost = space.evaluate(space.baseline("data"))
+        assert cost.total_s == pytest.approx(
+            cost.compute_s + cost.transfer_s + cost.sync_s + cost.overhead_s
+        )
