@@ -13,6 +13,7 @@ from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis
 from jaxlwp._graph import ComputationGraph, Edge, Layer
 from jaxlwp._hlo import CompiledCollective, compiled_collectives
 from jaxlwp._layout import Collective
+from jaxlwp._marginals import RankedChoices, k_best, min_marginals
 from jaxlwp._plan import Plan, bind, parallelize
 from jaxlwp._search import SearchResult, SearchSpace, price, search
 from jaxlwp._solve import Solution, solve
@@ -39,6 +40,7 @@ __all__ = [
     "LinkFit",
     "MeshAxis",
     "Plan",
+    "RankedChoices",
     "Rates",
     "SearchResult",
     "SearchSpace",
@@ -49,8 +51,10 @@ __all__ = [
     "compare",
     "compiled_collectives",
     "device_graph",
+    "k_best",
     "make_mesh",
     "measure",
+    "min_marginals",
     "parallelize",
     "price",
     "search",

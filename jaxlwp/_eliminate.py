@@ -355,15 +355,15 @@ def _message_of_many(bucket: Bucket) -> tuple[Scope, FloatArray]:
     scopes = [{n for scope, _ in group for n in scope} - {layer} for group in (left, right)]
     out = tuple(sorted(scopes[0] | scopes[1]))
     if not right:
-        total = _sum_of((layer, *out), left, sizes, bucket.costs)
+        total = sum_of((layer, *out), left, sizes, bucket.costs)
         return out, np.min(total, axis=0)
     shared = tuple(n for n in out if n in scopes[0] and n in scopes[1])
     one = tuple(n for n in out if n not in scopes[1])
     two = tuple(n for n in out if n not in scopes[0])
     shapes = [tuple(sizes[n] for n in part) for part in (shared, one, two)]
     s, p, q = (math.prod(shape) for shape in shapes)
-    first = _sum_of((layer, *shared, *one), left, sizes, bucket.costs)
-    second = _sum_of((layer, *shared, *two), right, sizes, None)
+    first = sum_of((layer, *shared, *one), left, sizes, bucket.costs)
+    second = sum_of((layer, *shared, *two), right, sizes, None)
     table = _min_plus_shared(first.reshape(-1, s, p), second.reshape(-1, s, q))
     axes = (*shared, *one, *two)
     table = table.reshape(*shapes[0], *shapes[1], *shapes[2])
@@ -393,7 +393,7 @@ def _two_groups(bucket: Bucket, sizes: Mapping[int, int]) -> tuple[_Factors, _Fa
     return groups
 
 
-def _sum_of(
+def sum_of(
     axes: Scope, factors: _Factors, sizes: Mapping[int, int], costs: FloatArray | None
 ) -> FloatArray:
     """The tables' sum over `axes`, the eliminated layer's first, plus its own costs if given."""
