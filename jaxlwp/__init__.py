@@ -20,6 +20,7 @@ from jaxlwp._solve import Solution, solve
 from jaxlwp._strategy import BASELINES, Strategy
 from jaxlwp._tables import Cost, CostTables
 from jaxlwp._trace import trace
+from jaxlwp._verify import LayerCheck, Verification, verify
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "DeviceGraph",
     "Edge",
     "Layer",
+    "LayerCheck",
     "LinkFit",
     "MeshAxis",
     "Plan",
@@ -47,6 +49,7 @@ __all__ = [
     "Solution",
     "Strategy",
     "StrategyResult",
+    "Verification",
     "bind",
     "compare",
     "compiled_collectives",
@@ -61,4 +64,5 @@ __all__ = [
     "solve",
     "strategy_collectives",
     "trace",
+    "verify",
 ]

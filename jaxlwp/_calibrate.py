@@ -171,7 +171,7 @@ def _spread(mesh: Mesh, shape: tuple[int, ...]) -> jax.Array:
     return placed
 
 
-def _on_every_device(mesh: Mesh, body: Callable[..., Any], count: int) -> Callable[..., Any]:
+def _on_every_device(mesh: Mesh, body: Callable[..., Any], count: int) -> Any:
     spec = PartitionSpec(tuple(mesh.axis_names))
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(spec,) * count, out_specs=spec))
 

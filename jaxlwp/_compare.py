@@ -296,6 +296,24 @@ def fastest(
     return dataclasses.replace(plans[best], checked=checked)
 
 
+def step_times(
+    plan: Plan, arguments: tuple[Any, ...], optimizer: Any = None, rounds: int = ROUNDS
+) -> list[float]:
+    """Measured seconds of a plan's training steps.
+
+    Args:
+      plan: the plan.
+      arguments: (params, *batch), as arrays.
+      optimizer: optax transformation of the step; SGD with momentum by default.
+      rounds: how many steps, after one to warm up.
+    """
+    params, *batch = arguments
+    state = (params, (optimizer or OPTIMIZER).init(params))
+    step = _compile(plan, state, tuple(batch), optimizer)
+    taken, _ = _measure([step], state, tuple(batch), rounds, lambda what, done, total: None)
+    return taken[0]
+
+
 def batch_size(batch: tuple[Any, ...]) -> int:
     """Examples in a batch: the first dimension of its first array that has one."""
     shapes = (tuple(leaf.shape) for leaf in jax.tree.leaves(batch) if hasattr(leaf, "shape"))

@@ -215,12 +215,24 @@ def strategy_collectives(
     read it with the same window share one halo exchange, as in the lowered function; the sums in
     the cost tables count each reader.
     """
-    result: list[Collective] = []
+    return tuple(c for _, c in collectives_by_layer(graph, configs, axis_sizes))
+
+
+def collectives_by_layer(
+    graph: ComputationGraph, configs: Sequence[Config], axis_sizes: dict[str, int]
+) -> list[tuple[int | None, Collective]]:
+    """As `strategy_collectives`, each with the index of the layer for which it runs.
+
+    That is the layer that reads what is moved, the first of them if they share it; None for the
+    function's outputs.
+    """
+    result: list[tuple[int | None, Collective]] = []
     received: set[tuple[object, ...]] = set()
     for layer, config in zip(graph.layers, configs, strict=True):
         for member in layer.members:
             partial = _partial_collectives(member, config, axis_sizes)
-            result += _with_recomputation(partial, member.recomputed)
+            every = _with_recomputation(partial, member.recomputed)
+            result += [(layer.index, collective) for collective in every]
             operand = _operand_key(graph, layer, member, config)
             for piece in halo_pieces(member, config, axis_sizes):
                 once = tuple(_piece_collectives(piece, member.gradient[0]))
@@ -230,17 +242,18 @@ def strategy_collectives(
                     source = (*operand, piece.cut) if collective.backward else operand[:-1]
                     key = (number, *source, piece.path)
                     if key not in received:
-                        result.append(collective)
+                        result.append((layer.index, collective))
                     received.add(key)
-    changes: dict[_Change, list[Use]] = {}
-    for change, use in _changes(graph, configs, axis_sizes):
-        changes.setdefault(change, []).extend([use] if use else [])
+    changes: dict[_Change, list[tuple[int, Use]]] = {}
+    for change, reader in _changes(graph, configs, axis_sizes):
+        changes.setdefault(change, []).extend([reader] if reader else [])
     done: set[tuple[object, ...]] = set()
-    for change, uses in changes.items():
-        gradient = any(use.gradient for use in uses)
+    for change, readers in changes.items():
+        gradient = any(use.gradient for _, use in readers)
         once = tuple(_change_collectives(graph, change, gradient, axis_sizes, done))
-        result += _with_recomputation(once, any(use.recomputed for use in uses))
-    return tuple(result)
+        every = _with_recomputation(once, any(use.recomputed for _, use in readers))
+        result += [(readers[0][0] if readers else None, collective) for collective in every]
+    return result
 
 
 def _operand_key(
@@ -290,13 +303,13 @@ def _change_collectives(
 
 def _changes(
     graph: ComputationGraph, configs: Sequence[Config], axis_sizes: dict[str, int]
-) -> Iterator[tuple[_Change, Use | None]]:
-    """Every change of layout: what layers read, and the function's outputs."""
+) -> Iterator[tuple[_Change, tuple[int, Use] | None]]:
+    """Every change of layout: what layers read, by index and use, and the function's outputs."""
     for layer, config in zip(graph.layers, configs, strict=True):
         for use in layer.uses:
             source = use_source_layout(use, configs[use.source], axis_sizes)
             active = frozenset(axis for name in use.active for axis in config.axes(name))
-            yield (use.value, source, config.layout(use.labels), active), use
+            yield (use.value, source, config.layout(use.labels), active), (layer.index, use)
     for value in graph.program.outputs:
         if value in graph.homes:
             home, labels = graph.homes[value]

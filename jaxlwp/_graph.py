@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from jaxlwp._program import Equation, Program, Value
 from jaxlwp.ops import RULES, Labels, Signature
 
-
 FUSED = ("elementwise", "broadcast", "iota", "pad", "random", "reshape", "slice", "transpose")
 """Kinds of operators that compilers merge into other operators' loops."""
 

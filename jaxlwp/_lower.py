@@ -34,6 +34,9 @@ from jaxlwp._reshard import reshard
 from jaxlwp._trace import pull, whole
 from jaxlwp.ops import RULES, Labels, Local, Signature, rule_of
 
+LAYER_SCOPE = "jaxlwp.layer"
+"""Name scope of a layer's operators in the lowered function, before the layer's index."""
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -175,7 +178,8 @@ class Run:
     def execute(self, eqn: Equation, signature: Signature, layer: int) -> None:
         """Evaluate an equation that belongs to a layer."""
         config = self.lowered.configs[layer]
-        results = self.apply(eqn, signature, signature.names, layer)
+        with jax.named_scope(f"{LAYER_SCOPE}{layer}"):
+            results = self.apply(eqn, signature, signature.names, layer)
         for value, block, labels in zip(eqn.results, results, signature.results, strict=True):
             self.made[value] = Placed(block, config.layout(labels))
 

@@ -108,7 +108,7 @@ def strategy_memory(
       optimizer_bytes: of the optimizer's state on each device.
     """
     lowered = Lowered(graph=graph, configs=tuple(configs), axis_sizes=axis_sizes)
-    local = _local_step(lowered)
+    local = differentiated(lowered)
     buffers = predict(local.program, local.gradients, local.loss)
     layouts = lowered.input_layouts()
     sizes = [
@@ -147,7 +147,7 @@ def _bytes(info: Value, layout: Layout, axis_sizes: Mapping[str, int]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LocalStep:
+class DifferentiatedProgram:
     """Loss and gradients on one device's blocks.
 
     Attributes:
@@ -173,7 +173,7 @@ class _Tagged(Run):
             self.made[value] = Placed(checkpoint_name(placed.block, str(value)), placed.layout)
 
 
-def _local_step(lowered: Lowered) -> _LocalStep:
+def differentiated(lowered: Lowered) -> DifferentiatedProgram:
     """Trace the differentiated program of one device."""
     graph, sizes = lowered.graph, lowered.axis_sizes
     inputs = graph.program.inputs
@@ -217,7 +217,7 @@ def _local_step(lowered: Lowered) -> _LocalStep:
         for n, var in enumerate(eqn.invars)
         if not isinstance(var, jex_core.Literal) and var in place
     }
-    return _LocalStep(
+    return DifferentiatedProgram(
         program=program,
         gradients={output: position[n] for output, n in enumerate(trained)},
         trained=trained,
@@ -303,7 +303,7 @@ def _kept_blocks(graph: ComputationGraph) -> list[list[_Block]]:
     which that layer reads it: all-gathered, where its channels are split.
     """
     whole = (Config(),) * len(graph.layers)
-    local = _local_step(Lowered(graph=graph, configs=whole, axis_sizes={"device": 1}))
+    local = differentiated(Lowered(graph=graph, configs=whole, axis_sizes={"device": 1}))
     buffers = predict(local.program, local.gradients, local.loss)
     readers: dict[int, tuple[int, Labels]] = {}
     for layer in graph.layers:

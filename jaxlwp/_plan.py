@@ -294,6 +294,31 @@ class Plan:
         count = self.graph.num_parameters
         return paths[:count] + [entry for entry in paths[count:] if entry[0]]
 
+    def verify(self, *arguments: Any, optimizer: Any = None, target: str | None = None) -> Any:
+        """Compile the training step and set it against what was priced.
+
+        Args:
+          *arguments: params and batch, as arrays: the step is run too; left out, it is compiled
+            only.
+          optimizer: optax transformation of the step; SGD with momentum by default.
+          target: GPUs to compile for that need not exist, as in "h200:16" (needs the extra
+            `jaxlwp[gpu-aot]`).
+
+        Returns:
+          A `Verification`: collectives per layer and in total, memory and time, predicted and
+          found. Print it.
+
+        Raises:
+          ValueError: an unknown target, or one of another size, or arguments beside a target.
+          RuntimeError: the compiler for the target is not installed.
+        """
+        from jaxlwp._memory import OPTIMIZER
+        from jaxlwp._verify import verify
+
+        return verify(
+            self, arguments=arguments or None, optimizer=optimizer or OPTIMIZER, target=target
+        )
+
     @property
     def __name__(self) -> str:
         """What `jax.jit` calls the compiled program; without it, it would print the plan."""

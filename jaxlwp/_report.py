@@ -14,6 +14,7 @@ from jaxlwp._cost import argument_collectives, layer_collectives, use_collective
 if TYPE_CHECKING:
     from jaxlwp._compare import Comparison
     from jaxlwp._plan import Plan
+    from jaxlwp._verify import Traffic, Verification
 
 
 def render(table: Table, width: int = 150) -> str:
@@ -44,7 +45,8 @@ def num_bytes(value: float) -> str:
 def plan_table(plan: Plan) -> Table:
     """A row per layer: config, PartitionSpec of its output, compute, transfer, sync, bytes.
 
-    Transfer is what happens inside the layer (halo, partial sums) and on its incoming edges.
+    Transfer is what happens inside the layer (halo, partial sums) and on its incoming edges; bytes
+    are those of its collectives, kept is what it leaves in memory for the backward pass.
     """
     space, sizes = plan.space, plan.space.devices.axis_sizes
     configs = plan.strategy.for_graph(plan.graph)
@@ -72,8 +74,9 @@ def plan_table(plan: Plan) -> Table:
     )
     for column in ("layer", "kind", "config", "output PartitionSpec"):
         table.add_column(column)
-    for column in ("compute ms", "transfer ms", "sync ms", "bytes/device"):
+    for column in ("compute ms", "transfer ms", "sync ms", "bytes/device", "kept/device"):
         table.add_column(column, justify="right")
+    kept = plan.memory.layer_kept_bytes
     for layer, config in zip(plan.graph.layers, configs, strict=True):
         i = choices[layer.index]
         transfer_s = tables.exchange_s[layer.index][i] + sum(
@@ -90,8 +93,23 @@ def plan_table(plan: Plan) -> Table:
             seconds(transfer_s),
             seconds(tables.sync_s[layer.index][i]),
             num_bytes(_layer_bytes(plan, layer.index, configs)),
+            num_bytes(kept[layer.index]),
         )
     return table
+
+
+def _memory_note(plan: Plan) -> str:
+    """What a training step takes on each device, and of what."""
+    memory = plan.memory
+    parts = (
+        ("parameters", memory.parameter_bytes),
+        ("momentum", memory.optimizer_bytes),
+        ("batch", memory.batch_bytes),
+        ("kept for the backward pass", memory.kept_bytes),
+        ("temporary", memory.temporary_bytes),
+    )
+    listed = ", ".join(f"{name} {num_bytes(value)}" for name, value in parts if value)
+    return f"memory of a device: {num_bytes(memory.peak_bytes)} as compiled for GPUs ({listed})"
 
 
 def _measured_notes(plan: Plan) -> str:
@@ -217,3 +235,49 @@ def _comparison_notes(comparison: Comparison) -> str:
 def comparison_text(comparison: Comparison) -> str:
     """`comparison_table` as text."""
     return render(comparison_table(comparison))
+
+
+def verification_table(check: Verification) -> Table:
+    """A row per layer: collectives as priced and in the program, time; the totals below."""
+    measured = "" if check.measured_s is None else f", measured {seconds(check.measured_s)} ms"
+    predicted, compiled = check.predicted_bytes_by_kind, check.compiled_bytes_by_kind
+    notes = [f"step: predicted {seconds(check.predicted_s)} ms{measured}"]
+    notes += [
+        f"{kind}: {predicted.get(kind, 0):,} B predicted, {compiled.get(kind, 0):,} B compiled"
+        for kind in sorted(predicted | compiled)
+    ]
+    notes.append(
+        f"memory of a device: {num_bytes(check.predicted_memory_bytes)} predicted (as on GPUs), "
+        f"{num_bytes(check.compiled_memory_bytes)} compiled"
+    )
+    if check.disagreeing:
+        names = ", ".join(layer.name for layer in check.disagreeing)
+        notes.append(f"* the program of these layers differs from what was priced: {names}")
+    table = Table(
+        title=f"strategy {check.strategy}, step compiled for {check.compiled_for}",
+        caption="\n".join(notes),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("layer", "config", "collectives priced", "collectives in the program"):
+        table.add_column(column)
+    table.add_column("compute ms", justify="right")
+    for layer in check.layers:
+        table.add_row(
+            layer.name,
+            layer.config,
+            _traffic_text(layer.predicted),
+            "as priced" if layer.agrees else _traffic_text(layer.program) + " *",
+            seconds(layer.compute_s) + (" measured" if layer.measured else ""),
+        )
+    return table
+
+
+def _traffic_text(traffic: Traffic) -> str:
+    lines = (f"{kind} {','.join(axes)} {size:,} B" for (kind, axes), size in traffic.items())
+    return "\n".join(lines) or "-"
+
+
+def verification_text(check: Verification) -> str:
+    """`verification_table` as text."""
+    return render(verification_table(check))

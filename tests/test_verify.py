@@ -1,0 +1,119 @@
+"""Verification: what was priced beside what runs; a wrong price must show."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlwp
+from jaxlwp import _cost
+
+RATES = jaxlwp.Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for n, features in enumerate((8, 8)):
+            x = nn.relu(nn.Conv(features, (3, 3), name=f"conv{n}")(x))
+        x = nn.max_pool(x, (3, 3), (2, 2))
+        return nn.Dense(8, name="dense")(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def arguments() -> tuple[Any, Any]:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12, 12, 4)), jnp.float32)
+    return Network().init(jax.random.key(0), x), x
+
+
+def loss(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(Network().apply(params, x) ** 2)
+
+
+def plan(arguments: tuple[Any, Any], strategy: str) -> jaxlwp.Plan:
+    return jaxlwp.parallelize(loss, *arguments, devices=8, strategy=strategy, rates=RATES)
+
+
+@pytest.mark.parametrize("strategy", ["search", "data", "model", "owt", "spatial"])
+def test_every_layer_does_what_was_priced(arguments: tuple[Any, Any], strategy: str) -> None:
+    made = plan(arguments, strategy)
+    check = made.verify()
+    assert not check.disagreeing, str(check)
+    assert check.predicted_bytes_by_kind == check.compiled_bytes_by_kind
+    total = sum(sum(layer.program.values()) for layer in check.layers)
+    assert total == sum(check.compiled_bytes_by_kind.values())
+    assert check.bytes_error == 0
+    assert check.measured_s is None
+    assert check.compiled_memory_bytes > 0
+
+
+def test_axes_are_named(arguments: tuple[Any, Any]) -> None:
+    check = plan(arguments, "spatial").verify()
+    halos = [
+        axes
+        for layer in check.layers
+        for kind, axes in layer.program
+        if kind == "collective-permute"
+    ]
+    assert halos
+    assert all(set(axes) <= {"device0", "device1", "device2"} for axes in halos)
+
+
+def test_a_wrong_price_shows(arguments: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan(arguments, "spatial")
+    right = _cost.halo_pieces
+
+    def wrong(member: Any, config: Any, axis_sizes: Any) -> Any:
+        for piece in right(member, config, axis_sizes):
+            yield dataclasses.replace(piece, num_bytes=piece.num_bytes + 4)
+
+    monkeypatch.setattr(_cost, "halo_pieces", wrong)
+    check = made.verify()
+    assert {layer.name for layer in check.disagreeing} >= {"conv0", "conv1"}
+    assert check.bytes_error > 0
+    assert "differs from what was priced" in str(check)
+
+
+def test_the_step_is_run(arguments: tuple[Any, Any]) -> None:
+    check = plan(arguments, "data").verify(*arguments)
+    assert check.measured_s is not None
+    assert check.measured_s > 0
+    assert "measured" in str(check)
+
+
+def test_a_target_is_not_run(arguments: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        plan(arguments, "data").verify(*arguments, target="h200:8")
+
+
+class TestCheck:
+    def test_the_faster_is_kept(
+        self, arguments: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from jaxlwp import _compare
+
+        for times, kept in (([[3.0], [1.0]], "data"), ([[1.0], [3.0]], "search")):
+            monkeypatch.setattr(_compare, "_measure", lambda *_, t=times: (t, 1.0))
+            made = jaxlwp.parallelize(loss, *arguments, devices=8, rates=RATES, check="measure")
+            assert made.strategy.name == kept
+            assert made.checked == {"search": times[0][0], "data": times[1][0]}
+            assert f"kept: {kept}" in repr(made)
+
+    def test_steps_are_run(self, arguments: tuple[Any, Any]) -> None:
+        made = jaxlwp.parallelize(loss, *arguments, devices=4, rates=RATES, check="measure")
+        assert made.checked[made.strategy.name] == min(made.checked.values()) > 0
+
+    def test_shapes_cannot_be_run(self, arguments: tuple[Any, Any]) -> None:
+        shapes = jax.eval_shape(lambda *a: a, *arguments)
+        with pytest.raises(ValueError, match="pass arrays"):
+            jaxlwp.parallelize(loss, *shapes, devices=4, rates=RATES, check="measure")
+
+    def test_unknown(self, arguments: tuple[Any, Any]) -> None:
+        with pytest.raises(ValueError, match="give 'measure'"):
+            jaxlwp.parallelize(loss, *arguments, devices=4, rates=RATES, check="yes")
