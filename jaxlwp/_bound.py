@@ -100,29 +100,30 @@ def sweep(relaxation: Relaxation, forward: bool) -> Sweep:
     bounds, choices = [np.empty(0)] * count, [0] * count
     for v in range(count) if forward else range(count - 1, -1, -1):
         messages, tables = r.messages[v], r.tables[v]
-        here = fixed = r.costs[v]
+        here = guess = r.costs[v]
         ahead = []
         for n, incoming in messages.items():
             here = here + incoming
             if (n > v) == forward:
                 ahead.append(n)
+                guess = guess + incoming
             else:
-                fixed = fixed + r.tables[n][v][choices[n]]
+                guess = guess + r.tables[n][v][choices[n]]
         kept -= r.kept[v]
         bounds[v] = here + (done + waiting + kept)
         waiting -= r.owed[v]
-        if ahead:
-            for n in ahead:
-                fixed = fixed + messages[n]
-        choices[v] = int(fixed.argmin())
+        choices[v] = int(guess.argmin())
         share = 1.0 / max(len(ahead), len(messages) - len(ahead), 1)
-        r.kept[v] = float(here.min()) * max(0.0, 1.0 - share * len(ahead))
-        done += r.kept[v]
+        r.kept[v] = 0.0
+        if share * len(ahead) < 1:
+            r.kept[v] = float(here.min()) * (1 - share * len(ahead))
+            done += r.kept[v]
         here = here * share
         for n in ahead:
             message = min_plus_vector(here - messages[n], tables[n])
-            least = float(message.min())
-            r.messages[n][v] = message - least
+            least = float(np.minimum.reduce(message))
+            message -= least
+            r.messages[n][v] = message
             owed[n] += least
             done += least
     r.owed[:] = owed
@@ -311,7 +312,9 @@ def tighten(bounded: Bounded, report: Callable[[float], None]) -> None:
         report: called with lower bounds; ends the search by raising.
     """
     order = _plan(bounded)
+    total = sum(map(len, bounded.names))
     spent, step = 0, 2 * sweep_work(bounded.graph)
+    left = elimination_work(order)
     for n in range(_ROUNDS_LIMIT):
         before = bounded.lower_s
         bounded.round(improve=n & (n + 1) == 0)  # after 1, 2, 4, 8 ... rounds
@@ -319,9 +322,12 @@ def tighten(bounded: Bounded, report: Callable[[float], None]) -> None:
         if bounded.closed:
             return
         if bounded.drop():
-            order = _plan(bounded)
+            # A new plan takes as long as a few sweeps: only if it may change what to do.
+            configs = sum(map(len, bounded.names))
+            if left * (configs / total) ** (order.width + 1) <= max(8 * step, 4 * spent):
+                order, total = _plan(bounded), configs
+                left = elimination_work(order)
         spent += step
-        left = elimination_work(order)
         gained, gap = bounded.lower_s - before, bounded.upper_s - bounded.lower_s
         if left <= 4 * step or spent > left // 2 or (n > 1 and gained < 0.02 * gap):
             return

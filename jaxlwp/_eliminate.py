@@ -439,7 +439,8 @@ def min_plus_vector(left: FloatArray, right: FloatArray) -> FloatArray:
     Shapes (V,) and (V, W) give (W,).
     """
     if right.size <= 2 * _BLOCK:
-        return np.min(left[:, None] + right, axis=0)
+        least: FloatArray = np.minimum.reduce(left[:, None] + right)  # np.min takes 2 us more
+        return least
     step = max(1, _BLOCK // right.shape[1])
     parts = (
         np.min(left[r : r + step, None] + right[r : r + step], axis=0)
