@@ -7,26 +7,22 @@ Everything is measured inside compiled programs, as the median of several runs.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import platformdirs
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis, axis_shape
 from jaxlwp._layout import COLLECTIVES, wire_share
+from jaxlwp._store import Measurement, Store, environment_of, now
 
 FORMAT_VERSION = 3
 REPEATS = 5
@@ -92,12 +88,13 @@ def make_mesh(devices: Sequence[Any]) -> Mesh:
     return Mesh(ordered.reshape(shape), names)
 
 
-def device_graph(mesh: Mesh, *, rates: Rates | None = None) -> DeviceGraph:
+def device_graph(mesh: Mesh, *, rates: Rates | None = None, again: bool = False) -> DeviceGraph:
     """The device graph of a mesh, with rates given by hand, cached, or measured now.
 
     Args:
       mesh: any mesh; its axes keep their names and order.
-      rates: rates by hand; None measures (under 20 s) and caches.
+      rates: rates by hand; None measures (about 30 s) and caches.
+      again: measure even if there are cached rates: they were taken while the machine was busy.
 
     Raises:
       ValueError: a rate is not allowed.
@@ -105,12 +102,14 @@ def device_graph(mesh: Mesh, *, rates: Rates | None = None) -> DeviceGraph:
     levels = _levels(mesh)
     if rates is not None:
         return _given(mesh, rates, levels)
-    path = cache_path(mesh)
-    cached = _read(path)
-    if cached is not None:
-        return cached
-    measured = measure(mesh)
-    _write(path, measured)
+    key, environment = rates_key(mesh), environment_of(list(mesh.devices.flat))
+    with Store() as store:
+        cached = None if again else _cached(store.get(environment, KIND, key))
+        if cached is not None:
+            return cached
+        measured = measure(mesh)
+        entry = Measurement(seconds=measured.reference_s, date=now(), data=measured.to_json())
+        store.put(environment, KIND, {key: entry})
     return measured
 
 
@@ -461,33 +460,20 @@ def measure(mesh: Mesh) -> DeviceGraph:
 
 # --- the cache -----------------------------------------------------------------------------------
 
-
-def cache_path(mesh: Mesh) -> Path:
-    """Where the rates of this kind of mesh are kept; JAXLWP_CACHE_DIR overrides the folder."""
-    folder = os.environ.get("JAXLWP_CACHE_DIR") or platformdirs.user_cache_dir("jaxlwp")
-    kind = mesh.devices.flat[0].device_kind.replace(" ", "-").replace("/", "-")
-    shape = "_".join(f"{name}{size}" for name, size in mesh.shape.items())
-    name = f"rates-{kind}-{platform.node()}-{os.cpu_count()}-{shape}-jax{jax.__version__}.json"
-    return Path(folder) / name
+KIND = "rates"
 
 
-def _read(path: Path) -> DeviceGraph | None:
-    """The cached device graph; a file that is not one is set aside."""
-    if not path.exists():
+def rates_key(mesh: Mesh) -> str:
+    """Under which the rates of this kind of mesh are kept."""
+    levels = _levels(mesh)
+    axes = [(str(name), size, levels[name]) for name, size in mesh.shape.items()]
+    return f"format {FORMAT_VERSION}: {axes}"
+
+
+def _cached(measurement: Measurement | None) -> DeviceGraph | None:
+    if measurement is None:
         return None
     try:
-        data = json.loads(path.read_text())
-        if data["format_version"] != FORMAT_VERSION:
-            raise ValueError("another format version")
-        return DeviceGraph.from_json(data["devices"])
-    except (ValueError, KeyError, TypeError):
-        path.replace(path.with_suffix(".unreadable"))
+        return DeviceGraph.from_json(measurement.data)
+    except ValueError:  # another version of jaxlwp wrote it
         return None
-
-
-def _write(path: Path, devices: DeviceGraph) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    content = {"format_version": FORMAT_VERSION, "devices": devices.to_json()}
-    partial.write_text(json.dumps(content, indent=2))
-    partial.replace(path)

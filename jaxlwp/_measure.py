@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._layout import degree
 from jaxlwp._local import LocalStep, local_step, text_of
 from jaxlwp._program import Value
+from jaxlwp._store import Environment, Measurement, Store, environment_of, now
 
 Pair = tuple[Layer, Config]
 Progress = Callable[[str, int, int], None]
@@ -47,21 +48,6 @@ CHUNK = 8
 
 CHUNK_BYTES = 1 << 31
 """Bytes of operands of the programs that take turns, over all devices."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """What was measured of one program.
-
-    Attributes:
-      seconds: of one copy; the median.
-      spread: median absolute deviation, relative.
-      samples: how many runs.
-    """
-
-    seconds: float
-    spread: float
-    samples: int
 
 
 class LayerTimer:
@@ -119,7 +105,7 @@ class LayerTimer:
             step = local_step(self.graph, layer, config, self.axis_sizes)
             known = self.cache.find(step.key)
             if known is not None:
-                self.cache.put({key: (step.key, known)})
+                self.cache.put({key: known})
             else:
                 programs.setdefault(step.key, step)
                 keys_of.setdefault(step.key, []).append(key)
@@ -129,7 +115,7 @@ class LayerTimer:
             timings = _time_together(chunk, self.mesh, self.rates)
             self.cache.put(
                 {
-                    key: (step.key, timing)
+                    key: replace(timing, program=step.key, date=now())
                     for step, timing in zip(chunk, timings, strict=True)
                     for key in keys_of[step.key]
                 }
@@ -141,25 +127,36 @@ class LayerTimer:
 
 
 class TimingCache:
-    """Timings by key; those of equal programs are found by the program. In memory alone."""
+    """Layer times by key, and by the program that was run; on disk if there is a store.
 
-    def __init__(self) -> None:
-        self.timings: dict[str, Timing] = {}
-        self.programs: dict[str, Timing] = {}
+    Args:
+      store: where measurements are kept; None for memory alone.
+      environment: what they are true for.
+    """
 
-    def get(self, key: str) -> Timing | None:
-        """The timing of a key."""
-        return self.timings.get(key)
+    kind = "layer"
 
-    def find(self, program: str) -> Timing | None:
-        """The timing of any key that stands for the same program."""
+    def __init__(self, store: Store | None = None, environment: Environment | None = None) -> None:
+        self.store, self.environment = store, environment
+        self.entries: dict[str, Measurement] = {}
+        if store is not None and environment is not None:
+            self.entries = store.get_all(environment, self.kind)
+        self.programs = {entry.program: entry for entry in self.entries.values()}
+
+    def get(self, key: str) -> Measurement | None:
+        """The measurement of a key."""
+        return self.entries.get(key)
+
+    def find(self, program: str) -> Measurement | None:
+        """The measurement of any key that stands for the same program."""
         return self.programs.get(program)
 
-    def put(self, entries: dict[str, tuple[str, Timing]]) -> None:
-        """Add timings: key -> (program, timing)."""
-        for key, (program, timing) in entries.items():
-            self.timings[key] = timing
-            self.programs[program] = timing
+    def put(self, entries: dict[str, Measurement]) -> None:
+        """Add measurements by key."""
+        self.entries |= entries
+        self.programs |= {entry.program: entry for entry in entries.values()}
+        if self.store is not None and self.environment is not None:
+            self.store.put(self.environment, self.kind, entries)
 
 
 def local_devices(mesh: Mesh) -> list[Any]:
@@ -167,13 +164,9 @@ def local_devices(mesh: Mesh) -> list[Any]:
     return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
 
 
-_CACHES: dict[str, TimingCache] = {}
-
-
 def open_cache(mesh: Mesh) -> TimingCache:
-    """The timings of devices of this kind."""
-    devices = local_devices(mesh)
-    return _CACHES.setdefault(f"{devices[0].device_kind} {len(devices)}", TimingCache())
+    """The layer times of devices of this kind, on disk."""
+    return TimingCache(Store(), environment_of(local_devices(mesh)))
 
 
 def _structure(layer: Layer) -> str:
@@ -316,7 +309,7 @@ class _Runner:
         steady = 1.25 * self.timing().spread / math.sqrt(samples) < STEADY
         return steady or samples >= most or sum(self.few_s) + sum(self.many_s) > ENOUGH_S
 
-    def timing(self, pace: float = 1.0) -> Timing:
+    def timing(self, pace: float = 1.0) -> Measurement:
         """Of one copy; the pages that the larger program takes anew are not part of it.
 
         Args:
@@ -331,12 +324,12 @@ class _Runner:
         # Next to nothing, hidden by noise: a small part of a run stands in for it.
         typical_s = max(statistics.median(each), 1e-3 * min(self.many_s) / self.copies)
         spread = statistics.median(abs(s - typical_s) for s in each) / typical_s
-        return Timing(seconds=typical_s / pace, spread=spread, samples=len(each))
+        return Measurement(seconds=typical_s / pace, spread=spread, samples=len(each))
 
 
 # A plan may be made while a training step is traced: without this, nothing would run.
 @jax.ensure_compile_time_eval()
-def _time_together(steps: Sequence[LocalStep], mesh: Mesh, rates: DeviceGraph) -> list[Timing]:
+def _time_together(steps: Sequence[LocalStep], mesh: Mesh, rates: DeviceGraph) -> list[Measurement]:
     """Timings of some steps that take turns, at the machine's speed when its rates were measured.
 
     A reference program takes turns too.

@@ -22,8 +22,9 @@ from jaxlwp._calibrate import fit_link
 from jaxlwp._config import Config
 from jaxlwp._graph import Layer
 from jaxlwp._local import local_step
-from jaxlwp._measure import LayerTimer, Timing, TimingCache
+from jaxlwp._measure import LayerTimer, TimingCache
 from jaxlwp._search import measured_space, search_measured
+from jaxlwp._store import Measurement
 
 AXES = {"a": 2, "b": 2}
 
@@ -144,8 +145,8 @@ class TestLayerTimer:
         timer = self.timer(graph)
         conv = layer(graph, "conv")
         config = Config((("sample", ("a",)),))
-        known = Timing(seconds=1.25, spread=0.0, samples=3)
-        timer.cache.put({"another": (local_step(graph, conv, config, AXES).key, known)})
+        program = local_step(graph, conv, config, AXES).key
+        timer.cache.put({"another": Measurement(seconds=1.25, program=program)})
         assert timer.measure([(conv, config)]) == 0
         assert timer.known_s(conv, config) == 1.25
 
