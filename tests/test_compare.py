@@ -64,7 +64,9 @@ def test_every_strategy_is_measured_in_every_round(
 
 def test_small_states_stay_on_the_devices() -> None:
     memories = [
-        _compare.ProgramMemory(argument_bytes=size, temporary_bytes=50, peak_bytes=size + 50)
+        _compare.ProgramMemory(
+            argument_bytes=size, temporary_bytes=50, new_bytes=0, peak_bytes=size + 50
+        )
         for size in (300, 100, 200)
     ]
     assert _compare._staying(memories, 350.0 + 100 + 200 + 300) == {0, 1, 2}

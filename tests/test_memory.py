@@ -1,0 +1,281 @@
+"""Memory: the state against arrays that are there, buffers against programs worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxlwp import BASELINES, Config, Plan, Rates, parallelize
+from jaxlwp._buffers import COMBINED_BYTES, predict
+from jaxlwp._memory import estimated_bytes, memory_costs, plan_memory, strategy_memory
+from jaxlwp._model import load_workload
+from jaxlwp._program import flatten
+from jaxlwp._strategy import make_strategy
+
+RATES = Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)
+DIMS = ("NHWC", "HWIO", "NHWC")
+F32 = 4
+
+
+def _conv(x: jax.Array, w: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=DIMS)
+
+
+def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _predicted(step: Callable[..., Any], *arguments: Any, trained: int) -> Any:
+    """Buffers of loss and gradients by the first `trained` arguments, on one device."""
+
+    def program(*arguments: Any) -> tuple[Any, ...]:
+        wanted = tuple(range(trained))
+        value, gradients = jax.value_and_grad(step, argnums=wanted)(*arguments)
+        return (*gradients, value)
+
+    flat = flatten(jax.make_jaxpr(program)(*arguments), derivatives=False)
+    return predict(flat, {n: n for n in range(trained)}, loss=trained)
+
+
+def _kept(buffers: Any) -> list[int]:
+    """Bytes of what is kept, filters and scalars left out, largest first."""
+    kept = (node.num_bytes for node in buffers.kept if node.kind != "filter")
+    return sorted((num_bytes for num_bytes in kept if num_bytes > 64), reverse=True)
+
+
+# --- the state, against arrays ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["search", "model", "spatial"])
+def test_state_is_as_large_as_its_arrays(mesh222: Mesh, strategy: str) -> None:
+    work = load_workload("models.lenet:LeNet5", batch=16)
+    plan = parallelize(
+        work.loss, work.params, *work.batch, mesh=mesh222, strategy=strategy, rates=RATES
+    )
+    momentum, adam = optax.sgd(0.1, momentum=0.9), optax.adam(0.1)
+    memory = plan_memory(plan, momentum)
+    for predicted, placed in (
+        (memory.parameter_bytes, plan.place(work.params)),
+        (memory.optimizer_bytes, plan.place(momentum.init(work.params))),
+        (plan_memory(plan, adam).optimizer_bytes, plan.place(adam.init(work.params))),
+        (memory.batch_bytes, plan.place_batch(*work.batch)),
+    ):
+        leaves = jax.tree.leaves(placed)
+        assert predicted == sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+
+
+def test_plan_tells_its_memory(mesh22: Mesh) -> None:
+    work = load_workload("models.lenet:LeNet5", batch=16, abstract=True)
+    plan = parallelize(work.loss, work.params, *work.batch, mesh=mesh22, rates=RATES)
+    assert plan.memory == plan_memory(plan)
+    assert plan.memory.peak_bytes > plan.memory.argument_bytes + plan.memory.kept_bytes > 0
+    assert sum(plan.memory.layer_kept_bytes) == plan.memory.kept_bytes
+
+
+# --- what is kept, by hand -------------------------------------------------------------------
+
+
+def test_chain_of_dense_layers_keeps_the_operands_of_its_products() -> None:
+    """An activation that costs nothing to evaluate again is kept as what it is made of."""
+
+    def loss(w1: Any, w2: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(jnp.sin(x @ w1) @ w2))
+
+    buffers = _predicted(loss, _array(8, 64), _array(64, 32), _array(128, 8), trained=2)
+    first, second = 128 * 64 * F32, 128 * 32 * F32
+    # The product of each layer, from which the cosine is evaluated, and the sine of the first,
+    # which the second layer's product and the gradient of its weight read.
+    assert _kept(buffers) == [first, first, second]
+
+
+def test_elementwise_chain_is_not_kept() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        y = x @ w
+        return jnp.sum(jnp.exp(jnp.sin(y) * 2 + 1) - y)
+
+    assert _kept(_predicted(loss, _array(8, 64), _array(128, 8), trained=1)) == [128 * 64 * F32]
+
+
+def test_result_is_kept_if_the_derivative_is_made_of_it() -> None:
+    def loss(w1: Any, w2: Any, x: Any) -> Any:
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ w1) @ w2))
+
+    buffers = _predicted(loss, _array(8, 64), _array(64, 32), _array(128, 8), trained=2)
+    assert _kept(buffers) == [128 * 64 * F32, 128 * 32 * F32]
+
+
+def test_checkpoint_keeps_what_it_reads_only() -> None:
+    def layer(x: Any, w: Any) -> Any:
+        return jnp.sin(x @ w)
+
+    def loss(wrap: Callable[[Any], Any], *arguments: Any) -> Any:
+        *weights, x = arguments
+        for w in weights:
+            x = wrap(layer)(x, w)
+        return jnp.sum(x)
+
+    arguments = [*[_array(64, 64)] * 4, _array(256, 64)]
+    kept = {
+        wrap: sum(_kept(_predicted(lambda *a: loss(wrap, *a), *arguments, trained=4)))  # noqa: B023
+        for wrap in (lambda f: f, jax.checkpoint)
+    }
+    plain, checkpointed = kept.values()
+    size = 256 * 64 * F32
+    assert plain == 7 * size  # four products, sines of three
+    assert checkpointed == 3 * size
+
+
+def test_max_pooling_keeps_zeros_and_finds_places() -> None:
+    def loss(w1: Any, w2: Any, x: Any) -> Any:
+        y = lax.reduce_window(
+            jnp.maximum(_conv(x, w1), 0), -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+        )
+        return jnp.sum(_conv(y, w2) ** 2)
+
+    arguments = _array(3, 3, 3, 16), _array(3, 3, 16, 16), _array(4, 32, 32, 3)
+    buffers = _predicted(loss, *arguments, trained=2)
+    before, after = 4 * 32 * 32 * 16 * F32, 4 * 16 * 16 * 16 * F32
+    # What relu reads, zeros for relu and the scatter, what is pooled, and the second result.
+    assert _kept(buffers)[:2] == [before, before]
+    assert after in _kept(buffers)
+    # A number and four places for each element that was pooled.
+    assert {node.num_bytes for node in buffers.live if node.kind == "places"} <= {5 * after}
+
+
+def test_half_the_width_of_numbers() -> None:
+    """Half the width, half the bytes."""
+
+    def loss(w: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(_conv(jnp.sin(_conv(x, w)), w)).astype(jnp.float32))
+
+    shapes = (3, 3, 8, 8), (4, 16, 16, 8)
+    kept = [
+        sum(_kept(_predicted(loss, *(_array(*shape, dtype=dtype) for shape in shapes), trained=1)))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+    assert kept[0] == 2 * kept[1] > 0
+
+
+def test_donated_state_takes_nothing_more() -> None:
+    """One weight: beside it, its gradient alone."""
+    buffers = _predicted(lambda w, x: jnp.sum(x @ w), _array(1024, 512), _array(2, 1024), trained=1)
+    assert 1024 * 512 * F32 <= buffers.live_bytes < 1.05 * 1024 * 512 * F32
+
+
+# --- under strategies ------------------------------------------------------------------------
+
+
+def _plan(mesh: Mesh, strategy: str, batch: int = 16) -> Plan:
+    def loss(params: Any, x: Any) -> Any:
+        for w in params["conv"]:
+            x = jnp.maximum(_conv(x, w), 0)
+        return jnp.mean((x.reshape(x.shape[0], -1) @ params["dense"]) ** 2)
+
+    params = {"conv": [_array(3, 3, 16, 16)] * 3, "dense": _array(16 * 16 * 16, 32)}
+    return parallelize(
+        loss,
+        params,
+        _array(batch, 16, 16, 16),
+        mesh=mesh,
+        strategy=strategy,
+        rates=RATES,
+    )
+
+
+def test_data_parallelism_divides_what_is_kept(mesh22: Mesh, mesh222: Mesh) -> None:
+    four, eight = (_plan(mesh, "data").memory for mesh in (mesh22, mesh222))
+    twice = _plan(mesh222, "data", batch=32).memory
+    assert four.parameter_bytes == eight.parameter_bytes == eight.gradient_bytes
+    # Filters in the library's order are kept too, and as large on all devices.
+    assert twice.kept_bytes == four.kept_bytes > eight.kept_bytes > four.kept_bytes / 2
+    assert twice.layer_kept_bytes == four.layer_kept_bytes
+
+
+def test_uneven_blocks_are_as_large_as_the_largest(mesh22: Mesh) -> None:
+    """Five samples over four devices: each has room for two."""
+    plan = _plan(mesh22, "data", batch=8)
+    uneven = _plan(mesh22, "search", batch=5)
+    configs = [
+        Config.of({"sample": tuple(uneven.mesh.axis_names)}) if layer.dimensions else Config()
+        for layer in uneven.graph.layers
+    ]
+    strategy = make_strategy("u", uneven.graph, configs, uneven.space.devices.axis_sizes)
+    memory = strategy_memory(
+        uneven.graph, strategy.for_graph(uneven.graph), uneven.space.devices.axis_sizes
+    )
+    assert memory.kept_bytes >= plan.memory.kept_bytes
+
+
+def test_all_reduces_are_combined_up_to_a_size() -> None:
+    """Two weights of 20 MiB do not fit into one buffer, two of 10 MiB do."""
+    mesh = jax.sharding.AbstractMesh((2,), ("device",))
+
+    def concatenated(rows: int) -> int:
+        def step(w1: Any, w2: Any, x: Any) -> tuple[Any, ...]:
+            def loss(w1: Any, w2: Any) -> Any:
+                return lax.psum(jnp.sum((x @ w1) @ w2), "device")
+
+            value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(w1, w2)
+            return (*gradients, value)
+
+        none = jax.sharding.PartitionSpec()
+        split = jax.sharding.PartitionSpec("device")
+        mapped = jax.shard_map(
+            step, mesh=mesh, in_specs=(none, none, split), out_specs=(none, none, none)
+        )
+        arguments = _array(rows, 1024), _array(1024, rows), _array(4, rows)
+        (eqn,) = jax.make_jaxpr(mapped)(*arguments).jaxpr.eqns
+        body = jax.extend.core.ClosedJaxpr(eqn.params["jaxpr"], ())
+        buffers = predict(flatten(body, derivatives=False), {0: 0, 1: 1}, loss=2)
+        return max(node.num_bytes for node in buffers.live)
+
+    mebi = 1024 * 1024
+    assert COMBINED_BYTES == 30 * mebi
+    assert concatenated(20 * 256) == 20 * mebi
+    assert concatenated(10 * 256) == 20 * mebi
+
+
+# --- bytes of each config --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["models.lenet:LeNet5", "models.alexnet:AlexNet"])
+def test_costs_of_configs_add_up(mesh222: Mesh, name: str) -> None:
+    work = load_workload(name, batch=64, abstract=True)
+    plan = parallelize(work.loss, work.params, *work.batch, mesh=mesh222, rates=RATES)
+    space, sizes = plan.space, plan.space.devices.axis_sizes
+    costs = memory_costs(plan.graph, space.configs, sizes)
+    for cost, configs in zip(costs, space.configs, strict=True):
+        assert {part.shape for part in cost} == {(len(configs),)}
+        assert all((part >= 0).all() and part.dtype == np.int64 for part in cost)
+    for baseline in BASELINES:
+        strategy = space.baseline(baseline)
+        choices = space.choices(strategy)
+        memory = strategy_memory(plan.graph, strategy.for_graph(plan.graph), sizes)
+        parameters = sum(int(c.parameter_bytes[i]) for c, i in zip(costs, choices, strict=True))
+        assert parameters == memory.parameter_bytes
+        if baseline == "data":
+            kept = sum(int(c.kept_bytes[i]) for c, i in zip(costs, choices, strict=True))
+            assert kept == pytest.approx(memory.kept_bytes, rel=0.01)
+        peak_bytes = memory.peak_bytes + memory.parameter_bytes  # the momentum
+        estimate = estimated_bytes(costs, choices) + memory.batch_bytes
+        assert estimate == pytest.approx(peak_bytes, rel=0.35), baseline
+
+
+def test_splitting_never_adds_parameters(mesh222: Mesh) -> None:
+    plan = _plan(mesh222, "search")
+    for layer, cost in zip(
+        plan.graph.layers,
+        memory_costs(plan.graph, plan.space.configs, plan.space.devices.axis_sizes),
+        strict=True,
+    ):
+        whole = plan.space.configs[layer.index].index(Config())
+        assert (cost.parameter_bytes <= cost.parameter_bytes[whole]).all()
+        assert (cost.kept_bytes <= cost.kept_bytes[whole]).all()
