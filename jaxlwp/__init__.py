@@ -15,6 +15,7 @@ from jaxlwp._hlo import CompiledCollective, compiled_collectives
 from jaxlwp._layout import Collective
 from jaxlwp._marginals import RankedChoices, k_best, min_marginals
 from jaxlwp._plan import Plan, bind, parallelize
+from jaxlwp._profile import Profile, load_profile
 from jaxlwp._search import SearchResult, SearchSpace, price, search
 from jaxlwp._solve import Solution, solve
 from jaxlwp._strategy import BASELINES, Strategy
@@ -42,6 +43,7 @@ __all__ = [
     "LinkFit",
     "MeshAxis",
     "Plan",
+    "Profile",
     "RankedChoices",
     "Rates",
     "SearchResult",
@@ -55,6 +57,7 @@ __all__ = [
     "compiled_collectives",
     "device_graph",
     "k_best",
+    "load_profile",
     "make_mesh",
     "measure",
     "min_marginals",

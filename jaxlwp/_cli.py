@@ -1,4 +1,4 @@
-"""The command line: `jaxlwp plan MODEL` and `jaxlwp compare MODEL`."""
+"""The command line: `jaxlwp plan`, `compare` and `profile MODEL`, and `jaxlwp cache`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ from typing import Any
 import click
 import jax
 import rich.progress
+from jax.sharding import Mesh
 from rich.console import Console
+from rich.table import Table
 
 from jaxlwp import __version__
 from jaxlwp._calibrate import Rates, device_graph, make_mesh
 from jaxlwp._compare import ROUNDS, Progress, batch_size, compare, is_simulated
+from jaxlwp._devices import DeviceGraph
+from jaxlwp._measure import LayerTimer, TimingCache
 from jaxlwp._model import DEFAULT_BATCH, load_workload
 from jaxlwp._plan import parallelize
+from jaxlwp._profile import load_profile
+from jaxlwp._report import render
+from jaxlwp._search import price
+from jaxlwp._store import Environment, Store, environment_of
 from jaxlwp._strategy import BASELINES, Strategy
+from jaxlwp._trace import trace
 
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
@@ -81,7 +90,7 @@ def _target_file(_: click.Context, option: click.Parameter, value: Path | None) 
     raise click.ClickException(f"{option.opts[0]}: cannot write {value}: {problem}")
 
 
-_SHARED_OPTIONS = (
+_MODEL_OPTIONS = (
     click.argument("model"),
     click.option(
         "--devices",
@@ -102,6 +111,8 @@ _SHARED_OPTIONS = (
         callback=_input_shape,
         help="Shape of one example; the model's input_shape by default.",
     ),
+)
+_RATE_OPTIONS = (
     click.option(
         "--flops",
         type=float,
@@ -127,8 +138,14 @@ _SHARED_OPTIONS = (
 )
 
 
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_SHARED_OPTIONS):
+    for option in reversed((*_MODEL_OPTIONS, *_RATE_OPTIONS)):
         command = option(command)
     return command
 
@@ -189,6 +206,7 @@ def _progress() -> Iterator[Progress]:
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
     )
     tasks: dict[str, rich.progress.TaskID] = {}
     with rich.progress.Progress(
@@ -198,7 +216,7 @@ def _progress() -> Iterator[Progress]:
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
+            bars.update(tasks[what], completed=done, total=total)
 
         yield report
 
@@ -251,6 +269,16 @@ def main() -> None:
     callback=_target_file,
     help="Write the strategy to this JSON file.",
 )
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="Plan with the measurements of another machine, from `jaxlwp cache export`.",
+)
+@click.option(
+    "--analytic",
+    is_flag=True,
+    help="Price layers by the devices' rates, without measuring them.",
+)
 def plan(
     model: str,
     devices: int | None,
@@ -258,6 +286,8 @@ def plan(
     input_shape: tuple[int, ...] | None,
     strategy: str,
     save: Path | None,
+    profile: Path | None,
+    analytic: bool,
     **rates: float | None,
 ) -> None:
     """Find a strategy for MODEL and print it, a row per layer."""
@@ -267,12 +297,17 @@ def plan(
         wanted = Strategy.load(strategy) if strategy.endswith(".json") else strategy
         work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
         mesh = make_mesh(chosen)
-        progress("measuring device rates", 0, 1)
-        rated = device_graph(mesh, rates=by_hand)
-        progress("measuring device rates", 1, 1)
+        rated = load_profile(profile) if profile else _rated(mesh, by_hand, progress)
         progress("tracing, pricing and searching", 0, 1)
         found = parallelize(
-            work.loss, work.params, *work.batch, mesh=mesh, strategy=wanted, rates=rated
+            work.loss,
+            work.params,
+            *work.batch,
+            mesh=mesh,
+            strategy=wanted,
+            rates=rated,
+            measure=by_hand is None and profile is None and not analytic,
+            on_progress=progress,
         )
     click.echo(f"{model}, batch {batch_size(work.batch)}, on {_describe(chosen)}")
     click.echo(str(found), nl=False)
@@ -331,6 +366,125 @@ def compare_command(
         with _one_line_errors():
             _write(json_file, comparison.to_json())
         click.echo(f"wrote {json_file}")
+
+
+def _rated(mesh: Mesh, by_hand: Rates | None, progress: Progress) -> DeviceGraph:
+    """Rates of a mesh: by hand, cached, or measured now."""
+    progress("measuring device rates", 0, 1)
+    rated = device_graph(mesh, rates=by_hand)
+    progress("measuring device rates", 1, 1)
+    return rated
+
+
+@main.command("profile")
+@_model_options
+@click.option("--again", is_flag=True, help="Measure what was measured before, too.")
+def profile_command(
+    model: str,
+    devices: int | None,
+    batch: int | None,
+    input_shape: tuple[int, ...] | None,
+    again: bool,
+) -> None:
+    """Measure every layer of MODEL in every way to split it, and keep the times.
+
+    It can be interrupted, and goes on where it was.
+    """
+    chosen = _provide_devices(devices)
+    with _one_line_errors(), _progress() as progress:
+        work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
+        mesh = make_mesh(chosen)
+        if again:
+            device_graph(mesh, again=True)
+        rated = _rated(mesh, None, progress)
+        space = price(trace(work.loss, work.params, *work.batch), rated)
+        pairs = [
+            (layer, config)
+            for layer, configs in zip(space.graph.layers, space.configs, strict=True)
+            for config in configs
+            if not layer.fused
+        ]
+        with Store() as store:
+            environment = environment_of(chosen)
+            if again:
+                store.forget(environment, TimingCache.kind)
+            timer = LayerTimer(space.graph, rated, chosen, TimingCache(store, environment))
+            programs = timer.measure(pairs, progress)
+            path = store.path
+    click.echo(
+        f"{model}, batch {batch_size(work.batch)}, on {_describe(chosen)}: {len(pairs):,} pairs of "
+        f"layer and config are measured, {programs:,} programs now; kept in {path}"
+    )
+
+
+@main.group()
+def cache() -> None:
+    """Show, move and clear what was measured."""
+
+
+@cache.command("list")
+def cache_list() -> None:
+    """What was measured, and where it is kept."""
+    with _one_line_errors(), Store() as store:
+        known, path = store.environments(), store.path
+    table = Table(title=f"measurements in {path}", title_justify="left")
+    for column in ("environment", "devices", "versions", "measured"):
+        table.add_column(column)
+    for environment, kinds in known:
+        host = f" on {environment.host}, {environment.at_once} at once" if environment.host else ""
+        table.add_row(
+            environment.key,
+            environment.device_kind + host,
+            f"JAX {environment.jax}, jaxlib {environment.jaxlib}",
+            ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())),
+        )
+    click.echo(render(table))
+
+
+_ENVIRONMENT = click.option(
+    "--environment", help="One environment only, by its key in `jaxlwp cache list`."
+)
+
+
+@cache.command("export")
+@click.argument("file", type=click.Path(path_type=Path))
+@_ENVIRONMENT
+def cache_export(file: Path, environment: str | None) -> None:
+    """Write measurements to FILE, to plan on another machine (`jaxlwp plan --profile FILE`)."""
+    with _one_line_errors(), Store() as store:
+        count = store.export(file, _chosen_environment(store, environment))
+    click.echo(f"wrote {count:,} measurements to {file}")
+
+
+@cache.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+def cache_import(file: Path) -> None:
+    """Add the measurements in FILE; of two for the same thing the newer one stays."""
+    with _one_line_errors(), Store() as store:
+        count = store.import_file(file)
+    click.echo(f"added {count:,} measurements")
+
+
+@cache.command("clear")
+@_ENVIRONMENT
+@click.option("--kind", type=click.Choice(["layer", "rates"]), help="One kind only.")
+def cache_clear(environment: str | None, kind: str | None) -> None:
+    """Drop measurements, to take them again."""
+    with _one_line_errors(), Store() as store:
+        count = store.forget(_chosen_environment(store, environment), kind)
+    click.echo(f"dropped {count:,} measurements")
+
+
+def _chosen_environment(store: Store, key: str | None) -> Environment | None:
+    if key is None:
+        return None
+    known = {environment.key: environment for environment, _ in store.environments()}
+    if key not in known:
+        raise click.ClickException(
+            f"--environment: {key!r} is unknown; give one of {', '.join(known) or 'none'}, as "
+            "`jaxlwp cache list` shows"
+        )
+    return known[key]
 
 
 def _check_divides(size: int, devices: int) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,19 +50,19 @@ CHUNK_BYTES = 1 << 31
 """Bytes of operands of the programs that take turns, over all devices."""
 
 
-class LayerTimer:
-    """Times of layers under configs on given devices: known ones, and new ones when asked for."""
+class LayerTimes:
+    """Known times of layers under configs.
+
+    Args:
+      graph: the graph that the layers are of.
+      axis_sizes: devices along each mesh axis.
+      cache: the times.
+    """
 
     def __init__(
-        self,
-        graph: ComputationGraph,
-        rates: DeviceGraph,
-        devices: Sequence[Any],
-        cache: TimingCache | None = None,
+        self, graph: ComputationGraph, axis_sizes: Mapping[str, int], cache: TimingCache
     ) -> None:
-        self.graph, self.rates, self.axis_sizes = graph, rates, rates.axis_sizes
-        self.mesh = Mesh(np.array(list(devices), dtype=object), ("device",))
-        self.cache = cache if cache is not None else TimingCache()
+        self.graph, self.axis_sizes, self.cache = graph, dict(axis_sizes), cache
         self._structures: dict[int, str] = {}
         self._keys: dict[tuple[int, Config], str] = {}
 
@@ -78,8 +78,30 @@ class LayerTimer:
 
     def known_s(self, layer: Layer, config: Config) -> float | None:
         """Measured seconds, or None."""
-        timing = self.cache.get(self.key(layer, config))
-        return None if timing is None else timing.seconds
+        entry = self.cache.get(self.key(layer, config))
+        return None if entry is None else entry.seconds
+
+
+class LayerTimer(LayerTimes):
+    """Times of layers under configs on devices at hand: known ones, and new ones when asked for.
+
+    Args:
+      graph: the graph that the layers are of.
+      rates: mesh axes and rates of the devices.
+      devices: those to measure on, all at once.
+      cache: the times known so far; new ones are added.
+    """
+
+    def __init__(
+        self,
+        graph: ComputationGraph,
+        rates: DeviceGraph,
+        devices: Sequence[Any],
+        cache: TimingCache | None = None,
+    ) -> None:
+        super().__init__(graph, rates.axis_sizes, cache if cache is not None else TimingCache())
+        self.rates = rates
+        self.mesh = Mesh(np.array(list(devices), dtype=object), ("device",))
 
     def measure(self, pairs: Sequence[Pair], progress: Progress | None = None) -> int:
         """Measure what is not known yet of some layers under configs.

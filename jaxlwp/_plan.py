@@ -23,6 +23,7 @@ from jaxlwp._layout import Collective
 from jaxlwp._lower import Lowered
 from jaxlwp._measure import LayerTimer, local_devices, open_cache
 from jaxlwp._memory import Memory, plan_memory
+from jaxlwp._profile import Profile
 from jaxlwp._search import (
     SearchResult,
     SearchSpace,
@@ -365,7 +366,7 @@ def parallelize(
     devices: Sequence[Any] | int | None = None,
     mesh: Mesh | None = None,
     strategy: str | Strategy = "search",
-    rates: Rates | DeviceGraph | None = None,
+    rates: Rates | DeviceGraph | Profile | None = None,
     measure: bool | None = None,
     optimizer: Any = None,
     check: str | None = None,
@@ -381,7 +382,8 @@ def parallelize(
       devices: devices or how many of `jax.devices()`; all by default.
       mesh: a mesh of the user's own, in place of `devices`; its axes keep their names.
       strategy: "search", "data", "model", "owt", "spatial", or a `Strategy`.
-      rates: rates of devices and links by hand; measured (about 30 s, cached) by default.
+      rates: rates of devices and links by hand, or a profile of another machine (`load_profile`);
+        measured (about 30 s, cached) by default.
       measure: measure the layers that the search picks on these devices (about a second each,
         cached). By default if no rates are given; False prices layers by the devices' rates.
       optimizer: the optax transformation of the training step, for the time and memory of its
@@ -408,7 +410,9 @@ def parallelize(
     mesh = mesh if mesh is not None else make_mesh(choose_devices(devices))
     graph = trace(fn, params, *batch)
     out_tree = _check_loss(fn, params, *batch)
-    if isinstance(rates, DeviceGraph):
+    if isinstance(rates, Profile):
+        rated = rates.device_graph(mesh)
+    elif isinstance(rates, DeviceGraph):
         rated = rates
     else:
         rated = device_graph(mesh, rates=rates)
@@ -417,7 +421,9 @@ def parallelize(
         strategy.for_graph(graph)
     space = price(graph, rated, optimizer_slots=_slots(optimizer, params))
     timer = None
-    if measure or (measure is None and rates is None):
+    if isinstance(rates, Profile):
+        space = measured_space(space, rates.times(graph, rated))
+    elif measure or (measure is None and rates is None):
         timer = LayerTimer(graph, rated, local_devices(mesh), open_cache(mesh))
     result = None
     if strategy == "search":
