@@ -14,12 +14,14 @@ from jaxlwp._graph import ComputationGraph, Edge, Layer
 from jaxlwp._hlo import CompiledCollective, compiled_collectives
 from jaxlwp._layout import Collective
 from jaxlwp._marginals import RankedChoices, k_best, min_marginals
+from jaxlwp._memory import Memory, MemoryCosts, memory_costs, plan_memory
 from jaxlwp._plan import Plan, bind, parallelize
 from jaxlwp._profile import Profile, load_profile
 from jaxlwp._search import SearchResult, SearchSpace, price, search
 from jaxlwp._solve import Solution, solve
 from jaxlwp._strategy import BASELINES, Strategy
 from jaxlwp._tables import Cost, CostTables
+from jaxlwp._target import TargetStep, compile_for, target_mesh
 from jaxlwp._trace import trace
 from jaxlwp._verify import LayerCheck, Verification, verify
 
@@ -41,6 +43,8 @@ __all__ = [
     "Layer",
     "LayerCheck",
     "LinkFit",
+    "Memory",
+    "MemoryCosts",
     "MeshAxis",
     "Plan",
     "Profile",
@@ -51,21 +55,26 @@ __all__ = [
     "Solution",
     "Strategy",
     "StrategyResult",
+    "TargetStep",
     "Verification",
     "bind",
     "compare",
+    "compile_for",
     "compiled_collectives",
     "device_graph",
     "k_best",
     "load_profile",
     "make_mesh",
     "measure",
+    "memory_costs",
     "min_marginals",
     "parallelize",
+    "plan_memory",
     "price",
     "search",
     "solve",
     "strategy_collectives",
+    "target_mesh",
     "trace",
     "verify",
 ]

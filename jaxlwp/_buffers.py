@@ -13,19 +13,26 @@ is imitated, by rule, as far as it decides about memory:
   dimensions, once for all its uses. A collective along a dimension that is not the first is wrapped
   in transposed copies.
 - *Max pooling's backward pass* (`SelectAndScatterExpander`) finds the places of the maxima, four
-  numbers for each element of a 4-dimensional output, and scatters into zeros, which live in memory
-  for all who need zeros of that shape.
-- *All-reduces* of one group of devices are combined up to 30 MiB: their operands are copied
-  into one buffer, which is reduced in place.
-- *Order* (`DFSMemoryScheduler`): depth first from the results, operands with more to reuse below
-  them first. So the chain of input gradients comes first and the weight gradients last, and until
-  then every convolution's input and output gradient are kept.
-- *Reuse*: an elementwise kernel writes over an operand of the same size that nobody else reads;
+  numbers for each element of a 4-dimensional output, and scatters into zeros. Zeros of one shape
+  are one array, in memory for all who read them (relu too) from the first of these to the last;
+  the scatter, which overwrites its zeros, takes a copy.
+- *All-reduces* of gradients over the same devices are combined up to 30 MiB: their operands are
+  copied into one buffer, which is reduced in place, and copied out of it.
+- *Order*: the chain of activations and their gradients first; what only gradients of parameters
+  wait for (above all the convolutions that make them) after it, since that overlaps with
+  collectives (`LatencyHidingScheduler`); large gradients that are reduced alone after the combined
+  ones; the updates last. So every convolution's input and output gradient are kept until the chain
+  has ended. A small reduction is evaluated beside the kernel that made or read its operand
+  (multi-output fusion).
+- *Reuse*: an elementwise kernel writes over an operand of the same size that nobody reads later;
   parameters and optimizer state are donated and updated in place.
 
-Sources: the passes named, in openxla/xla under `xla/service` and `xla/service/gpu/transforms`;
-and programs that JAX 0.10.2 compiled for 16 H200s. Not included, there or here: the workspaces of
-cuDNN, which are chosen when the program is loaded.
+Sources: the passes named, in openxla/xla under `xla/service`, `xla/hlo` and `xla/service/gpu`; and
+the programs that JAX 0.10.2 compiles for 16 H200s (`make bench-memory` compares). What is known to
+differ: the scheduler sometimes evaluates the places of maxima early, to overlap with a collective;
+before Ampere, XLA lays out convolutions channels first, with transposed copies around them; matrix
+products that XLA splits along the contraction hold partial results. Not included, there or here:
+the workspaces of cuDNN, chosen when the program is loaded.
 """
 
 from __future__ import annotations
@@ -124,6 +131,8 @@ class Node:
       in_place: it may write over an operand of the same size that nobody reads later.
       argument: it is in memory before and after the program.
       origin: index of the value in the program, -1 for a step in between.
+      combined: it is a step of a combined all-reduce.
+      number: position in the order in which nodes are made, which is that of the program.
     """
 
     kind: str
@@ -199,6 +208,7 @@ class _Builder:
         self.nodes: dict[int, Node] = {}
         self.made: dict[Hashable, Node] = {}
         self.filters: dict[Node, Node] = {}
+        self.axes: dict[int, str] = {}
         self.names: list[tuple[int, str]] = []
         self.ordered: list[tuple[int, str]] = []
         for value in program.inputs:
@@ -237,6 +247,7 @@ class _Builder:
             return operands[: len(eqn.results)]
         if eqn.name in SUMS:
             group = (eqn.name, str(eqn.params.get("axes")))
+            self.axes.update(dict.fromkeys(eqn.results, group[1]))
             return [
                 self.once(
                     (*group, node, eqn.checkpoints),
@@ -385,8 +396,8 @@ class _Builder:
 
     def devices(self, node: Node) -> Hashable:
         """What all-reduces must share to be combined."""
-        eqn = next(e for e in self.program.equations if node.origin in e.results)
-        return str(eqn.params.get("axes")), str(self.program.values[node.origin].dtype)
+        axes = self.axes[node.origin]
+        return axes, str(self.program.values[node.origin].dtype)
 
 
 _FIRST = frozenset((0,))
@@ -480,9 +491,7 @@ def _post_order(root: Node) -> list[Node]:
 # --- order and memory ------------------------------------------------------------------------
 
 
-def _order(
-    kernels: Mapping[Node, tuple[Node, ...]],
-) -> list[Node]:
+def _order(kernels: Mapping[Node, tuple[Node, ...]]) -> list[Node]:
     """Kernels in about the order of XLA's latency-hiding scheduler.
 
     The chain of the program first; then what only gradients of parameters wait for; then what
@@ -492,28 +501,38 @@ def _order(
     for node, reads in kernels.items():
         for operand in reads:
             readers[operand].append(node)
-    deferred: dict[Node, bool] = {}
-    for node in reversed(list(kernels)):
-        ends = node.kind in ("update", "root") or node.combined
-        later = all(deferred[reader] for reader in readers[node])
-        library = node.kind in ("conv", "dot_general") or node.kind in SUMS or node.kind == "slice"
-        deferred[node] = ends or (later and library and bool(readers[node]))
-    phase: dict[Node, tuple[int, int]] = {}
+    deferred = _deferred(kernels, readers)
+    place: dict[Node, tuple[int, int]] = {}
     for node, reads in kernels.items():
-        updates = node.kind in ("update", "root") or (node.combined and node.kind == "slice")
-        alone = deferred[node] and node.num_bytes >= COMBINED_BYTES
-        own = 3 if updates else 2 if alone else int(deferred[node])
-        after = max((phase[n] for n in reads), default=(0, 0))
-        phase[node] = max(after, (own, node.number)) if not _joins(node) else after
+        after = max((place[n] for n in reads), default=(0, 0))
+        phase = int(node in deferred)
+        if node.kind in ("update", "root") or (node.combined and node.kind == "slice"):
+            phase = 3
+        elif phase and node.num_bytes >= COMBINED_BYTES:
+            phase = 2  # a gradient that is reduced alone
+        place[node] = after if _joins(node) else max(after, (phase, node.number))
     for node in reversed(list(kernels)):
         if node.kind in ("filter", "full") and readers[node]:
-            first = min(readers[node], key=lambda reader: (phase[reader], reader.number))
-            phase[node] = phase[first]
+            first = min(readers[node], key=lambda reader: (place[reader], reader.number))
+            place[node] = place[first]
             # Zeros are written in one kernel with the first result that needs them, and twice if
             # that is no elementwise one.
             for copy in (n for n in readers[node] if n.kind == "copy" and not first.in_place):
-                phase[copy] = phase[first]
-    return sorted(kernels, key=lambda node: (phase[node], node.number))
+                place[copy] = place[first]
+    return sorted(kernels, key=lambda node: (place[node], node.number))
+
+
+def _deferred(
+    kernels: Mapping[Node, tuple[Node, ...]], readers: Mapping[Node, Sequence[Node]]
+) -> set[Node]:
+    """What only the updates wait for: gradients of parameters, their all-reduces, and updates."""
+    result: set[Node] = set()
+    for node in reversed(list(kernels)):
+        heavy = node.kind in ("conv", "dot_general", "slice", *SUMS)
+        waits = bool(readers[node]) and all(reader in result for reader in readers[node])
+        if node.kind in ("update", "root") or node.combined or (heavy and waits):
+            result.add(node)
+    return result
 
 
 def _most(order: Sequence[Node], kernels: Mapping[Node, tuple[Node, ...]]) -> tuple[Node, ...]:

@@ -66,9 +66,7 @@ def plan_table(plan: Plan) -> Table:
             f"compute {seconds(cost.compute_s)} ms, transfer {seconds(cost.transfer_s)} ms, sync "
             f"{seconds(cost.sync_s)} ms, besides (update, new memory, input, dispatch) "
             f"{seconds(cost.overhead_s)} ms; rates: {space.devices.source}"
-            f"\n{_memory_note(plan)}"
-            + _measured_notes(plan)
-            + _replication_notes(plan)
+            f"\n{_memory_note(plan)}" + _measured_notes(plan) + _replication_notes(plan)
         ),
         title_justify="left",
         caption_justify="left",

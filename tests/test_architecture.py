@@ -24,7 +24,10 @@ NUMBERS_ONLY = (
     "_marginals",
     "_solve",
 )
-COST_FREE = ("_program", "_graph", "_trace", "_halo", "_reshard", "_lower", "ops")
+COST_FREE = (
+    *("_program", "_graph", "_trace", "_halo", "_reshard", "_lower", "_buffers", "_memory"),
+    "ops",
+)
 COSTS = (
     "_cost",
     "_changes",
@@ -39,7 +42,7 @@ COSTS = (
     "_search",
     "_devices",
 )
-LEAVES = ("_report", "_plot", "_compare", "_cli")
+LEAVES = ("_report", "_plot", "_compare", "_cli", "_target")
 
 
 def imports_when_loaded(path: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,14 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxlwp import BASELINES, Config, Plan, Rates, parallelize
-from jaxlwp._buffers import COMBINED_BYTES, predict
-from jaxlwp._memory import estimated_bytes, memory_costs, plan_memory, strategy_memory
+from jaxlwp._buffers import COMBINED_BYTES, _Builder, _fuse, _order, predict
+from jaxlwp._memory import (
+    differentiated,
+    estimated_bytes,
+    memory_costs,
+    plan_memory,
+    strategy_memory,
+)
 from jaxlwp._model import load_workload
 from jaxlwp._program import flatten
 from jaxlwp._strategy import make_strategy
@@ -51,12 +58,17 @@ def _kept(buffers: Any) -> list[int]:
     return sorted((num_bytes for num_bytes in kept if num_bytes > 64), reverse=True)
 
 
+@functools.cache
+def _lenet() -> Any:
+    return load_workload("models.lenet:LeNet5", batch=16)
+
+
 # --- the state, against arrays ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["search", "model", "spatial"])
 def test_state_is_as_large_as_its_arrays(mesh222: Mesh, strategy: str) -> None:
-    work = load_workload("models.lenet:LeNet5", batch=16)
+    work = _lenet()
     plan = parallelize(
         work.loss, work.params, *work.batch, mesh=mesh222, strategy=strategy, rates=RATES
     )
@@ -168,6 +180,23 @@ def test_donated_state_takes_nothing_more() -> None:
     """One weight: beside it, its gradient alone."""
     buffers = _predicted(lambda w, x: jnp.sum(x @ w), _array(1024, 512), _array(2, 1024), trained=1)
     assert 1024 * 512 * F32 <= buffers.live_bytes < 1.05 * 1024 * 512 * F32
+
+
+@pytest.mark.parametrize("name", ["models.alexnet:AlexNet", "models.resnet:ResNet18"])
+@pytest.mark.parametrize("baseline", ["data", "model", "spatial"])
+def test_kernels_run_after_what_they_read(mesh222: Mesh, name: str, baseline: str) -> None:
+    work = load_workload(name, batch=16, input_shape=(64, 64, 3), abstract=True)
+    plan = parallelize(
+        work.loss, work.params, *work.batch, mesh=mesh222, strategy=baseline, rates=RATES
+    )
+    local = differentiated(plan.lowered)
+    kernels = _fuse(_Builder(local.program).root(local.gradients))
+    order = _order(kernels)
+    done: set[Any] = set()
+    for node in order:
+        assert done.issuperset(kernels[node])
+        done.add(node)
+    assert done == set(kernels)
 
 
 # --- under strategies ------------------------------------------------------------------------

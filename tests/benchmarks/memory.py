@@ -109,11 +109,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--others", action="store_true", help="networks that nothing was fitted to")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--only", help="one network of the table")
+    parser.add_argument("--only", action="append", help="networks of the table")
     options = parser.parse_args()
     networks = OTHERS if options.others else NETWORKS
     if options.only:
-        networks = {options.only: networks[options.only]}
+        networks = {name: networks[name] for name in options.only}
     made = rows(networks, options.batch, STRATEGIES)
     errors = {(row["model"], row["strategy"]): abs(row["error"]) for row in made}
     baselines = [error for (_, strategy), error in errors.items() if strategy != "search"]
