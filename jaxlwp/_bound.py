@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlwp._eliminate import Graph, Order, min_plus_vector, plan_order, restricted
+from jaxlwp._eliminate import Graph, Order, min_plus_vector, restricted
 from jaxlwp._tables import FloatArray
 
 
@@ -186,8 +186,11 @@ def descend(relaxation: Relaxation, choices: list[int]) -> list[int]:
 # Bounds of a graph, and what they leave of it ---------------------------------------------------
 
 # What things take, in units of one sum of two costs (about 1.2 ns).
-_EDGE_WORK = 10_000  # handing a message over one edge, and a layer's turn, besides its sums
+_EDGE_WORK = 6_000  # handing a message over one edge, and a layer's turn, besides its sums
 _LAYER_WORK = 20_000  # eliminating a layer, besides its sums
+
+_PATIENCE = 100
+"""Rounds that elimination may take to be preferred where two have dropped no config."""
 
 _ROUNDS_LIMIT = 200
 """Pairs of sweeps at most."""
@@ -304,15 +307,17 @@ def _most(graph: Graph) -> float:
     return min(2 * largest or 1.0, float(np.finfo(float).max) / (8 * len(tables)))
 
 
-def tighten(bounded: Bounded, report: Callable[[float], None]) -> None:
+def tighten(bounded: Bounded, order: Order, report: Callable[[float], None]) -> Order:
     """Message passing, as long as it pays, against elimination of what it leaves.
 
     Args:
         bounded: the graph.
+        order: in which its layers would be eliminated.
         report: called with lower bounds; ends the search by raising.
+
+    Returns:
+        The order, and what following it takes now.
     """
-    order = _plan(bounded)
-    total = sum(map(len, bounded.names))
     spent, step = 0, 2 * sweep_work(bounded.graph)
     left = elimination_work(order)
     for n in range(_ROUNDS_LIMIT):
@@ -320,18 +325,14 @@ def tighten(bounded: Bounded, report: Callable[[float], None]) -> None:
         bounded.round(improve=n & (n + 1) == 0)  # after 1, 2, 4, 8 ... rounds
         report(bounded.lower_s - bounded.slack_s)
         if bounded.closed:
-            return
+            return order
         if bounded.drop():
-            # A new plan takes as long as a few sweeps: only if it may change what to do.
-            configs = sum(map(len, bounded.names))
-            if left * (configs / total) ** (order.width + 1) <= max(8 * step, 4 * spent):
-                order, total = _plan(bounded), configs
-                left = elimination_work(order)
+            order = Order.of(order.layers, order.near, [len(names) for names in bounded.names])
+            left = elimination_work(order)
         spent += step
         gained, gap = bounded.lower_s - before, bounded.upper_s - bounded.lower_s
-        if left <= 4 * step or spent > left // 2 or (n > 1 and gained < 0.02 * gap):
-            return
-
-
-def _plan(bounded: Bounded) -> Order:
-    return plan_order([len(names) for names in bounded.names], bounded.graph.scopes())
+        hopeless = n == 1 and not bounded.dropped and gap > 0.05 * bounded.upper_s
+        stalled = n > 1 and gained < 0.02 * gap
+        if left <= step or spent > 2 * left or (hopeless and left < _PATIENCE * step) or stalled:
+            break
+    return order

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,15 +102,39 @@ class Order:
 
     Attributes:
         layers: every layer, the first eliminated first.
+        near: for each of them, its neighbours when it is eliminated.
         width: the most neighbours that a layer has when it is eliminated.
         sums: how many sums of costs are compared.
         entries: how many entries the largest table made has.
     """
 
     layers: tuple[int, ...]
+    near: tuple[tuple[int, ...], ...]
     width: int
     sums: int
     entries: int
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[int],
+        near: Sequence[Collection[int]],
+        sizes: Sequence[int],
+    ) -> Order:
+        """The order of `layers`, with configs as in `sizes`; of one, a layer makes no table."""
+        width, total, largest = 0, 0, 0
+        for layer, others in zip(layers, near, strict=True):
+            if sizes[layer] > 1:
+                entries = math.prod([sizes[n] for n in others])
+                width = max(width, len(others))
+                total, largest = total + entries * sizes[layer], max(largest, entries)
+        return cls(
+            layers=tuple(layers),
+            near=tuple(tuple(others) for others in near),
+            width=width,
+            sums=total,
+            entries=largest,
+        )
 
 
 def make_graph(problem: Problem) -> tuple[Graph, int]:
@@ -243,7 +267,7 @@ def _greedy_order(sizes: Sequence[int], around: list[set[int]], rule: _Rule) -> 
     queue = list(current)
     heapq.heapify(queue)
     layers: list[int] = []
-    width, total, largest = 0, 0, 0
+    met: list[set[int]] = []
     while queue:
         entry = heapq.heappop(queue)
         layer = entry[-1]
@@ -252,10 +276,7 @@ def _greedy_order(sizes: Sequence[int], around: list[set[int]], rule: _Rule) -> 
         near = around[layer]
         current[layer] = ()
         layers.append(layer)
-        if sizes[layer] > 1:
-            width = max(width, len(near))
-            entries = math.prod([sizes[n] for n in near])
-            total, largest = total + entries * sizes[layer], max(largest, entries)
+        met.append(near)
         for n in near:
             if sizes[layer] > 1:
                 around[n] |= near
@@ -267,7 +288,7 @@ def _greedy_order(sizes: Sequence[int], around: list[set[int]], rule: _Rule) -> 
         for n in sorted(touched):
             current[n] = rule(sizes, around, n)
             heapq.heappush(queue, current[n])
-    return Order(layers=tuple(layers), width=width, sums=total, entries=largest)
+    return Order.of(layers, met, sizes)
 
 
 # Elimination ------------------------------------------------------------------------------------

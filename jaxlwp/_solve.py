@@ -253,7 +253,7 @@ def _solve_by_elimination(progress: _Progress) -> None:
         progress.offer(_eliminate_all(progress, graph, order))
         return
     first = [int(np.argmin(costs)) for costs in graph.costs]
-    _solve_dense(progress, Bounded(graph, first, progress.offer), progress.bound)
+    _solve_dense(progress, Bounded(graph, first, progress.offer), order, progress.bound)
 
 
 def _plan(graph: Graph) -> Order:
@@ -273,20 +273,23 @@ def _eliminate_all(progress: _Progress, graph: Graph, order: Order) -> list[int]
     return best_choices(buckets, [0] * len(order.layers))
 
 
-def _solve_dense(progress: _Progress, bounded: Bounded, report: Callable[[float], None]) -> None:
+def _solve_dense(
+    progress: _Progress, bounded: Bounded, order: Order, report: Callable[[float], None]
+) -> None:
     """Bounds first; then elimination, parts on their own, or branching: the first that will do.
 
     Args:
         progress: counts what is done.
         bounded: the graph; the best strategy is offered to it.
+        order: an elimination order of it.
         report: called with lower bounds; ends the search by raising.
     """
-    tighten(bounded, report)
+    order = tighten(bounded, order, report)
     progress.configs_dropped += bounded.dropped
     if bounded.closed:
         return
     graph = restricted(bounded.graph, bounded.names)
-    order = _plan(graph)
+    order = order if _fits(order) else _plan(graph)
     if _fits(order):
         bounded.offer(bounded.named(_eliminate_all(progress, graph, order)))
         return
@@ -347,7 +350,7 @@ def _solve_parts(
             others = (other.lower_s for m, other in enumerate(bounds) if m != n)
             report(constant + math.fsum(others) + lower_s)
 
-        _solve_dense(progress, part, of_whole)
+        _solve_dense(progress, part, _plan(part.graph), of_whole)
         part.lower_s = max(part.lower_s, part.upper_s - part.slack_s)
 
 
