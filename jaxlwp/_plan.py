@@ -415,7 +415,7 @@ def parallelize(
     elif isinstance(rates, DeviceGraph):
         rated = rates
     else:
-        rated = device_graph(mesh, rates=rates)
+        rated = _rated(mesh, rates)
     if isinstance(strategy, Strategy):
         check_mesh(strategy, rated.axis_sizes)
         strategy.for_graph(graph)
@@ -452,6 +452,19 @@ def _slots(optimizer: Any, params: Any) -> float:
         for tree in (state, params)
     ]
     return float(sizes[0] / max(sizes[1], 1))
+
+
+def _rated(mesh: Mesh, rates: Rates | None) -> DeviceGraph:
+    """The device graph, measured if no rates are given."""
+    try:
+        return device_graph(mesh, rates=rates)
+    except jax.errors.JaxRuntimeError as error:
+        if "compile-only" not in str(error):
+            raise
+        raise ValueError(
+            f"rates: {mesh.devices.flat[0].device_kind} is not there to be measured; give its "
+            "rates (jaxlwp.Rates), a DeviceGraph, or a profile that was taken on one"
+        ) from error
 
 
 def bind(

@@ -176,6 +176,17 @@ def test_half_the_width_of_numbers() -> None:
     assert kept[0] == 2 * kept[1] > 0
 
 
+def test_elementwise_kernel_writes_over_what_nobody_reads_later() -> None:
+    """Two arrays at a time: the sum overwrites one of the two that it is made of."""
+
+    def loss(w: Any, x: Any) -> Any:
+        first, second = lax.cumsum(x), lax.cumsum(x, reverse=True)
+        return jnp.sum(w * lax.cumsum(jnp.floor(first) + jnp.floor(second))[0])
+
+    buffers = _predicted(loss, _array(8), _array(4096, 8), trained=1)
+    assert 2 * 4096 * 8 * F32 <= buffers.live_bytes < 2.5 * 4096 * 8 * F32
+
+
 def test_donated_state_takes_nothing_more() -> None:
     """One weight: beside it, its gradient alone."""
     buffers = _predicted(lambda w, x: jnp.sum(x @ w), _array(1024, 512), _array(2, 1024), trained=1)

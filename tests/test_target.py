@@ -112,6 +112,11 @@ class TestCompiled:
         assert step.compiled_bytes_by_kind == step.predicted_bytes_by_kind
         assert plan.mesh is mesh222
 
+    def test_rates_must_be_given(self) -> None:
+        with pytest.raises(ValueError, match="NVIDIA H200.* is not there to be measured"):
+            parallelize(_cnn, *_arguments(), mesh=target_mesh("h200:16"))
+
     def test_plan_is_printed(self) -> None:
         plan = parallelize(_cnn, *_arguments(), mesh=target_mesh("h200:16"), rates=RATES)
         assert "NVIDIA H200" in str(plan)
+        assert "kept for the backward pass" in str(plan)
