@@ -10,7 +10,8 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all test-gpu-aot lint format demo notebook bench-search bench-space bench-compare bench-memory clean
+.PHONY: help venv test test-all test-gpu-aot lint format demo notebook bench-search bench-space \
+	bench-compare bench-memory bench-costs gpu-check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,8 +60,15 @@ notebook: $(READY)  ## Execute the notebooks; an error in a cell fails
 
 SIMULATED := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu
 
-bench-search: $(READY)  ## Time the search on the paper's networks
+bench-search: $(READY)  ## Time the search on the paper's networks, and against other solvers
 	$(SIMULATED) $(BIN)/python -m tests.benchmarks.search
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.solvers
+
+bench-costs: $(READY)  ## Predicted against measured steps, lazy against full tables (hours)
+	$(BIN)/python -m tests.benchmarks.costs
+
+gpu-check: $(READY)  ## Correctness, profile and accuracy on the GPUs at hand (under 8 minutes)
+	$(BIN)/python -m tests.benchmarks.gpu_check
 
 bench-space: $(READY)  ## Measure what one fixed order of mesh axes costs
 	$(SIMULATED) $(BIN)/python -m tests.benchmarks.space
