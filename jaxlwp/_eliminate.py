@@ -324,7 +324,7 @@ def eliminate(
             constant += float(costs[0])
             for scope, table in bucket.factors:
                 rest = tuple(n for n in scope if n != layer)
-                merged += graph.add(rest, table.take(0, axis=scope.index(layer)))
+                merged += graph.add(rest, np.take(table, 0, axis=scope.index(layer)))
         else:
             merged += graph.add(*message(bucket))
     return buckets, constant, merged

@@ -1,7 +1,8 @@
 """How long tracing, pricing and search take on the paper's networks: `make bench-search`.
 
 Prints the table beside the paper's Table 3 (4 devices), then the large networks on 8 devices of one
-link level and of two (2 hosts), and writes results/search.json. Every row starts with empty caches.
+link level and of two (2 hosts), and writes results/search.json, where `solvers` adds the solver's
+peers. Every row starts with empty caches.
 LeNet-5 is also searched exhaustively, and both must agree. With --profile, prints where the time
 goes instead.
 """
@@ -172,7 +173,8 @@ def main() -> None:
     for name, levels in ROWS:
         rows.append(row(name, levels))
         show(rows[-1])
-    content = {
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # of benchmarks.solvers
+    content = kept | {
         "date": datetime.date.today().isoformat(),
         "machine": platform.processor() or platform.machine(),
         "jax": jax.__version__,
