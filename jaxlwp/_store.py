@@ -21,11 +21,12 @@ import os
 import platform
 import sqlite3
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import platformdirs
 
@@ -44,6 +45,12 @@ CREATE TABLE entries (
   content TEXT NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY (environment, kind, key));
 CREATE TABLE environments (key TEXT PRIMARY KEY, content TEXT NOT NULL);
 """
+_COLUMNS = {
+    "entries": ["environment", "kind", "key", "program", "content", "checksum"],
+    "environments": ["key", "content"],
+}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,10 +156,20 @@ def default_path() -> Path:
     return Path(folder) / f"profile-{FORMAT_VERSION}.sqlite3"
 
 
-class Store:
-    """Measurements in one file.
+class StoreError(OSError):
+    """The file cannot be used just now: locked, read-only, a full disk."""
 
-    A folder that cannot be written to is named in a warning, and the store lives in memory.
+
+class _DamagedError(sqlite3.DatabaseError):
+    """The file is no store, or its content does not hold together."""
+
+
+class Store:
+    """Measurements in one file; threads may share a store.
+
+    Work goes on whatever becomes of the file. One that cannot be written to is named in a warning,
+    and what it holds is used from memory. One that is damaged is named, set aside and made anew. A
+    file that is locked, read-only or on a full disk is left as it is: nothing in it is wrong.
 
     Args:
       path: the file; see `default_path`.
@@ -160,6 +177,7 @@ class Store:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or default_path()
+        self._lock = threading.RLock()
         self._connection = self._opened()
 
     def _opened(self) -> sqlite3.Connection:
@@ -168,8 +186,8 @@ class Store:
             with _locked(self.path):
                 try:
                     return _connect(self.path)
-                except sqlite3.DatabaseError as error:
-                    if _is_busy(error):
+                except sqlite3.Error as error:
+                    if not _is_damage(error):
                         raise
                     self._set_aside(error)
                     return _connect(self.path)
@@ -179,17 +197,18 @@ class Store:
                 "set JAXLWP_CACHE_DIR to a folder that can be written to",
                 stacklevel=3,
             )
-            return _connect(":memory:")
+            return _in_memory(self.path)
 
     def _set_aside(self, error: Exception) -> None:
         """Rename a damaged or foreign file, and its journal, to a name that is free."""
         number = 0
         while (aside := self.path.with_name(f"{self.path.name}.damaged-{number}")).exists():
             number += 1
-        os.replace(self.path, aside)
+        # The journal first: a new file must never find an old one's.
         for suffix in ("-journal", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")
+        os.replace(self.path, aside)
         warnings.warn(
             f"{self.path} is damaged or no store of jaxlwp ({error}); it was set aside as {aside} "
             "and is made anew: what it held will be measured again",
@@ -206,26 +225,53 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do something with the file; when that shows it damaged, once more with a new one.
+
+        Raises:
+          StoreError: the file cannot be used just now.
+        """
+        with self._lock:
+            try:
+                try:
+                    return work(self._connection)
+                except sqlite3.Error as error:
+                    if not _is_damage(error):
+                        raise
+                # Another process may have set the file aside already: look again before doing so.
+                self._connection.close()
+                self._connection = self._opened()
+                return work(self._connection)
+            except sqlite3.Error as error:
+                raise StoreError(
+                    f"{self.path} cannot be used ({error}); see that no other program holds it, "
+                    "that the disk has room, and that it can be written to"
+                ) from error
+
     # --- reading ---
 
     def get_all(self, environment: Environment, kind: str) -> dict[str, Measurement]:
-        """Every measurement of a kind, by key."""
-        return {
-            key: measurement
-            for _, _, key, measurement in self._rows(
-                "WHERE environment = ? AND kind = ?", (environment.key, kind)
-            )
-        }
+        """Every measurement of a kind, by key; none, with a warning, if the file cannot be used."""
+        return self._found("WHERE environment = ? AND kind = ?", (environment.key, kind))
 
     def get(self, environment: Environment, kind: str, key: str) -> Measurement | None:
-        """One measurement."""
-        found = self._rows(
-            "WHERE environment = ? AND kind = ? AND key = ?", (environment.key, kind, key)
-        )
-        return next((measurement for *_, measurement in found), None)
+        """One measurement; None, with a warning, if the file cannot be used."""
+        where = "WHERE environment = ? AND kind = ? AND key = ?"
+        return self._found(where, (environment.key, kind, key)).get(key)
+
+    def _found(self, where: str, values: Sequence[str]) -> dict[str, Measurement]:
+        try:
+            return {key: measurement for *_, key, measurement in self._rows(where, values)}
+        except StoreError as error:
+            warnings.warn(f"measurements are not read: {error}", stacklevel=3)
+            return {}
 
     def environments(self) -> list[tuple[Environment, dict[str, int]]]:
-        """Every environment, with the number of its entries of each kind."""
+        """Every environment, with the number of its entries of each kind.
+
+        Raises:
+          StoreError: the file cannot be used just now.
+        """
         counts: dict[str, dict[str, int]] = {}
         for environment, kind, _, _ in self._rows("", ()):
             of = counts.setdefault(environment, {})
@@ -253,7 +299,7 @@ class Store:
                 bad += 1
                 continue
             environment, kind, key, program, content, _ = row
-            yield environment, kind, key, _measurement(program, json.loads(content))
+            yield environment, kind, key, Measurement(program=program, **json.loads(content))
         if bad:
             warnings.warn(
                 f"{self.path}: {bad} damaged entries are not used; they will be measured again",
@@ -261,52 +307,50 @@ class Store:
             )
 
     def _select(self, query: str, values: Sequence[str]) -> list[Any]:
-        try:
-            return self._connection.execute(query, values).fetchall()
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            if isinstance(error, sqlite3.DatabaseError) and _is_busy(error):
-                raise
-            self._rebuild(error)
-            return []
-
-    def _rebuild(self, error: Exception) -> None:
-        """Set a file aside that turned out to be damaged, and open a new one."""
-        self._connection.close()
-        with _locked(self.path):
-            self._set_aside(error)
-        self._connection = self._opened()
+        return self._run(lambda connection: connection.execute(query, values).fetchall())
 
     # --- writing ---
 
     def put(self, environment: Environment, kind: str, entries: Mapping[str, Measurement]) -> None:
-        """Add or replace measurements by key; they are on disk when this returns."""
-        try:
-            self._write(environment, kind, entries)
-        except sqlite3.DatabaseError as error:
-            if _is_busy(error) or "full" in str(error) or "readonly" in str(error):
-                warnings.warn(f"{self.path}: measurements were not kept ({error})", stacklevel=2)
-                return
-            self._rebuild(error)
-            self._write(environment, kind, entries)
+        """Add or replace measurements by key.
 
-    def _write(
-        self, environment: Environment, kind: str, entries: Mapping[str, Measurement]
-    ) -> None:
-        description = json.dumps(dataclasses.asdict(environment), sort_keys=True)
-        with _transaction(self._connection) as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO environments VALUES (?, ?)", (environment.key, description)
-            )
-            connection.executemany(
-                "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)",
-                [_row(environment.key, kind, key, value) for key, value in entries.items()],
-            )
+        They are on disk when this returns; if the file cannot be used, a warning says that they
+        are not.
+        """
+        try:
+            self._write([(environment, kind, entries)])
+        except StoreError as error:
+            warnings.warn(f"measurements were not kept: {error}", stacklevel=2)
+
+    def _write(self, groups: Sequence[tuple[Environment, str, Mapping[str, Measurement]]]) -> None:
+        """Write all of it or nothing.
+
+        Raises:
+          StoreError: the file cannot be used just now.
+        """
+
+        def work(connection: sqlite3.Connection) -> None:
+            for environment, kind, entries in groups:
+                description = json.dumps(dataclasses.asdict(environment), sort_keys=True)
+                connection.execute(
+                    "INSERT OR REPLACE INTO environments VALUES (?, ?)",
+                    (environment.key, description),
+                )
+                connection.executemany(
+                    "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)",
+                    [_row(environment.key, kind, key, value) for key, value in entries.items()],
+                )
+
+        self._run(_as_transaction(work))
 
     def forget(self, environment: Environment | None = None, kind: str | None = None) -> int:
         """Drop entries of one environment or kind, or all, to measure them again.
 
         Returns:
           How many.
+
+        Raises:
+          StoreError: the file cannot be used just now; nothing is dropped then.
         """
         where, values = [], []
         if environment is not None:
@@ -316,8 +360,11 @@ class Store:
             where.append("kind = ?")
             values.append(kind)
         clause = f" WHERE {' AND '.join(where)}" if where else ""
-        with _transaction(self._connection) as connection:
+
+        def work(connection: sqlite3.Connection) -> int:
             return connection.execute(f"DELETE FROM entries{clause}", values).rowcount
+
+        return self._run(_as_transaction(work))
 
     # --- files to take along ---
 
@@ -325,6 +372,9 @@ class Store:
         """Write the measurements, of one environment or all, to one JSON file; returns how many.
 
         The file is whole or not there.
+
+        Raises:
+          OSError: one of the two files cannot be used.
         """
         known = self._environments()
         content: dict[str, Any] = {"format_version": FORMAT_VERSION, "environments": []}
@@ -345,20 +395,26 @@ class Store:
         """Add what `export` wrote; of two entries the newer one stays. Returns how many were added.
 
         Raises:
-          ValueError: the file is not there, or not one that `export` wrote; nothing is added then.
+          ValueError: the file is not there, or not one that `export` wrote.
+          StoreError: the store's file cannot be used just now. Nothing is added in either case.
         """
-        added = 0
+        newer = []
         for environment, groups in read_export(path):
             for kind, entries in groups.items():
                 known = self.get_all(environment, kind)
-                newer = {
-                    key: entry
-                    for key, entry in entries.items()
-                    if key not in known or known[key].date < entry.date
-                }
-                self.put(environment, kind, newer)
-                added += len(newer)
-        return added
+                newer.append(
+                    (
+                        environment,
+                        kind,
+                        {
+                            key: entry
+                            for key, entry in entries.items()
+                            if key not in known or known[key].date < entry.date
+                        },
+                    )
+                )
+        self._write(newer)
+        return sum(len(entries) for _, _, entries in newer)
 
 
 def read_export(path: Path) -> list[tuple[Environment, dict[str, dict[str, Measurement]]]]:
@@ -386,10 +442,6 @@ def read_export(path: Path) -> list[tuple[Environment, dict[str, dict[str, Measu
         ) from error
 
 
-def _measurement(program: str, content: dict[str, Any]) -> Measurement:
-    return Measurement(program=program, **content)
-
-
 def _row(environment: str, kind: str, key: str, measurement: Measurement) -> tuple[str, ...]:
     content = measurement.to_json()
     program = content.pop("program")
@@ -405,38 +457,74 @@ def _connect(path: Path | str) -> sqlite3.Connection:
     """Open a store, or make one.
 
     Raises:
-      sqlite3.DatabaseError: the file is damaged, or something else.
+      sqlite3.Error: the file is damaged, or cannot be used just now; `_is_damage` tells which.
     """
-    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+    if path != ":memory:" and Path(path).is_dir():
+        raise _DamagedError("it is a folder")
+    # `Store` has a lock of its own. A flipped bit may leave text that is no UTF-8: its checksum
+    # tells.
+    connection = sqlite3.connect(
+        path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+    )
+    connection.text_factory = lambda content: content.decode(errors="replace")
     try:
         (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
         if tables == 0 and not (path != ":memory:" and Path(path).stat().st_size):
             connection.executescript(
                 f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; {_SCHEMA} COMMIT;"
             )
-        (mark,) = connection.execute("PRAGMA application_id").fetchone()
-        if mark != APPLICATION_ID:
-            raise sqlite3.DatabaseError("it is another program's file")
-        (sound,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if sound != "ok":
-            raise sqlite3.DatabaseError(sound)
-        connection.execute("SELECT environment, kind, key, program, content, checksum FROM entries")
-        connection.execute("SELECT key, content FROM environments")
+        _check(connection)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield connection
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-    connection.execute("COMMIT")
+def _check(connection: sqlite3.Connection) -> None:
+    """Raises: sqlite3.Error: what is open is no store, or damaged."""
+    (mark,) = connection.execute("PRAGMA application_id").fetchone()
+    if mark != APPLICATION_ID:
+        raise _DamagedError("it is another program's file")
+    (sound,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    if sound != "ok":
+        raise _DamagedError(sound)
+    columns = {
+        table: [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+        for table in _COLUMNS
+    }
+    if columns != _COLUMNS:
+        raise _DamagedError(f"its columns are {columns}")
+
+
+def _in_memory(path: Path) -> sqlite3.Connection:
+    """A store in memory, with what a file holds that can be read though not written."""
+    with contextlib.suppress(sqlite3.Error):
+        file = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+        with contextlib.closing(file):
+            _check(file)
+            memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            file.backup(memory)
+            return memory
+    return _connect(":memory:")
+
+
+def _as_transaction(
+    work: Callable[[sqlite3.Connection], T],
+) -> Callable[[sqlite3.Connection], T]:
+    """All of the work is done, or nothing."""
+
+    def whole(connection: sqlite3.Connection) -> T:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            result = work(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:  # some errors have ended it
+                connection.execute("ROLLBACK")
+            raise
+        return result
+
+    return whole
 
 
 @contextlib.contextmanager
@@ -448,12 +536,17 @@ def _locked(path: Path) -> Iterator[None]:
         yield
         return
     with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _is_busy(error: sqlite3.DatabaseError) -> bool:
-    return "locked" in str(error) or "busy" in str(error)
+def _is_damage(error: sqlite3.Error) -> bool:
+    """Whether the file's content is at fault, not its surroundings."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return isinstance(error, _DamagedError) or (
+        code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    )
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,105 @@ def test_unwritable_folder_leaves_memory(tmp_path: Path) -> None:
     assert store.get(HERE, "layer", "k") == Measurement(seconds=1.0)
 
 
+def test_what_cannot_be_written_is_still_read(tmp_path: Path) -> None:
+    entries = filled(tmp_path / "s", 5)
+    (tmp_path / "s.lock").unlink()
+    (tmp_path / "s.lock").mkdir()  # root writes to read-only folders; nobody opens this one
+    with pytest.warns(UserWarning, match="kept in memory"):
+        store = Store(tmp_path / "s")
+    assert store.get_all(HERE, "layer") == entries
+    store.put(HERE, "layer", {"k": Measurement(seconds=1.0)})
+    assert store.get(HERE, "layer", "k") == Measurement(seconds=1.0)
+    (tmp_path / "s.lock").rmdir()
+    unharmed(tmp_path / "s", entries)
+
+
+def unharmed(path: Path, entries: dict[str, Measurement]) -> None:
+    """The file was not set aside and holds what it held."""
+    assert not list(path.parent.glob("*damaged*"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Store(path) as store:
+            found = store.get_all(HERE, "layer")
+    assert entries.items() <= found.items()
+
+
+FULL = """
+import resource, sys, warnings
+from pathlib import Path
+from jaxlwp._store import Environment, Measurement, Store
+here = Environment(device_kind="test", platform="cpu", driver="1", jax="1", jaxlib="1", host="h")
+size = Path(sys.argv[1]).stat().st_size + 4096
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+with Store(Path(sys.argv[1])) as store, warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    many = {f"many{n}": Measurement(seconds=1.0, data={"text": "x" * 1000}) for n in range(100)}
+    store.put(here, "layer", many)
+    print(*(w.message for w in caught), sep="|")
+    print(len(store.get_all(here, "layer")))
+"""
+
+
+def test_full_disk_loses_nothing(tmp_path: Path) -> None:
+    entries = filled(tmp_path / "s", 20)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "s")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "measurements were not kept" in done.stdout
+    assert done.stdout.split()[-1] == "20"
+    unharmed(tmp_path / "s", entries)
+
+
+def test_locked_by_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxlwp._store.BUSY_S", 0.1)
+    entries = filled(tmp_path / "s", 20)
+    with Store(tmp_path / "s") as store:
+        other = sqlite3.connect(tmp_path / "s", isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.warns(UserWarning, match="not read: .*locked"):
+            assert store.get_all(HERE, "layer") == {}
+        with pytest.warns(UserWarning, match="not kept: .*locked"):
+            store.put(HERE, "layer", {"k": Measurement(seconds=1.0)})
+        with pytest.raises(OSError, match="cannot be used .*locked"):
+            store.forget()
+        with pytest.raises(OSError, match="cannot be used .*locked"):
+            store.environments()
+        other.execute("ROLLBACK")
+        other.close()
+        assert store.get_all(HERE, "layer") == entries
+    unharmed(tmp_path / "s", entries)
+
+
+def test_threads_share_a_store(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store, ThreadPoolExecutor(8) as pool:
+        entries = {f"k{n}": Measurement(seconds=float(n)) for n in range(100)}
+        list(pool.map(lambda key: store.put(HERE, "layer", {key: entries[key]}), entries))
+        assert list(pool.map(lambda key: store.get(HERE, "layer", key), entries)) == list(
+            entries.values()
+        )
+    unharmed(tmp_path / "s", entries)
+
+
+def test_damage_under_an_open_store(tmp_path: Path) -> None:
+    """Two stores meet the same damage: it is set aside once, and the new file serves both."""
+    filled(tmp_path / "s", 2000)
+    stores = [Store(tmp_path / "s") for _ in range(2)]
+    content = (tmp_path / "s").read_bytes()
+    changed = content[:24] + b"\0\0\1\0" + content[28:4096]  # the counter of changes: read again
+    (tmp_path / "s").write_bytes(changed + b"\xff" * (len(content) - 4096))
+    with pytest.warns(UserWarning, match="set aside"):
+        assert stores[0].get_all(HERE, "layer") == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stores[0].put(HERE, "layer", {"a": Measurement(seconds=1.0)})
+    for store in stores:
+        store.close()
+    with Store(tmp_path / "s") as store:
+        assert store.get_all(HERE, "layer") == {"a": Measurement(seconds=1.0)}
+    assert len(list(tmp_path.glob("*damaged*"))) == 1
+
+
 class TestExport:
     def test_round_trip(self, tmp_path: Path) -> None:
         entries = filled(tmp_path / "s")
@@ -199,6 +299,23 @@ class TestExport:
                 store.put(HERE, "layer", {"k": second})
                 store.import_file(tmp_path / "out.json")
                 assert store.get(HERE, "layer", "k") == new
+
+    def test_all_of_a_file_or_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("jaxlwp._store.BUSY_S", 0.1)
+        filled(tmp_path / "s", 20)
+        with Store(tmp_path / "s") as store:
+            store.put(HERE, "rates", {"k": Measurement(seconds=1.0)})
+            store.export(tmp_path / "out.json")
+        with Store(tmp_path / "other") as store:
+            other = sqlite3.connect(tmp_path / "other", isolation_level=None)
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(OSError, match="cannot be used .*locked"):
+                store.import_file(tmp_path / "out.json")
+            other.execute("ROLLBACK")
+            assert store.environments() == []
+            assert store.import_file(tmp_path / "out.json") == 21
 
     @pytest.mark.parametrize(
         "text",
