@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis, axis_shape
 from jaxlwp._layout import COLLECTIVES, wire_share
+from jaxlwp._processes import from_first, spans_processes
 from jaxlwp._store import Measurement, Store, environment_of, now
 
 FORMAT_VERSION = 3
@@ -93,7 +94,8 @@ def device_graph(mesh: Mesh, *, rates: Rates | None = None, again: bool = False)
 
     Args:
       mesh: any mesh; its axes keep their names and order.
-      rates: rates by hand; None measures (about 30 s) and caches.
+      rates: rates by hand; None measures (about 30 s) and caches. Several processes use what the
+        first one has.
       again: measure even if there are cached rates: they were taken while the machine was busy.
 
     Raises:
@@ -105,12 +107,23 @@ def device_graph(mesh: Mesh, *, rates: Rates | None = None, again: bool = False)
     key, environment = rates_key(mesh), environment_of(list(mesh.devices.flat))
     with Store() as store:
         cached = None if again else _cached(store.get(environment, KIND, key))
+        together = spans_processes(mesh)
+        if together:  # all measure, or none
+            found = from_first(None if cached is None else cached.to_json())
+            cached = None if found is None else DeviceGraph.from_json(found)
         if cached is not None:
             return cached
         measured = measure(mesh)
+        if together:
+            measured = DeviceGraph.from_json(from_first(measured.to_json()))
         entry = Measurement(seconds=measured.reference_s, date=now(), data=measured.to_json())
         store.put(environment, KIND, {key: entry})
     return measured
+
+
+def local_devices(mesh: Mesh) -> list[Any]:
+    """The mesh's devices that this process can run programs on."""
+    return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
 
 
 def _levels(mesh: Mesh) -> dict[str, int]:
@@ -166,8 +179,8 @@ def _spread(mesh: Mesh, shape: tuple[int, ...]) -> jax.Array:
     spec = PartitionSpec(tuple(mesh.axis_names))
     full = (mesh.size * shape[0], *shape[1:])
     values = np.random.default_rng(0).normal(size=full).astype(np.float32)
-    placed: jax.Array = jax.device_put(values, NamedSharding(mesh, spec))
-    return placed
+    # device_put would compare the values across processes.
+    return jax.make_array_from_callback(full, NamedSharding(mesh, spec), lambda i: values[i])
 
 
 def _on_every_device(mesh: Mesh, body: Callable[..., Any], count: int) -> Any:
@@ -306,9 +319,9 @@ def _step_overhead(mesh: Mesh) -> tuple[float, float]:
 
 def _input_rate(mesh: Mesh) -> float:
     """Seconds for each byte that a device receives of a batch of 4 MB per device."""
-    spec = PartitionSpec(tuple(mesh.axis_names))
-    values = np.ones((mesh.size << 20,), np.float32)
-    sharding = NamedSharding(mesh, spec)
+    local = Mesh(np.array(local_devices(mesh), dtype=object), ("device",))
+    values = np.ones((local.size << 20,), np.float32)
+    sharding = NamedSharding(local, PartitionSpec("device"))
     return median_s(lambda: jax.device_put(values, sharding)) / (4 << 20)
 
 

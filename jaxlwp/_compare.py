@@ -21,12 +21,20 @@ from typing import Any
 
 import jax
 
-from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh, reference
+from jaxlwp._calibrate import (
+    Rates,
+    choose_devices,
+    device_graph,
+    local_devices,
+    make_mesh,
+    reference,
+)
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._hlo import bytes_by_kind, compiled_collectives
-from jaxlwp._measure import LayerTimer, local_devices, open_cache
+from jaxlwp._measure import LayerTimer, open_cache
 from jaxlwp._memory import OPTIMIZER
 from jaxlwp._plan import Plan, bind, parallelize
+from jaxlwp._processes import from_first, spans_processes
 from jaxlwp._search import measured_space
 from jaxlwp._step import ProgramMemory, lower_step, program_memory
 from jaxlwp._strategy import BASELINES, Strategy
@@ -291,6 +299,8 @@ def fastest(
         steps.append(_compile(each, state, batch, optimizer))
     taken, _ = _measure(steps, state, batch, rounds, progress)
     times = [statistics.median(times_s) for times_s in taken]
+    if spans_processes(plan.mesh):  # all must keep the same plan
+        times = from_first(times)
     checked = {each.strategy.name: s for each, s in zip(plans, times, strict=True)}
     best = min(range(len(plans)), key=times.__getitem__)
     return dataclasses.replace(plans[best], checked=checked)
@@ -448,7 +458,11 @@ def _staying(memories: Sequence[ProgramMemory], free_bytes: float) -> set[int]:
 
 def _free_bytes(plan: Plan) -> float:
     """Bytes of memory per device that a comparison may take."""
-    devices = list(plan.mesh.devices.flat)
+    num_bytes = _free_here(local_devices(plan.mesh))
+    return float(from_first(num_bytes)) if spans_processes(plan.mesh) else num_bytes
+
+
+def _free_here(devices: Sequence[Any]) -> float:
     stats = devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return 0.9 * float(stats["bytes_limit"] - stats["bytes_in_use"])

@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp._calibrate import reference
+from jaxlwp._calibrate import local_devices, reference
 from jaxlwp._config import Config
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._layout import degree
 from jaxlwp._local import LocalStep, local_step, text_of
+from jaxlwp._processes import from_first, spans_processes
 from jaxlwp._program import Value
 from jaxlwp._store import Environment, Measurement, Store, environment_of, now
 
@@ -154,15 +155,23 @@ class TimingCache:
     Args:
       store: where measurements are kept; None for memory alone.
       environment: what they are true for.
+      together: whether several processes measure for one plan: the first one's times count in all.
     """
 
     kind = "layer"
 
-    def __init__(self, store: Store | None = None, environment: Environment | None = None) -> None:
-        self.store, self.environment = store, environment
+    def __init__(
+        self,
+        store: Store | None = None,
+        environment: Environment | None = None,
+        together: bool = False,
+    ) -> None:
+        self.store, self.environment, self.together = store, environment, together
         self.entries: dict[str, Measurement] = {}
         if store is not None and environment is not None:
             self.entries = store.get_all(environment, self.kind)
+        if together:
+            self.entries = _from_first(self.entries)
         self.programs = {entry.program: entry for entry in self.entries.values()}
 
     def get(self, key: str) -> Measurement | None:
@@ -175,20 +184,23 @@ class TimingCache:
 
     def put(self, entries: dict[str, Measurement]) -> None:
         """Add measurements by key."""
+        if self.together:
+            entries = _from_first(entries)
         self.entries |= entries
         self.programs |= {entry.program: entry for entry in entries.values()}
         if self.store is not None and self.environment is not None:
             self.store.put(self.environment, self.kind, entries)
 
 
-def local_devices(mesh: Mesh) -> list[Any]:
-    """The mesh's devices that this process can run programs on."""
-    return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-
-
 def open_cache(mesh: Mesh) -> TimingCache:
     """The layer times of devices of this kind, on disk."""
-    return TimingCache(Store(), environment_of(local_devices(mesh)))
+    environment = environment_of(local_devices(mesh))
+    return TimingCache(Store(), environment, together=spans_processes(mesh))
+
+
+def _from_first(entries: dict[str, Measurement]) -> dict[str, Measurement]:
+    found = from_first({key: entry.to_json() for key, entry in entries.items()})
+    return {key: Measurement(**entry) for key, entry in found.items()}
 
 
 def _structure(layer: Layer) -> str:

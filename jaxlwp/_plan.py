@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
+from jaxlwp._calibrate import Rates, choose_devices, device_graph, local_devices, make_mesh
 from jaxlwp._config import Layout
 from jaxlwp._cost import strategy_collectives
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._layout import Collective
 from jaxlwp._lower import Lowered
-from jaxlwp._measure import LayerTimer, local_devices, open_cache
+from jaxlwp._measure import LayerTimer, open_cache
 from jaxlwp._memory import Memory, plan_memory
 from jaxlwp._profile import Profile
 from jaxlwp._search import (

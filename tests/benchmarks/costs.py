@@ -107,7 +107,8 @@ def lazy(name: str) -> list[dict[str, Any]]:
     import jax
 
     import jaxlwp
-    from jaxlwp._measure import LayerTimer, local_devices, open_cache
+    from jaxlwp._calibrate import local_devices
+    from jaxlwp._measure import LayerTimer, open_cache
     from jaxlwp._search import measured_space, search_measured
 
     work = workload(name)
