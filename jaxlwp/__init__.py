@@ -14,10 +14,18 @@ from jaxlwp._graph import ComputationGraph, Edge, Layer
 from jaxlwp._hlo import CompiledCollective, compiled_collectives
 from jaxlwp._layout import Collective
 from jaxlwp._marginals import RankedChoices, k_best, min_marginals
+from jaxlwp._measure import LayerTimer, layer_timer
 from jaxlwp._memory import Memory, MemoryCosts, memory_costs, plan_memory
 from jaxlwp._plan import Plan, bind, parallelize
 from jaxlwp._profile import Profile, load_profile
-from jaxlwp._search import SearchResult, SearchSpace, price, search
+from jaxlwp._search import (
+    SearchResult,
+    SearchSpace,
+    measured_space,
+    price,
+    search,
+    search_measured,
+)
 from jaxlwp._solve import Solution, solve
 from jaxlwp._strategy import BASELINES, Strategy
 from jaxlwp._tables import Cost, CostTables
@@ -42,6 +50,7 @@ __all__ = [
     "Edge",
     "Layer",
     "LayerCheck",
+    "LayerTimer",
     "LinkFit",
     "Memory",
     "MemoryCosts",
@@ -63,15 +72,18 @@ __all__ = [
     "compiled_collectives",
     "device_graph",
     "k_best",
+    "layer_timer",
     "load_profile",
     "make_mesh",
     "measure",
+    "measured_space",
     "memory_costs",
     "min_marginals",
     "parallelize",
     "plan_memory",
     "price",
     "search",
+    "search_measured",
     "solve",
     "strategy_collectives",
     "target_mesh",

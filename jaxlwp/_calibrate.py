@@ -6,6 +6,7 @@ Everything is measured inside compiled programs, as the median of several runs.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -25,7 +26,7 @@ from jaxlwp._layout import COLLECTIVES, wire_share
 from jaxlwp._processes import from_first, spans_processes
 from jaxlwp._store import Measurement, Store, environment_of, now
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 REPEATS = 5
 
 
@@ -191,11 +192,12 @@ def _on_every_device(mesh: Mesh, body: Callable[..., Any], count: int) -> Any:
 _CONV_FLOPS = 3 * 2 * 4 * 28 * 28 * 64 * 9 * 64
 
 
+@functools.lru_cache(maxsize=2)
 def reference(mesh: Mesh) -> Callable[[], float]:
     """A program to tell by how fast a shared machine is: 3x3 convolutions on 28x28x64.
 
     Returns:
-      A function that runs it once, forward and both backward convolutions of four examples on every
+      A function that runs it, forward and both backward convolutions of four examples on every
       device, and returns the seconds.
     """
     x, w = _spread(mesh, (4, 28, 28, 64)), _spread(mesh, (3, 3, 64, 64))
@@ -212,11 +214,11 @@ def reference(mesh: Mesh) -> Callable[[], float]:
     program = _on_every_device(mesh, step, 2).lower(x, w).compile()
 
     def run() -> float:
+        jax.block_until_ready(program(x, w))  # whatever ran before has left cold caches
         start = time.perf_counter()
         jax.block_until_ready(program(x, w))
         return time.perf_counter() - start
 
-    run()
     return run
 
 
@@ -277,8 +279,11 @@ def _in_place_s(
     return typical_s / (copies[1] - copies[0])
 
 
-FIRST_TOUCH_BYTES = (1 << 20, 1 << 23, 1 << 26)
-"""Sizes of new memory for each device: allocators treat small and large ones differently."""
+FIRST_TOUCH_BYTES = (1 << 20, 1 << 23, 3 << 23, 33 << 20)
+"""Sizes of new memory for each device: allocators treat small and large ones differently.
+
+(The C library's hands pages back after every use from 32 MiB on.)
+"""
 
 
 def _first_touch(mesh: Mesh) -> tuple[tuple[float, float], ...]:
@@ -387,6 +392,46 @@ def _link_fit(mesh: Mesh, kind: str, axes: tuple[str, ...], counts: tuple[int, .
     return fit_link(kind, counts, LINK_BYTES, seconds)
 
 
+def _wait(mesh: Mesh) -> float:
+    """Seconds that an all-reduce of next to nothing takes more between pieces of work than alone.
+
+    A device that is done with its piece waits for the others. Where simulated devices share cores,
+    and take turns on them, that is much longer than the exchange itself.
+    """
+    axes, copies = tuple(mesh.axis_names), 6
+    x, w = _spread(mesh, (2, 28, 28, 64)), _spread(mesh, (3, 3, 64, 64))
+    spec = PartitionSpec(axes)
+
+    def program(works: bool, exchanges: bool) -> Any:
+        def chain(x: jax.Array, w: jax.Array) -> jax.Array:
+            for _ in range(copies):
+                if works:
+                    x = 0.1 * lax.conv_general_dilated(
+                        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                    )
+                part = x[:1, :1]
+                if exchanges:
+                    part = lax.pcast(lax.psum(part, axes), axes, to="varying")
+                x = x + 1e-6 * part
+            return x
+
+        mapped = jax.shard_map(chain, mesh=mesh, in_specs=spec, out_specs=spec)
+        return jax.jit(mapped).lower(x, w).compile()
+
+    kinds = ((True, True), (True, False), (False, True), (False, False))
+    programs = [program(*kind) for kind in kinds]
+    waits = []
+    for _ in range(8 * REPEATS):
+        times = []
+        for run in programs:
+            start = time.perf_counter()
+            jax.block_until_ready(run(x, w))
+            times.append(time.perf_counter() - start)
+        both, work, exchange, nothing = times
+        waits.append((both - work - exchange + nothing) / copies)
+    return max(statistics.median(waits[1:]), 0.0)
+
+
 def fit_link(
     kind: str, axes_per_group: tuple[int, ...], sizes: Sequence[float], seconds: Sequence[float]
 ) -> LinkFit:
@@ -462,6 +507,7 @@ def measure(mesh: Mesh) -> DeviceGraph:
         links=fits,
         first_touch_byte_s=_first_touch(mesh),
         update_pass_byte_s=1 / memory_bytes_per_s,
+        wait_s=_wait(mesh) if mesh.size > 1 else 0.0,
         step_s=step_s,
         leaf_s=leaf_s,
         input_byte_s=_input_rate(mesh),

@@ -86,6 +86,7 @@ def changes(
     forward: int,
     backward: int,
     devices: DeviceGraph,
+    waiting: bool = False,
 ) -> Changes:
     """The changes between layouts.
 
@@ -98,6 +99,8 @@ def changes(
       forward: how many times the moves run.
       backward: how many times their transposes run.
       devices: mesh axes and their rates.
+      waiting: whether layers wait for the value, so that devices wait for one another: once before
+        the moves, once before their transposes.
     """
     rows, columns = np.arange(len(sources)), np.arange(len(targets))
     if every_pair:
@@ -112,7 +115,8 @@ def changes(
     )
     keys, plan_of = np.unique(pairs.keys, axis=0, return_inverse=True)
     plans = [_plan(tuple(key), len(devices.axes)) for key in keys.tolist()]
-    return _spread(plans, plan_of.reshape(-1), pairs, (forward, backward), devices)
+    wait_s = devices.wait_s if waiting else 0.0
+    return _spread(plans, plan_of.reshape(-1), pairs, (forward, backward), devices, wait_s)
 
 
 # --- which changes are alike -------------------------------------------------------------------
@@ -241,6 +245,7 @@ def _spread(
     pairs: _Pairs,
     runs: tuple[int, int],
     devices: DeviceGraph,
+    wait_s: float,
 ) -> Changes:
     """The plans' sequences and exchanges for every change, in its own axes and dimensions."""
     sequences = [sequence for plan in plans for sequence in plan]
@@ -256,6 +261,8 @@ def _spread(
         axes |= (bits >> n & 1) << pairs.axes[owner, n]
     latency_s, byte_s = _link_rates(devices)
     times = np.array(runs)[backward]
+    waits_s = np.zeros(len(owner))
+    waits_s[np.unique(2 * sequence + backward, return_index=True)[1]] = wait_s
     degrees = np.empty((len(owner), rank), dtype=np.int64)
     np.put_along_axis(degrees, pairs.dims[owner], pieces[:, 5:], axis=1)
     numbers = degrees @ (devices.num_devices + 1) ** np.arange(rank)
@@ -266,7 +273,7 @@ def _spread(
         sequence=sequence,
         block=block,
         weight=weight,
-        latency_s=latency_s[kind, axes] * times,
+        latency_s=(latency_s[kind, axes] + waits_s) * times,
         byte_s=byte_s[kind, axes] * blocks * times,
         degrees=degrees[first],
     )

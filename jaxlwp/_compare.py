@@ -31,7 +31,7 @@ from jaxlwp._calibrate import (
 )
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._hlo import bytes_by_kind, compiled_collectives
-from jaxlwp._measure import LayerTimer, open_cache
+from jaxlwp._measure import layer_timer
 from jaxlwp._memory import OPTIMIZER
 from jaxlwp._plan import Plan, bind, parallelize
 from jaxlwp._processes import from_first, spans_processes
@@ -352,7 +352,7 @@ def _make_plans(
     space = found.space
     others = [s if isinstance(s, Strategy) else space.baseline(s) for s in strategies]
     if measured:
-        timer = LayerTimer(space.graph, rated, local_devices(mesh), open_cache(mesh))
+        timer = layer_timer(space.graph, rated, mesh)
         pairs = [pair for strategy in others for pair in space.pairs(strategy)]
         timer.measure(pairs, progress)
         space = measured_space(space, timer)

@@ -448,6 +448,7 @@ class AnalyticCostModel:
             forward=1 + use.recomputed,
             backward=int(use.gradient),
             devices=self.devices,
+            waiting=not use.argument,
         )
         return table.seconds(use.info.shape, use.info.itemsize)
 
@@ -465,7 +466,11 @@ class AnalyticCostModel:
             return np.zeros(len(configs))
         parts, part_of = _distinct([part(config) for config in configs])
         collectives = [member_collectives(member, Config(splits), sizes) for splits in parts]
-        seconds = [sum(map(self.devices.collective_s, every)) for every in collectives]
+        seconds = [
+            sum(map(self.devices.collective_s, every))
+            + self.devices.wait_s * len({collective.backward for collective in every})
+            for every in collectives
+        ]
         return np.array(seconds, dtype=np.float64)[part_of]
 
     def _operator_s(self, member: Member, blocks: _Blocks) -> FloatArray:

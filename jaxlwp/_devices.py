@@ -119,6 +119,7 @@ class DeviceGraph:
         reading or writing it: (bytes of all temporaries, seconds per byte), ascending. Operating
         systems hand out and clear pages; accelerators' allocators keep them.
       update_pass_byte_s: seconds for each byte that the optimizer's update reads or writes.
+      wait_s: seconds that devices wait for one another where a layer's work meets a collective.
       step_s: fixed seconds of a step.
       leaf_s: seconds more for each array that a step reads.
       input_byte_s: seconds for each byte of the batch that is put on a device, all busy at once.
@@ -137,6 +138,7 @@ class DeviceGraph:
     links: tuple[LinkFit, ...] = ()
     first_touch_byte_s: tuple[tuple[float, float], ...] = ()
     update_pass_byte_s: float = 0.0
+    wait_s: float = 0.0
     step_s: float = 0.0
     leaf_s: float = 0.0
     input_byte_s: float = 0.0
@@ -158,6 +160,7 @@ class DeviceGraph:
         for name in (
             "overhead_s",
             "update_pass_byte_s",
+            "wait_s",
             "step_s",
             "leaf_s",
             "input_byte_s",

@@ -1,14 +1,16 @@
 """Measured layer times: a layer's own local work, forward and backward, on the devices at hand.
 
 A call of its own would over-count: dispatch, and output buffers that are new each time. So the work
-is unrolled inside one compiled program, each copy fed with what the one before has made, and what
-counts is the difference between a program of several copies and one of a single copy. All simulated
-devices work at once, since they share the machine's cores. Programs take turns, so that whatever
-else the machine does meets all of them alike.
+is unrolled inside one compiled program, each copy fed with what the one before has made. The first
+copy finds caches cold, the others warm; a training step is somewhere in between, and so is their
+mean. What an empty call takes, and memory that is taken anew, is left out. All simulated devices
+work at once, since they share the machine's cores. Programs take turns, so that whatever else the
+machine does meets all of them alike.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import statistics
@@ -18,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -41,8 +42,20 @@ ROUNDS = (4, 21)
 ENOUGH_S = 0.5
 """A program that has run so long in all, and often enough, is measured."""
 
+COPIES = (2, 16)
+"""Copies of a step in its program: few if that takes long enough, else many."""
+
+LONG_S = 4e-3
+"""Seconds of a program that stand out from those of a call."""
+
+SMALL_BYTES = 1 << 16
+"""Operands of a step that takes too short for few copies; no use to compile them."""
+
 STEADY = 0.02
 """Relative standard error of the median at which a program is measured."""
+
+NEGLIGIBLE = 0.02
+"""Standard error at which a program is measured, too, over what a step that does nothing takes."""
 
 CHUNK = 8
 """Programs that take turns."""
@@ -198,6 +211,17 @@ def open_cache(mesh: Mesh) -> TimingCache:
     return TimingCache(Store(), environment, together=spans_processes(mesh))
 
 
+def layer_timer(graph: ComputationGraph, rates: DeviceGraph, mesh: Mesh) -> LayerTimer:
+    """Measures a graph's layers on the devices of a mesh, and keeps the times on disk.
+
+    Args:
+      graph: from `trace`.
+      rates: mesh axes and rates, from `device_graph`.
+      mesh: the devices; of several processes, each measures on its own.
+    """
+    return LayerTimer(graph, rates, local_devices(mesh), open_cache(mesh))
+
+
 def _from_first(entries: dict[str, Measurement]) -> dict[str, Measurement]:
     found = from_first({key: entry.to_json() for key, entry in entries.items()})
     return {key: Measurement(**entry) for key, entry in found.items()}
@@ -251,27 +275,27 @@ def _chunks(steps: Sequence[LocalStep], devices: int) -> Iterator[list[LocalStep
 
 @dataclass
 class _Runner:
-    """Programs of one copy and of several copies of one step, and what they have taken."""
+    """A program of several copies of one step, and what it has taken."""
 
     step: LocalStep
     mesh: Mesh
     rates: DeviceGraph
-    copies: int = 1
-    programs: list[Any] = field(default_factory=list)
+    copies: int = 0
+    program: Any = None
     carried: list[Any] = field(default_factory=list)
     fixed: list[Any] = field(default_factory=list)
-    few_s: list[float] = field(default_factory=list)
-    many_s: list[float] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
 
     def prepare(self) -> None:
-        """Compile; more copies of what is short, for its time to stand out from the noise."""
+        """Compile; more copies of what is short, for its time to stand out from a call's."""
         count = self.step.carried
         self.carried = [self.random(v, n) for n, v in enumerate(self.step.operands[:count])]
-        self.programs = [self.compiled(1)]
-        once_s = min(self.once(0) for _ in range(2))
-        self.copies = 9 if once_s < 2e-3 else 4 if once_s < 1e-2 else 2
-        self.programs.append(self.compiled(self.copies))
-        self.once(1)
+        num_bytes = sum(math.prod(v.shape) * v.itemsize for v in self.step.operands)
+        for copies in COPIES if num_bytes > SMALL_BYTES else COPIES[-1:]:
+            self.copies, self.program = copies, self.compiled(copies)
+            self.once()
+            if min(self.once() for _ in range(2)) > LONG_S:
+                break
 
     @property
     def sharding(self) -> NamedSharding:
@@ -285,10 +309,10 @@ class _Runner:
             keys = jax.random.split(jax.random.key(seed), shape)
             return jax.device_put(keys, self.sharding)
         if value.differentiable:
-            values = generator.standard_normal(shape, np.float32) * 0.1
+            values = generator.standard_normal(shape, np.float32) * np.float32(0.1)
         else:
-            values = np.zeros(shape)
-        return jax.device_put(jnp.asarray(values, value.dtype), self.sharding)
+            values = np.zeros(shape, np.float32)
+        return jax.device_put(values.astype(value.dtype), self.sharding)
 
     def compiled(self, copies: int) -> Any:
         """A program of so many copies.
@@ -315,50 +339,66 @@ class _Runner:
         jitted = jax.jit(mapped, donate_argnums=0)
         return jitted.lower(self.carried, self.fixed[:copies]).compile()
 
-    def once(self, number: int) -> float:
-        """Seconds of one run of a program."""
-        fixed = self.fixed[: self.copies if number else 1]
+    def once(self) -> float:
+        """Seconds of one run."""
         start = time.perf_counter()
-        self.carried, made = self.programs[number](self.carried, fixed)
+        self.carried, made = self.program(self.carried, self.fixed[: self.copies])
         jax.block_until_ready((self.carried, made))
         return time.perf_counter() - start
 
     def turn(self) -> None:
-        """Run both programs."""
-        self.few_s.append(self.once(0))
-        self.many_s.append(self.once(1))
+        """Run it, and keep the time."""
+        self.times_s.append(self.once())
 
-    def pages_s(self, program: Any) -> float:
-        """Seconds to take a program's temporary memory anew."""
-        num_bytes = program.memory_analysis().temp_size_in_bytes
-        return float(num_bytes * self.rates.first_touch_s(num_bytes))
+    def besides_s(self, call_s: float) -> float:
+        """Seconds of a run that are not the step's: the call, its arrays, new memory."""
+        arrays = len(self.step.operands) + (self.copies - 1) * len(self.fixed[0])
+        num_bytes = self.program.memory_analysis().temp_size_in_bytes
+        touch_s = float(self.rates.first_touch_s(num_bytes) * num_bytes)
+        return call_s + self.rates.leaf_s * arrays + touch_s
 
     @property
     def done(self) -> bool:
         """Measured often and long enough, or steady."""
         least, most = ROUNDS
-        samples = len(self.many_s)
+        samples = len(self.times_s)
         if samples < least:
             return False
-        steady = 1.25 * self.timing().spread / math.sqrt(samples) < STEADY
-        return steady or samples >= most or sum(self.few_s) + sum(self.many_s) > ENOUGH_S
+        timing = self.timing()
+        error_s = 1.25 * timing.spread * timing.seconds / math.sqrt(samples)
+        steady = error_s < max(STEADY * timing.seconds, NEGLIGIBLE * self.rates.step_s)
+        return steady or samples >= most or sum(self.times_s) > ENOUGH_S
 
-    def timing(self, pace: float = 1.0) -> Measurement:
-        """Of one copy; the pages that the larger program takes anew are not part of it.
+    def timing(self, call_s: float = 0.0, pace: float = 1.0) -> Measurement:
+        """Of one copy.
 
         Args:
+          call_s: seconds of a call that does next to nothing.
           pace: how many times slower the machine is than it was when its rates were measured.
         """
-        few_pages_s, many_pages_s = map(self.pages_s, self.programs)
-        pages_s, extra = many_pages_s - few_pages_s, self.copies - 1
-        each = [
-            (many - few - pages_s * pace) / extra
-            for few, many in zip(self.few_s, self.many_s, strict=True)
-        ]
+        besides_s = self.besides_s(call_s / pace) * pace
         # Next to nothing, hidden by noise: a small part of a run stands in for it.
-        typical_s = max(statistics.median(each), 1e-3 * min(self.many_s) / self.copies)
+        least_s = 1e-3 * min(self.times_s)
+        each = [max(s - besides_s, least_s) / self.copies for s in self.times_s]
+        typical_s = statistics.median(each)
         spread = statistics.median(abs(s - typical_s) for s in each) / typical_s
         return Measurement(seconds=typical_s / pace, spread=spread, samples=len(each))
+
+
+@functools.lru_cache(maxsize=2)
+def _empty_call(mesh: Mesh) -> Callable[[], float]:
+    """A function that returns the seconds of a call that does next to nothing on every device."""
+    sharding = NamedSharding(mesh, PartitionSpec("device"))
+    x = jax.device_put(np.zeros(mesh.size, np.float32), sharding)
+    program = jax.jit(lambda x: x + 1.0).lower(x).compile()
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(program(x))
+        return time.perf_counter() - start
+
+    run()
+    return run
 
 
 # A plan may be made while a training step is traced: without this, nothing would run.
@@ -368,8 +408,8 @@ def _time_together(steps: Sequence[LocalStep], mesh: Mesh, rates: DeviceGraph) -
 
     A reference program takes turns too.
     """
-    run_reference = reference(mesh)
-    reference_s = [run_reference()]
+    run_reference, run_empty = reference(mesh), _empty_call(mesh)
+    reference_s, empty_s = [run_reference()], [run_empty()]
     runners = [_Runner(step, mesh, rates) for step in steps]
     for runner in runners:
         runner.prepare()
@@ -377,7 +417,8 @@ def _time_together(steps: Sequence[LocalStep], mesh: Mesh, rates: DeviceGraph) -
     while waiting:
         for runner in waiting:
             runner.turn()
-            reference_s.append(run_reference())
+        reference_s.append(run_reference())
+        empty_s.append(run_empty())
         waiting = [runner for runner in waiting if not runner.done]
     pace = statistics.median(reference_s) / rates.reference_s if rates.reference_s else 1.0
-    return [runner.timing(pace) for runner in runners]
+    return [runner.timing(statistics.median(empty_s), pace) for runner in runners]

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp._calibrate import Rates, choose_devices, device_graph, local_devices, make_mesh
+from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
 from jaxlwp._config import Layout
 from jaxlwp._cost import strategy_collectives
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._layout import Collective
 from jaxlwp._lower import Lowered
-from jaxlwp._measure import LayerTimer, open_cache
+from jaxlwp._measure import layer_timer
 from jaxlwp._memory import Memory, plan_memory
 from jaxlwp._profile import Profile
 from jaxlwp._search import (
@@ -424,7 +424,7 @@ def parallelize(
     if isinstance(rates, Profile):
         space = measured_space(space, rates.times(graph, rated))
     elif measure or (measure is None and rates is None):
-        timer = LayerTimer(graph, rated, local_devices(mesh), open_cache(mesh))
+        timer = layer_timer(graph, rated, mesh)
     result = None
     if strategy == "search":
         result = search_measured(space, timer, progress=on_progress) if timer else search(space)

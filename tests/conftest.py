@@ -4,8 +4,12 @@ The environment is set at import time because JAX reads it once, when it is firs
 JAXLWP_TEST_PLATFORM (say "cuda") runs the tests on another platform.
 """
 
+import math
 import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
@@ -25,6 +29,11 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
+
+import jaxlwp  # noqa: E402
+from jaxlwp import _calibrate, _measure  # noqa: E402
+from jaxlwp._local import LocalStep  # noqa: E402
+from jaxlwp._store import Measurement  # noqa: E402
 
 
 def _mesh(*axis_names: str) -> Mesh:
@@ -61,3 +70,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.section("bytes per device")
             for row in (head, *rows):
                 terminalreporter.line(row)
+
+
+@pytest.fixture
+def quick_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rates and layer times from formulas, where a test is not about measuring."""
+    rates = jaxlwp.Rates(
+        flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
+    )
+
+    def times(steps: Sequence[LocalStep], *_: Any) -> list[Measurement]:
+        sizes = [sum(math.prod(v.shape) * v.itemsize for v in step.operands) for step in steps]
+        return [Measurement(seconds=1e-9 * num_bytes) for num_bytes in sizes]
+
+    monkeypatch.setenv("JAXLWP_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        _calibrate, "measure", lambda mesh: _calibrate.device_graph(mesh, rates=rates)
+    )
+    monkeypatch.setattr(_measure, "_time_together", times)

@@ -75,14 +75,6 @@ def run(program: str, name: str) -> dict[str, Any]:
     return namespace
 
 
-@pytest.fixture
-def _rates_without_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("JAXLWP_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(
-        _calibrate, "measure", lambda mesh: _calibrate.device_graph(mesh, rates=RATES)
-    )
-
-
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_few_lines_change(name: str) -> None:
     before, after = (version(name, sign).splitlines() for sign in "-+")
@@ -92,7 +84,7 @@ def test_few_lines_change(name: str) -> None:
     assert removed <= added <= MOST_CHANGED_LINES
 
 
-@pytest.mark.usefixtures("_rates_without_measuring")
+@pytest.mark.usefixtures("quick_measurements")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_loop_gives_the_numbers_of_one_device(name: str) -> None:
     needs, results = PROGRAMS[name]
@@ -112,9 +104,11 @@ def test_rates_are_measured_while_a_step_is_traced(monkeypatch: pytest.MonkeyPat
     def rate(*_: Any) -> float:
         return float(jax.jit(jnp.sum)(jnp.ones(3)))  # raises if it was traced, not run
 
-    for name in ("_conv_rate", "_dense_rate", "_memory_rate"):
+    for name in ("_dense_rate", "_memory_rate", "_input_rate", "_wait"):
         monkeypatch.setattr(_calibrate, name, rate)
-    monkeypatch.setattr(_calibrate, "_link", lambda *_: (rate(), rate()))
+    monkeypatch.setattr(_calibrate, "_step_overhead", lambda *_: (rate(), rate()))
+    monkeypatch.setattr(_calibrate, "_link_fits", lambda *_: ())
+    monkeypatch.setattr(_calibrate, "_first_touch", lambda *_: ())
     measured = []
 
     @jax.jit

@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 
 import jaxlwp
-from jaxlwp import _calibrate, _compare
+from jaxlwp import _compare
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-RATES = jaxlwp.Rates(
-    flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
-)
 MOST_CHANGED_LINES = 6
 
 
@@ -42,11 +39,7 @@ def run(program: str, **names: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _rates_without_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("JAXLWP_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(
-        _calibrate, "measure", lambda mesh: _calibrate.device_graph(mesh, rates=RATES)
-    )
+def _quick(quick_measurements: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 

@@ -107,8 +107,7 @@ def lazy(name: str) -> list[dict[str, Any]]:
     import jax
 
     import jaxlwp
-    from jaxlwp._calibrate import local_devices
-    from jaxlwp._measure import LayerTimer, open_cache
+    from jaxlwp._measure import layer_timer
     from jaxlwp._search import measured_space, search_measured
 
     work = workload(name)
@@ -116,7 +115,7 @@ def lazy(name: str) -> list[dict[str, Any]]:
     devices = jaxlwp.device_graph(mesh)
     graph = jaxlwp.trace(work.loss, work.params, *work.batch)
     space = jaxlwp.price(graph, devices)
-    timer = LayerTimer(graph, devices, local_devices(mesh), open_cache(mesh))
+    timer = layer_timer(graph, devices, mesh)
     work_layers = [layer for layer in graph.layers if not layer.fused]
     timer.measure([(layer, c) for layer in work_layers for c in space.configs[layer.index]])
     full = jaxlwp.search(measured_space(space, timer))
