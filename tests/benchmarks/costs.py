@@ -96,6 +96,7 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
             "sync_s": r.predicted.sync_s,
             "overhead_s": r.predicted.overhead_s,
             "measured_s": r.measured_s,
+            "pace": result.pace,
             "times_s": r.times_s,
         }
         for r in result.results
