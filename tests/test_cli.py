@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from jaxlwp import BASELINES
 from jaxlwp._cli import main
 from jaxlwp._model import Workload, load_workload
+from jaxlwp._store import Environment, Measurement, Store
 
 LENET = "models.lenet:LeNet5"
 RATES = "--flops 1e9 --memory-bandwidth 1e9 --latency 1e-5 --bandwidth 1e9".split()
@@ -200,6 +202,55 @@ def test_compare_writes_no_file_when_it_fails() -> None:
     result = _run("compare", "user_models:unfit", "--devices", "1", "--json", "out.json", *RATES)
     assert result.exit_code == 1
     assert not Path("out.json").exists()
+
+
+# --- profile and cache ----------------------------------------------------------------------------
+
+
+def test_profile_then_cache_then_plan_elsewhere(
+    quick_measurements: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What one machine measured is listed, taken along, and plans on a machine with none of it."""
+    done = _run("profile", LENET, "--devices", "4", "--batch", "16")
+    assert done.exit_code == 0, done.output
+    output = " ".join(done.output.split())
+    count = int(re.search(r"([\d,]+) pairs of layer and config are measured", output)[1])
+    assert re.search(r"[1-9]\d* programs now", output)
+    again = _run("profile", LENET, "--devices", "4", "--batch", "16")
+    assert f"{count} pairs" in again.output and " 0 programs now" in " ".join(again.output.split())
+    listed = _run("cache", "list").output
+    assert "layer" in listed and "1 rates" in listed
+    file = tmp_path / "machine.json"
+    assert "wrote" in _run("cache", "export", str(file)).output
+    monkeypatch.setenv("JAXLWP_CACHE_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr("jaxlwp._calibrate.measure", None)  # nothing may be measured
+    monkeypatch.setattr("jaxlwp._measure._time_together", None)
+    plan = _run("plan", LENET, "--devices", "4", "--batch", "16", "--profile", str(file))
+    assert plan.exit_code == 0, plan.output
+    measured, pairs = re.search(r"measured: (\d+) of (\d+)", " ".join(plan.output.split())).groups()
+    assert measured == pairs and int(pairs) >= count
+    other = _run("plan", LENET, "--devices", "8", "--batch", "16", "--profile", str(file))
+    assert other.exit_code == 1 and "profile as many devices there" in other.output
+    assert "added" in _run("cache", "import", str(file)).output
+    assert "added 0" in _run("cache", "import", str(file)).output
+    wrong = _run("cache", "clear", "--environment", "nonesuch")
+    assert wrong.exit_code == 1 and "'nonesuch' is unknown" in wrong.output
+    assert "dropped 1 measurements" in _run("cache", "clear", "--kind", "rates").output
+    assert _run("cache", "clear").exit_code == 0
+    assert "dropped 0" in _run("cache", "clear").output
+
+
+def test_profile_of_several_machines_is_refused(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        for kind in ("one", "two"):
+            environment = Environment(
+                device_kind=kind, platform="gpu", driver="1", jax="1", jaxlib="1"
+            )
+            store.put(environment, "layer", {"k": Measurement(seconds=1.0)})
+        store.export(tmp_path / "both.json")
+    done = _run("plan", LENET, "--devices", "4", "--profile", str(tmp_path / "both.json"))
+    assert done.exit_code == 1
+    assert "measurements of 2 environments" in done.output and "--environment" in done.output
 
 
 # --- models --------------------------------------------------------------------------------------
