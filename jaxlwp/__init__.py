@@ -13,6 +13,7 @@ from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis
 from jaxlwp._graph import ComputationGraph, Edge, Layer
 from jaxlwp._hlo import CompiledCollective, compiled_collectives
 from jaxlwp._layout import Collective
+from jaxlwp._limit import MemoryLimitError
 from jaxlwp._marginals import RankedChoices, k_best, min_marginals
 from jaxlwp._measure import LayerTimer, layer_timer
 from jaxlwp._memory import Memory, MemoryCosts, memory_costs, plan_memory
@@ -54,6 +55,7 @@ __all__ = [
     "LinkFit",
     "Memory",
     "MemoryCosts",
+    "MemoryLimitError",
     "MeshAxis",
     "Plan",
     "Profile",

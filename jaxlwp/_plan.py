@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from jaxlwp._cost import strategy_collectives
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._layout import Collective
+from jaxlwp._limit import MemoryLimitError
 from jaxlwp._lower import Lowered
 from jaxlwp._measure import layer_timer
 from jaxlwp._memory import Memory, plan_memory
@@ -369,6 +371,7 @@ def parallelize(
     rates: Rates | DeviceGraph | Profile | None = None,
     measure: bool | None = None,
     optimizer: Any = None,
+    memory_bytes: float | None = None,
     check: str | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
@@ -388,6 +391,8 @@ def parallelize(
         cached). By default if no rates are given; False prices layers by the devices' rates.
       optimizer: the optax transformation of the training step, for the time and memory of its
         update; by default SGD with momentum is assumed.
+      memory_bytes: what a training step may take of each device, as compiled for GPUs; the search
+        is for the fastest strategy that is predicted to need no more, with `MEMORY_MARGIN`.
       check: "measure" runs a few training steps of the plan and of data parallelism and returns
         the faster; `params` and `batch` must be arrays then.
       on_progress: called as `on_progress(what, done, total)`.
@@ -399,6 +404,7 @@ def parallelize(
       ValueError: more devices than exist, a loss that is not a scalar, an unknown strategy or one
         for another model, a batch that the devices do not divide under strategy "data", a rate
         that is not a positive number, an unknown check.
+      MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     if not isinstance(strategy, (str, Strategy)):
         raise ValueError(
@@ -419,27 +425,78 @@ def parallelize(
     if isinstance(strategy, Strategy):
         check_mesh(strategy, rated.axis_sizes)
         strategy.for_graph(graph)
-    space = price(graph, rated, optimizer_slots=_slots(optimizer, params))
+    slots = _slots(optimizer, params)
+    space = price(graph, rated, optimizer_slots=slots)
     timer = None
     if isinstance(rates, Profile):
         space = measured_space(space, rates.times(graph, rated))
     elif measure or (measure is None and rates is None):
         timer = layer_timer(graph, rated, mesh)
-    result = None
-    if strategy == "search":
-        result = search_measured(space, timer, progress=on_progress) if timer else search(space)
-        space, chosen = result.space, result.strategy
+
+    def planned(limit_bytes: float | None) -> Plan:
+        result, found = None, space
+        if strategy == "search":
+            options: dict[str, Any] = {"memory_bytes": limit_bytes, "optimizer_slots": slots}
+            if timer:
+                result = search_measured(space, timer, progress=on_progress, **options)
+            else:
+                result = search(space, **options)
+            found, chosen = result.space, result.strategy
+        else:
+            chosen = strategy if isinstance(strategy, Strategy) else space.baseline(strategy)
+            if timer:
+                timer.measure(space.pairs(chosen), on_progress)
+                found = measured_space(space, timer)
+        return bind(found, chosen, mesh, (params, *batch), out_tree, result, fn)
+
+    if memory_bytes is None:
+        plan = planned(None)
     else:
-        chosen = strategy if isinstance(strategy, Strategy) else space.baseline(strategy)
-        if timer:
-            timer.measure(space.pairs(chosen), on_progress)
-            space = measured_space(space, timer)
-    plan = bind(space, chosen, mesh, (params, *batch), out_tree, result, fn)
+        plan = _fitting(planned, memory_bytes, optimizer)
     if check is None:
         return plan
     from jaxlwp._compare import fastest
 
     return fastest(plan, params, batch, optimizer=optimizer, progress=on_progress)
+
+
+MEMORY_MARGIN = 1.1
+"""Times what is predicted for a plan's program: the prediction may be off (`make bench-memory`)."""
+
+
+def _fitting(planned: Callable[[float | None], Plan], memory_bytes: float, optimizer: Any) -> Plan:
+    """The plan of the highest limit for the search under which the plan's program fits.
+
+    The search adds up bytes of layers, which leaves out what lives across them; the program tells.
+    """
+    limit_bytes, peak_bytes = float(memory_bytes), math.inf
+    while True:
+        try:
+            plan = planned(limit_bytes)
+        except MemoryLimitError as error:
+            if limit_bytes == memory_bytes:
+                raise
+            raise MemoryLimitError(
+                f"memory_bytes: {memory_bytes:,.0f} is too little: no plan is predicted to need "
+                f"less with a margin of {MEMORY_MARGIN - 1:.0%}; the next best needs "
+                f"{peak_bytes:,.0f} with it. Use more devices, a smaller batch or a higher limit",
+                peak_bytes,
+                error.choices,
+            ) from error
+        memory = plan_memory(plan, optimizer) if optimizer is not None else plan.memory
+        peak_bytes = MEMORY_MARGIN * memory.peak_bytes
+        if peak_bytes <= memory_bytes:
+            return plan
+        if plan.result is None:
+            raise MemoryLimitError(
+                f"memory_bytes: strategy {plan.strategy.name!r} needs about "
+                f"{memory.peak_bytes:,} bytes on each device, with a margin of "
+                f"{MEMORY_MARGIN - 1:.0%} more than the {memory_bytes:,.0f} given; search for a "
+                "strategy, or use more devices, a smaller batch or a higher limit",
+                peak_bytes,
+                plan.space.choices(plan.strategy),
+            )
+        limit_bytes *= min(memory_bytes / peak_bytes, 0.98)
 
 
 def _slots(optimizer: Any, params: Any) -> float:

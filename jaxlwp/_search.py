@@ -13,6 +13,8 @@ from jaxlwp._config import Config
 from jaxlwp._cost import AnalyticCostModel, CostModel, build_tables, layer_configs, temporary_bytes
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer
+from jaxlwp._limit import LayerBytes, LimitedSolution, MemoryLimitError, solve_limited
+from jaxlwp._memory import memory_costs
 from jaxlwp._solve import Solution, solve
 from jaxlwp._strategy import Strategy, baseline, make_strategy
 from jaxlwp._tables import Cost, CostTables, FloatArray
@@ -125,7 +127,7 @@ class SearchResult:
 
     strategy: Strategy
     cost: Cost
-    solution: Solution = field(repr=False)
+    solution: Solution | LimitedSolution = field(repr=False)
     space: SearchSpace = field(repr=False)
 
     @property
@@ -177,19 +179,37 @@ def price(
     return SearchSpace(graph=graph, devices=devices, configs=configs, tables=tables)
 
 
-def search(space: SearchSpace, *, method: str = "elimination") -> SearchResult:
+def search(
+    space: SearchSpace,
+    *,
+    method: str = "elimination",
+    memory_bytes: float | None = None,
+    optimizer_slots: float = 1.0,
+    time_limit_s: float | None = None,
+) -> SearchResult:
     """Find the strategy of least predicted cost.
 
     Args:
       space: from `price`.
       method: "elimination" (exact, fast) or "exhaustive" (the paper's baseline).
+      memory_bytes: of one device; only strategies that fit count, by `estimated_bytes`, the sum
+        of `memory_costs`. `parallelize(memory_bytes=...)` also looks at the program.
+      optimizer_slots: of the optimizer, for the memory, as in `price`.
+      time_limit_s: after so many seconds the best strategy so far is returned, with its gap.
 
     Raises:
-      ValueError: the graph does not reduce to few enough layers, or the space is too large for
-        "exhaustive", or every strategy has an infinite cost.
+      ValueError: the space is too large for "exhaustive", or every strategy has an infinite cost,
+        or method "exhaustive" with a memory limit.
+      MemoryLimitError: nothing fits: the least memory, and which layers hold it.
+      TimeoutError: the time limit ended the search before it found a strategy.
     """
+    if memory_bytes is not None and method != "elimination":
+        raise ValueError(
+            f'method is {method!r}: a search with memory_bytes is by "elimination"; leave one out'
+        )
+    limit = _Limit.of(space, memory_bytes, optimizer_slots)
     tables = space.tables
-    solution = solve(tables.node_costs_s, tables.edges, tables.transfer_s, method=method)
+    solution = _solved(tables, limit, method=method, time_limit_s=time_limit_s)
     strategy = space.strategy("search", solution.choices)
     return SearchResult(
         strategy=strategy,
@@ -214,6 +234,8 @@ def search_measured(
     timer: Timer,
     *,
     tolerance: float = 0.0,
+    memory_bytes: float | None = None,
+    optimizer_slots: float = 1.0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> SearchResult:
     """Find the strategy of least cost under measured times, measuring what the search picks.
@@ -227,15 +249,18 @@ def search_measured(
       timer: measures.
       tolerance: relative gap that may be left to what the bounds allow, to measure less; the
         result states what is left.
+      memory_bytes: as for `search`.
+      optimizer_slots: as for `search`.
       progress: called as `progress(what, done, total)`.
 
     Returns:
       The result; its space holds the measured times, and for the rest analytic ones scaled to them.
     """
+    limit = _Limit.of(space, memory_bytes, optimizer_slots)
     while True:
         work = [_Work.of(space, timer, n) for n in range(len(space.configs))]
         bounded = _with_compute(space, [w.bound_s for w in work])
-        solution = solve(bounded.node_costs_s, bounded.edges, bounded.transfer_s)
+        solution = _solved(bounded, limit)
         missing = [
             (space.graph.layers[n], space.configs[n][choice])
             for n, choice in enumerate(solution.choices)
@@ -243,7 +268,7 @@ def search_measured(
         ]
         if missing and all(w.measured.any() for w in work):
             only = _with_compute(space, [np.where(w.measured, w.bound_s, np.inf) for w in work])
-            known = _solved(only)
+            known = _solved_if_any(only, limit)
             floor_s = solution.lower_bound_s + bounded.step_s
             if known and known.cost_s + bounded.step_s <= floor_s * (1 + tolerance):
                 bound_s = min(solution.lower_bound_s, known.cost_s)
@@ -259,10 +284,67 @@ def search_measured(
     return SearchResult(strategy=strategy, cost=cost, solution=solution, space=found)
 
 
-def _solved(tables: CostTables) -> Solution | None:
+@dataclass(frozen=True)
+class _Limit:
+    """A memory limit, and what every config of every layer takes of it."""
+
+    names: tuple[str, ...]
+    memory: tuple[LayerBytes, ...]
+    limit_bytes: float
+
+    @classmethod
+    def of(
+        cls, space: SearchSpace, memory_bytes: float | None, optimizer_slots: float
+    ) -> _Limit | None:
+        """The limit of a search, if there is one."""
+        if memory_bytes is None:
+            return None
+        if not memory_bytes > 0:
+            raise ValueError(f"memory_bytes is {memory_bytes}: give a positive number of bytes")
+        costs = memory_costs(space.graph, space.configs, space.devices.axis_sizes, optimizer_slots)
+        memory = tuple(
+            LayerBytes(
+                held=c.parameter_bytes + c.optimizer_bytes,
+                kept=c.kept_bytes,
+                gradient=c.gradient_bytes,
+                temporary=c.temporary_bytes,
+            )
+            for c in costs
+        )
+        return cls(tuple(layer.name for layer in space.graph.layers), memory, memory_bytes)
+
+    def named(self, error: MemoryLimitError) -> MemoryLimitError:
+        """The error, with the layers that hold most of the least memory."""
+        taken = [
+            (float(np.asarray(m.held)[c] + np.asarray(m.kept)[c]), name)
+            for m, c, name in zip(self.memory, error.choices, self.names, strict=True)
+        ]
+        most = ", ".join(f"{name} {num_bytes:,.0f}" for num_bytes, name in sorted(taken)[:-4:-1])
+        return MemoryLimitError(
+            f"{error}. Most of it is held by {most}", error.least_bytes, error.choices
+        )
+
+
+def _solved(
+    tables: CostTables,
+    limit: _Limit | None,
+    *,
+    method: str = "elimination",
+    time_limit_s: float | None = None,
+) -> Solution | LimitedSolution:
+    costs = tables.node_costs_s, tables.edges, tables.transfer_s
+    if limit is None:
+        return solve(*costs, method=method, time_limit_s=time_limit_s)
+    try:
+        return solve_limited(*costs, limit.memory, limit.limit_bytes, time_limit_s=time_limit_s)
+    except MemoryLimitError as error:
+        raise limit.named(error) from None
+
+
+def _solved_if_any(tables: CostTables, limit: _Limit | None) -> Solution | LimitedSolution | None:
     """The solution of tables, None if nothing is allowed."""
     try:
-        return solve(tables.node_costs_s, tables.edges, tables.transfer_s)
+        return _solved(tables, limit)
     except ValueError:
         return None
 

@@ -1,0 +1,434 @@
+"""Search under a memory limit, on numbers alone: no layers, no devices, no JAX.
+
+Bytes are sums over layers, but for the largest temporary: what is there at a step's peak is
+
+    sum(held) + max(sum(kept) + max(temporary), sum(gradient))
+
+Branch and bound (`solve_limited`). The limit's two sums enter the costs with a price per byte each
+(Lagrangian relaxation): the cheapest strategy at these prices, less the price of the limit, bounds
+every strategy that fits. Prices come from cutting planes (Kelley). Strategies met on the way that
+fit are kept; configs that cannot fit, or whose bound (min-marginal) is above the best, are dropped.
+What is left is split: by the bytes of the layer whose configs decide about fitting, or by the
+largest temporary.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import linprog
+
+from jaxlwp._marginals import min_marginals
+from jaxlwp._problem import Problem, check_problem
+from jaxlwp._solve import solve
+from jaxlwp._tables import FloatArray
+
+_ROUNDS = 20
+"""Most cutting planes of one bound."""
+
+_CLOSE = 1e-9
+"""Relative distance at which a bound meets the best strategy: rounding."""
+
+_HIGHEST_PRICE = 1e6
+"""Of all bytes of the limit, in costs of the cheapest strategy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitedSolution:
+    """The cheapest strategy found that fits.
+
+    Attributes:
+      choices: per layer, the index of its config.
+      cost_s: the strategy's cost in seconds.
+      lower_bound_s: no strategy that fits costs less.
+      peak_bytes: the strategy's bytes, by the formula of the module.
+      optimal: whether the search proved that nothing that fits is cheaper, to rounding.
+      wall_s: how long the search took, in seconds.
+      bounded: how many parts of the space were bounded.
+    """
+
+    choices: tuple[int, ...]
+    cost_s: float
+    lower_bound_s: float
+    peak_bytes: float
+    optimal: bool
+    wall_s: float = field(compare=False)
+    bounded: int
+
+    @property
+    def gap(self) -> float:
+        """The share of `cost_s` that a better strategy could save at most."""
+        return 0.0 if self.optimal else (self.cost_s - self.lower_bound_s) / self.cost_s
+
+
+class MemoryLimitError(ValueError):
+    """No strategy fits.
+
+    Attributes:
+      least_bytes: of the strategy that takes least, as far as is known.
+      choices: that strategy.
+    """
+
+    def __init__(self, message: str, least_bytes: float, choices: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.least_bytes, self.choices = least_bytes, choices
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of one layer under each of its configs; every array has shape (configs,).
+
+    Attributes:
+      held: there all the time: parameters, optimizer state.
+      kept: for the backward pass.
+      gradient: of the parameters.
+      temporary: while the layer runs.
+    """
+
+    held: ArrayLike
+    kept: ArrayLike
+    gradient: ArrayLike
+    temporary: ArrayLike
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Sums that the limit applies to: per layer, shape (configs,)."""
+
+    with_kept: tuple[FloatArray, ...]
+    with_gradient: tuple[FloatArray, ...]
+    temporary: tuple[FloatArray, ...]
+
+    def sums(self, choices: Sequence[int]) -> tuple[float, float, float]:
+        """Held and kept, held and gradients, largest temporary."""
+        kept = math.fsum(b[c] for b, c in zip(self.with_kept, choices, strict=True))
+        gradient = math.fsum(b[c] for b, c in zip(self.with_gradient, choices, strict=True))
+        return kept, gradient, max(b[c] for b, c in zip(self.temporary, choices, strict=True))
+
+    def peak(self, choices: Sequence[int]) -> float:
+        """Bytes of a strategy."""
+        kept, gradient, temporary = self.sums(choices)
+        return float(max(kept + temporary, gradient))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the space: which configs each layer may have, and the least largest temporary."""
+
+    names: tuple[np.ndarray, ...]
+    temporary: float
+    lower_s: float = 0.0
+
+
+def solve_limited(
+    node_costs: Sequence[ArrayLike],
+    edges: Sequence[tuple[int, int]],
+    edge_costs: Sequence[ArrayLike],
+    memory: Sequence[LayerBytes],
+    limit_bytes: float,
+    *,
+    time_limit_s: float | None = None,
+) -> LimitedSolution:
+    """Finds the cheapest of all strategies whose peak fits into a memory.
+
+    Args:
+      node_costs: as for `jaxlwp.solve`.
+      edges: as for `jaxlwp.solve`.
+      edge_costs: as for `jaxlwp.solve`.
+      memory: per layer.
+      limit_bytes: of one device.
+      time_limit_s: after so many seconds the best strategy so far is returned, with its bound.
+
+    Raises:
+      MemoryLimitError: nothing fits, or nothing that fits was found in time.
+      ValueError: as `jaxlwp.solve`, or bytes that do not fit the layers' configs.
+    """
+    start = time.perf_counter()
+    problem = check_problem(node_costs, edges, edge_costs)
+    search = _Search(problem, _checked(problem, memory), float(limit_bytes))
+    root = _Part(tuple(np.arange(c.size) for c in problem.node_costs), 0.0)
+    queue: list[tuple[float, int, _Part]] = []
+    number = itertools.count()
+    deadline = start + (math.inf if time_limit_s is None else time_limit_s)
+    parts, lower_s = [root], 0.0
+    while True:
+        for part in parts:
+            bounded = search.bound(part)
+            if bounded is not None:
+                heapq.heappush(queue, (bounded[0].lower_s, next(number), bounded[0]))
+                search.branches[id(bounded[0])] = bounded[1]
+        lower_s = min(queue[0][0], search.cost_s) if queue else search.cost_s
+        if lower_s >= search.cost_s * (1 - _CLOSE) or time.perf_counter() > deadline:
+            break
+        _, _, part = heapq.heappop(queue)
+        parts = search.branches.pop(id(part))
+    if search.cost_s == math.inf:
+        least_bytes, choices = search.least()
+        proven = "" if queue else "; no strategy fits"
+        raise MemoryLimitError(
+            f"memory limit: {limit_bytes:,.0f} bytes, but the strategy that takes least needs "
+            f"{least_bytes:,.0f} bytes{proven}; use more devices, a smaller batch, or a higher "
+            "limit",
+            least_bytes,
+            choices,
+        )
+    if lower_s >= search.cost_s * (1 - _CLOSE):
+        lower_s = search.cost_s
+    return LimitedSolution(
+        choices=search.choices,
+        cost_s=search.cost_s,
+        lower_bound_s=lower_s,
+        peak_bytes=search.bytes.peak(search.choices),
+        optimal=lower_s == search.cost_s,
+        wall_s=time.perf_counter() - start,
+        bounded=search.bounded,
+    )
+
+
+def _checked(problem: Problem, memory: Sequence[LayerBytes]) -> _Bytes:
+    if len(memory) != len(problem.node_costs):
+        raise ValueError(
+            f"memory has {len(memory)} entries for {len(problem.node_costs)} layers: give one each"
+        )
+    arrays: dict[str, list[FloatArray]] = {}
+    for n, (layer, costs) in enumerate(zip(memory, problem.node_costs, strict=True)):
+        for name in ("held", "kept", "gradient", "temporary"):
+            values = np.asarray(getattr(layer, name), dtype=np.float64)
+            if values.shape != costs.shape or not np.all((values >= 0) & np.isfinite(values)):
+                raise ValueError(
+                    f"memory[{n}].{name} must be {costs.size} finite numbers of at least 0, one "
+                    f"for each config; it is {values!r}"
+                )
+            arrays.setdefault(name, []).append(values)
+    held = arrays["held"]
+    return _Bytes(
+        tuple(h + k for h, k in zip(held, arrays["kept"], strict=True)),
+        tuple(h + g for h, g in zip(held, arrays["gradient"], strict=True)),
+        tuple(arrays["temporary"]),
+    )
+
+
+@dataclass
+class _Search:
+    """The best strategy so far, and how to bound a part of the space."""
+
+    problem: Problem
+    bytes: _Bytes
+    limit: float
+    choices: tuple[int, ...] = ()
+    cost_s: float = math.inf
+    bounded: int = 0
+    branches: dict[int, list[_Part]] = field(default_factory=dict)
+
+    def offer(self, choices: Sequence[int]) -> bool:
+        """Keep a strategy if it fits and is the best so far; whether it fits."""
+        if self.bytes.peak(choices) > self.limit:
+            return False
+        cost_s = self.problem.total(choices)
+        if cost_s < self.cost_s:
+            self.choices, self.cost_s = tuple(choices), cost_s
+        return True
+
+    def bound(self, part: _Part) -> tuple[_Part, list[_Part]] | None:
+        """The part with a bound, and what it splits into; None if nothing better is in it."""
+        fitting = self._fitting(part)
+        if fitting is None:
+            return None
+        self.bounded += 1
+        part = fitting
+        planes: list[tuple[float, float, float]] = []  # cost, and bytes above the limit
+        seen: list[tuple[int, ...]] = []
+        prices, best_s, best_prices = (0.0, 0.0), -math.inf, (0.0, 0.0)
+        for _ in range(_ROUNDS):
+            choices = self._cheapest(part, prices)
+            if choices is None:
+                return None
+            kept, gradient, _ = self.bytes.sums(choices)
+            over = kept + part.temporary - self.limit, gradient - self.limit
+            cost_s = self.problem.total(choices)
+            value_s = cost_s + sum(p * o for p, o in zip(prices, over, strict=True))
+            if value_s > best_s:
+                best_s, best_prices = value_s, prices
+            fits = self.offer(choices)
+            if best_s >= self.cost_s * (1 - _CLOSE) or (fits and prices == (0.0, 0.0)):
+                return None
+            planes.append((cost_s, *over))
+            seen.append(choices)
+            most_s, prices = self._prices(planes)
+            if most_s - best_s <= 1e-6 * abs(most_s):
+                break
+        names = self._promising(part, best_prices, best_s)
+        part = replace(part, names=names, lower_s=max(best_s, part.lower_s))
+        return part, self._split(part, seen)
+
+    def _fitting(self, part: _Part) -> _Part | None:
+        """Without configs that fit with no other layers' configs; None if that leaves nothing."""
+        names, temporary = part.names, part.temporary
+        while True:
+            count = sum(map(len, names))
+            if any(len(n) == 0 for n in names):
+                return None
+            own = [
+                [array[n] for array, n in zip(arrays, names, strict=True)]
+                for arrays in (
+                    self.bytes.with_kept,
+                    self.bytes.with_gradient,
+                    self.bytes.temporary,
+                )
+            ]
+            kept, gradient = (math.fsum(a.min() for a in arrays) for arrays in own[:2])
+            temporary = max(temporary, *(float(a.min()) for a in own[2]))
+            keep = [
+                (kept + k - k.min() + np.maximum(t, temporary) <= self.limit)
+                & (gradient + g - g.min() <= self.limit)
+                for k, g, t in zip(*own, strict=True)
+            ]
+            names = tuple(n[mask] for n, mask in zip(names, keep, strict=True))
+            if sum(map(len, names)) == count:
+                return replace(part, names=names, temporary=temporary)
+
+    def _priced(
+        self, part: _Part, prices: tuple[float, float]
+    ) -> tuple[list[FloatArray], list[FloatArray]]:
+        """Costs of the part's layers and edges, bytes included at their prices."""
+        nodes = [
+            costs[n] + prices[0] * kept[n] + prices[1] * gradient[n]
+            for costs, kept, gradient, n in zip(
+                self.problem.node_costs,
+                self.bytes.with_kept,
+                self.bytes.with_gradient,
+                part.names,
+                strict=True,
+            )
+        ]
+        tables = [
+            table[np.ix_(part.names[i], part.names[j])]
+            for (i, j), table in zip(self.problem.edges, self.problem.edge_costs, strict=True)
+        ]
+        return nodes, tables
+
+    def _cheapest(self, part: _Part, prices: tuple[float, float]) -> tuple[int, ...] | None:
+        nodes, tables = self._priced(part, prices)
+        try:
+            found = solve(nodes, self.problem.edges, tables).choices
+        except ValueError:  # what is left is not allowed together
+            return None
+        return tuple(int(n[c]) for n, c in zip(part.names, found, strict=True))
+
+    def _prices(
+        self, planes: Sequence[tuple[float, float, float]]
+    ) -> tuple[float, tuple[float, float]]:
+        """The prices at which the lowest of the planes is highest, and how high."""
+        scale_s = max(max(abs(cost_s) for cost_s, *_ in planes), 1e-300)
+        scale = max(self.limit, 1.0)
+        rows = [[1.0, -kept / scale, -gradient / scale] for _, kept, gradient in planes]
+        found = linprog(
+            [-1.0, 0.0, 0.0],
+            A_ub=rows,
+            b_ub=[cost_s / scale_s for cost_s, *_ in planes],
+            bounds=[(None, None), (0, _HIGHEST_PRICE), (0, _HIGHEST_PRICE)],
+        )
+        height, kept, gradient = found.x
+        return height * scale_s, (kept * scale_s / scale, gradient * scale_s / scale)
+
+    def _promising(
+        self, part: _Part, prices: tuple[float, float], value_s: float
+    ) -> tuple[np.ndarray, ...]:
+        """The configs that may be in a strategy better than the best so far."""
+        if self.cost_s == math.inf:
+            return part.names
+        nodes, tables = self._priced(part, prices)
+        marginals = min_marginals(nodes, self.problem.edges, tables)
+        constant_s = min(m.min() for m in marginals) - value_s  # the price of the limit
+        return tuple(
+            n[marginal - constant_s < self.cost_s]
+            for n, marginal in zip(part.names, marginals, strict=True)
+        )
+
+    def _split(self, part: _Part, seen: Sequence[tuple[int, ...]]) -> list[_Part]:
+        """Two parts that together are the whole."""
+        if any(len(n) == 0 for n in part.names):
+            return []
+        left = [set(n.tolist()) for n in part.names]
+        inside = [c for c in seen if all(x in n for x, n in zip(c, left, strict=True))]
+        over = [c for c in inside if self.bytes.peak(c) > self.limit]
+        if over:
+            largest = self.bytes.sums(over[-1])[2]
+            kept, gradient, _ = self.bytes.sums(over[-1])
+            if largest > part.temporary and max(kept + part.temporary, gradient) <= self.limit:
+                below = tuple(
+                    n[self.bytes.temporary[layer][n] < largest]
+                    for layer, n in enumerate(part.names)
+                )
+                return [replace(part, names=below), replace(part, temporary=largest)]
+        weights = [
+            kept[n] + gradient[n]
+            for kept, gradient, n in zip(
+                self.bytes.with_kept, self.bytes.with_gradient, part.names, strict=True
+            )
+        ]
+        layer = self._decisive(part, weights, inside)
+        low, high = weights[layer].min(), weights[layer].max()
+        if low == high:  # bytes decide nothing any more: split by config
+            layer = max(range(len(weights)), key=lambda n: len(part.names[n]))
+            if len(part.names[layer]) == 1:
+                return []
+            mask = np.arange(len(part.names[layer])) < len(part.names[layer]) // 2
+        else:
+            mask = weights[layer] <= (low + high) / 2
+        return [
+            replace(
+                part,
+                names=(
+                    *part.names[:layer],
+                    part.names[layer][chosen],
+                    *part.names[layer + 1 :],
+                ),
+            )
+            for chosen in (mask, ~mask)
+        ]
+
+    def _decisive(
+        self, part: _Part, weights: Sequence[FloatArray], seen: Sequence[tuple[int, ...]]
+    ) -> int:
+        """The layer whose bytes differ most between strategies that fit and that do not."""
+        spans = [float(w.max() - w.min()) for w in weights]
+        if len(seen) > 1:
+            each = [
+                [
+                    self.bytes.with_kept[n][c[n]] + self.bytes.with_gradient[n][c[n]]
+                    for c in seen[-2:]
+                ]
+                for n in range(len(weights))
+            ]
+            differences = [
+                float(abs(a - b)) if span else 0.0 for (a, b), span in zip(each, spans, strict=True)
+            ]
+            if max(differences) > 0:
+                return differences.index(max(differences))
+        return spans.index(max(spans))
+
+    def least(self) -> tuple[float, tuple[int, ...]]:
+        """The least bytes found, whatever they cost, and the strategy."""
+        best: tuple[float, tuple[int, ...]] = (math.inf, ())
+        for largest in sorted(set(np.concatenate(self.bytes.temporary).tolist())):
+            masks = [t <= largest for t in self.bytes.temporary]
+            if not all(mask.any() for mask in masks):
+                continue
+            for share in np.linspace(0, 1, 11):
+                choices = tuple(
+                    int(np.argmin(np.where(m, share * k + (1 - share) * g, np.inf)))
+                    for k, g, m in zip(
+                        self.bytes.with_kept, self.bytes.with_gradient, masks, strict=True
+                    )
+                )
+                if math.isfinite(self.problem.total(choices)):
+                    best = min(best, (self.bytes.peak(choices), choices))
+        return best

@@ -1,0 +1,152 @@
+"""Search under a memory limit against trying every strategy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+
+import jaxlwp
+from jaxlwp._limit import LayerBytes, MemoryLimitError, solve_limited
+from jaxlwp._model import load_workload
+from jaxlwp._plan import MEMORY_MARGIN
+from tests.benchmarks.solvers import chain, inception, sharding
+
+RATES = jaxlwp.Rates(
+    flops_per_s=5e14, memory_bytes_per_s=4e12, latency_s=(1e-5,), link_bytes_per_s=(2e11,)
+)
+
+
+def instance(seed: int) -> tuple[list[np.ndarray], list[tuple[int, int]], list[np.ndarray], list]:
+    """A random small problem, of few distinct numbers so that there are ties."""
+    rng = np.random.default_rng(seed)
+    layers = int(rng.integers(1, 6))
+    sizes = rng.integers(1, 5, layers)
+    nodes = [rng.integers(0, 8, n).astype(float) for n in sizes]
+    edges = [p for p in itertools.combinations(range(layers), 2) if rng.random() < 0.6]
+    tables = [rng.integers(0, 8, (sizes[i], sizes[j])).astype(float) for i, j in edges]
+    for table in tables:
+        table[rng.random(table.shape) < 0.1] = math.inf
+        table.flat[0] = 1.0
+    memory = [LayerBytes(*(rng.integers(0, 12, n).astype(float) for _ in range(4))) for n in sizes]
+    return nodes, edges, tables, memory
+
+
+def peak(memory: list[LayerBytes], choices: tuple[int, ...]) -> float:
+    held, kept, gradient, temporary = (
+        [getattr(m, name)[c] for m, c in zip(memory, choices, strict=True)]
+        for name in ("held", "kept", "gradient", "temporary")
+    )
+    return sum(held) + max(sum(kept) + max(temporary), sum(gradient))
+
+
+def every(nodes: list, edges: list, tables: list, memory: list) -> list[tuple[float, float]]:
+    """Cost and bytes of every allowed strategy."""
+    result = []
+    for choices in itertools.product(*(range(len(n)) for n in nodes)):
+        cost = sum(n[c] for n, c in zip(nodes, choices, strict=True))
+        cost += sum(t[choices[i], choices[j]] for (i, j), t in zip(edges, tables, strict=True))
+        if cost < math.inf:
+            result.append((cost, peak(memory, choices)))
+    return result
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
+def test_as_trying_every_strategy(seed: int, share: float) -> None:
+    nodes, edges, tables, memory = instance(seed)
+    known = every(nodes, edges, tables, memory)
+    if not known:
+        return
+    sizes = sorted(b for _, b in known)
+    limit = sizes[int(share * (len(sizes) - 1))] - (share == 0)
+    fitting = [c for c, b in known if b <= limit]
+    if not fitting:
+        with pytest.raises(MemoryLimitError, match="no strategy fits") as error:
+            solve_limited(nodes, edges, tables, memory, limit)
+        assert error.value.least_bytes >= sizes[0]
+        return
+    found = solve_limited(nodes, edges, tables, memory, limit)
+    assert found.optimal
+    assert found.cost_s == pytest.approx(min(fitting), abs=1e-9)
+    assert found.peak_bytes == peak(memory, found.choices) <= limit
+
+
+@pytest.mark.parametrize("graph", [chain(21), inception(30)], ids=["chain", "inception"])
+def test_networks(graph: tuple[int, list[tuple[int, int]]]) -> None:
+    """Costs like those of sharding; the less memory, the slower, never over the limit."""
+    nodes, edges, tables = sharding(graph, 20, 3)
+    rng = np.random.default_rng(5)
+    memory = []
+    for costs in nodes:
+        whole = 10 ** rng.uniform(6, 9, 4)
+        parts = 2.0 ** rng.integers(0, 4, (4, costs.size))
+        memory.append(LayerBytes(*(w / p for w, p in zip(whole, parts, strict=True))))
+    free = solve_limited(nodes, edges, tables, memory, 1e15)
+    costs = [free.cost_s]
+    for share in (0.9, 0.7, 0.5):
+        limit = share * free.peak_bytes
+        try:
+            found = solve_limited(nodes, edges, tables, memory, limit, time_limit_s=20)
+        except MemoryLimitError:
+            break
+        assert found.peak_bytes <= limit
+        assert found.lower_bound_s <= found.cost_s
+        assert found.cost_s >= costs[-1] - 1e-12
+        assert found.gap < 0.05
+        costs.append(found.cost_s)
+    assert len(costs) > 1
+
+
+@pytest.mark.parametrize("optimizer", [None, optax.adam(1e-3)], ids=["sgd", "adam"])
+def test_plans_fit(mesh222: Mesh, optimizer: Any) -> None:
+    """Plans of LeNet-5 under ever lower limits, down to one that nothing fits into."""
+    work = load_workload("models.lenet:LeNet5", batch=256, abstract=True)
+
+    def plan(memory_bytes: float | None, strategy: str = "search") -> jaxlwp.Plan:
+        return jaxlwp.parallelize(
+            work.loss,
+            work.params,
+            *work.batch,
+            mesh=mesh222,
+            rates=RATES,
+            strategy=strategy,
+            optimizer=optimizer,
+            memory_bytes=memory_bytes,
+        )
+
+    def peak_of(plan: jaxlwp.Plan) -> int:
+        return jaxlwp.plan_memory(plan, optimizer or optax.sgd(0.1, momentum=0.9)).peak_bytes
+
+    free = plan(None)
+    costs = [free.cost.total_s]
+    for share in (1.2, 0.8, 0.5):
+        limit = share * peak_of(free)
+        found = plan(limit)
+        assert MEMORY_MARGIN * peak_of(found) <= limit
+        assert found.result is not None and found.result.optimal
+        costs.append(found.cost.total_s)
+    assert costs[0] == pytest.approx(costs[1])
+    assert costs == sorted(costs) and costs[3] > costs[1]
+    with pytest.raises(jaxlwp.MemoryLimitError, match="conv1|too little"):
+        plan(0.01 * peak_of(free))
+    data = plan(None, "data")
+    with pytest.raises(jaxlwp.MemoryLimitError, match="strategy 'data' needs about"):
+        plan(0.9 * peak_of(data), "data")
+
+
+def test_errors() -> None:
+    one = LayerBytes([1.0], [1.0], [1.0], [1.0])
+    with pytest.raises(ValueError, match="1 entries for 2 layers"):
+        solve_limited([[1.0], [1.0]], [], [], [one], 10)
+    with pytest.raises(ValueError, match=r"memory\[0\].kept must be 1 finite"):
+        solve_limited([[1.0]], [], [], [LayerBytes([1.0], [math.nan], [1.0], [1.0])], 10)
+    with pytest.raises(MemoryLimitError, match="needs 3 bytes; no strategy fits"):
+        solve_limited([[1.0]], [], [], [one], 2.9)
