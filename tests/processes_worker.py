@@ -36,7 +36,10 @@ def main() -> None:
     port, rank = map(int, sys.argv[1:])
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
     import jaxlwp
+    from jaxlwp import _calibrate
 
+    _calibrate.LINK_BYTES = (1 << 10, 1 << 16)  # every kind of measurement, but quickly
+    _calibrate.FIRST_TOUCH_BYTES = (1 << 20,)
     params, batch = network()
     plan = jaxlwp.parallelize(loss, params, *batch, check="measure")
     assert plan.mesh.size == 4

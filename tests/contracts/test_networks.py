@@ -168,8 +168,10 @@ def test_random_strategies(name: str, strategy: int) -> None:
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
-        # A minute each: VGG-16's baselines are left to `make test-all`.
-        pytest.param(n, s, marks=pytest.mark.slow if n == "vgg16" and s != "search" else ())
+        # A minute each: VGG-16 is left to `make test-all`, and the slowest of AlexNet.
+        pytest.param(
+            n, s, marks=pytest.mark.slow if n == "vgg16" or (n, s) == ("alexnet", "spatial") else ()
+        )
         for n in NETWORKS
         for s in SEARCHED
     ],

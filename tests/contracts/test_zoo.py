@@ -33,6 +33,7 @@ SEED = int(os.environ.get("JAXLWP_SWEEP_SEED") or time.time_ns() % 2**31)
 DRAWS = 20  # each costs a second at most, and is needed rarely
 TOLERANCE = 1e-4
 RANDOM = 20
+LARGE = ("inception_v3", "resnet101", "densenet121", "efficientnet_b0")  # in `make test-all`
 FAST_BFLOAT16 = ("resnet50", "mobilenet_v2", "convnext_t", "unet_bilinear")  # the rest: test-all
 
 
@@ -64,7 +65,10 @@ def check_strategy(name: str, strategy: str | int) -> Compiled:
     return compiled
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in ZOO],
+)
 def test_found_strategy_and_baselines(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
