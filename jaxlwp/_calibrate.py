@@ -26,7 +26,7 @@ from jaxlwp._layout import COLLECTIVES, wire_share
 from jaxlwp._processes import from_first, spans_processes
 from jaxlwp._store import Measurement, Store, environment_of, now
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 REPEATS = 5
 
 
@@ -399,7 +399,7 @@ def _wait(mesh: Mesh) -> float:
     and take turns on them, that is much longer than the exchange itself.
     """
     axes, copies = tuple(mesh.axis_names), 6
-    x, w = _spread(mesh, (2, 28, 28, 64)), _spread(mesh, (3, 3, 64, 64))
+    x, w = _spread(mesh, (4, 28, 28, 64)), _spread(mesh, (3, 3, 64, 64))
     spec = PartitionSpec(axes)
 
     def program(works: bool, exchanges: bool) -> Any:
@@ -421,7 +421,7 @@ def _wait(mesh: Mesh) -> float:
     kinds = ((True, True), (True, False), (False, True), (False, False))
     programs = [program(*kind) for kind in kinds]
     waits = []
-    for _ in range(8 * REPEATS):
+    for _ in range(6 * REPEATS):
         times = []
         for run in programs:
             start = time.perf_counter()

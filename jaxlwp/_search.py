@@ -255,6 +255,10 @@ def search_measured(
 
     Returns:
       The result; its space holds the measured times, and for the rest analytic ones scaled to them.
+
+    Raises:
+      ValueError: the timer does not measure what it is asked to.
+      MemoryLimitError: nothing fits.
     """
     limit = _Limit.of(space, memory_bytes, optimizer_slots)
     while True:
@@ -278,6 +282,12 @@ def search_measured(
         if not missing:
             break
         timer.measure(missing, progress)
+        if all(timer.known_s(layer, config) is None for layer, config in missing):
+            raise ValueError(
+                f"search_measured: {type(timer).__name__} was asked to measure layer "
+                f"{missing[0][0].name} and knows no time of it; give a timer that measures, or "
+                "use measured_space for what is known"
+            )
     found = measured_space(space, timer)
     cost = found.tables.evaluate(solution.choices)
     strategy = found.strategy("search", solution.choices)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -214,6 +215,29 @@ class TestLazySearch:
         bound_s = found.solution.lower_bound_s
         assert bound_s <= optimum.solution.cost_s * (1 + 1e-12)
         assert found.optimal == (bound_s == found.solution.cost_s)
+
+    def test_a_timer_that_does_not_measure_is_named(self, graph: jaxlwp.ComputationGraph) -> None:
+        class Idle:
+            def known_s(self, layer: Layer, config: Config) -> None:
+                return None
+
+            def measure(self, pairs: Any, progress: Any = None) -> int:
+                return 0
+
+        with pytest.raises(ValueError, match="Idle was asked to measure layer"):
+            search_measured(jaxlwp.price(graph, devices()), Idle())
+
+    def test_waits_are_priced_where_layers_wait(self, graph: jaxlwp.ComputationGraph) -> None:
+        """Not for gradients: no layer waits for them."""
+        plain = jaxlwp.price(graph, devices())
+        waited = jaxlwp.price(graph, replace(devices(), wait_s=1.0))
+        data = plain.baseline("data")
+        assert waited.evaluate(data).sync_s == plain.evaluate(data).sync_s
+        model, costs = plain.baseline("model"), []
+        for space in (plain, waited):
+            costs.append(space.evaluate(model).transfer_s)
+        assert costs[1] - costs[0] == pytest.approx(round(costs[1] - costs[0]), abs=1e-6)
+        assert costs[1] - costs[0] >= 2
 
 
 class TestFit:
