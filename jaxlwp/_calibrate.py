@@ -464,7 +464,8 @@ def _ring(fits: Sequence[LinkFit], number: int, parts: int) -> tuple[float, floa
     """Latency of a ring step and bytes per second along one axis, from its all-reduces."""
     for fit in fits:
         if fit.kind == "all-reduce" and sum(fit.axes_per_group) == fit.axes_per_group[number] == 1:
-            return fit.latency_s / (2 * (parts - 1)), wire_share("all-reduce", parts) / fit.byte_s
+            byte_s = max(fit.byte_s, 1e-12)  # noise may hide that bytes take time at all
+            return fit.latency_s / (2 * (parts - 1)), wire_share("all-reduce", parts) / byte_s
     return 0.0, 1e12
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     import jaxlwp
     from jaxlwp import _calibrate
 
-    _calibrate.LINK_BYTES = (1 << 10, 1 << 16)  # every kind of measurement, but quickly
+    _calibrate.LINK_BYTES = (1 << 10, 1 << 20)  # every kind of measurement, but quickly
     _calibrate.FIRST_TOUCH_BYTES = (1 << 20,)
     params, batch = network()
     plan = jaxlwp.parallelize(loss, params, *batch, check="measure")

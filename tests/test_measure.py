@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import jaxlwp
-from jaxlwp._calibrate import fit_link
+from jaxlwp._calibrate import _ring, fit_link
 from jaxlwp._config import Config
 from jaxlwp._graph import Layer
 from jaxlwp._local import local_step
@@ -254,6 +254,9 @@ class TestFit:
         for fit in (falling, steep):
             assert fit.latency_s >= 0
             assert fit.byte_s >= 0
+        assert falling.byte_s == 0
+        latency_s, bytes_per_s = _ring([falling], 0, 2)
+        assert latency_s > 0 and np.isfinite(bytes_per_s)
 
     def test_a_fit_takes_the_place_of_the_ring(self) -> None:
         plain = devices()
