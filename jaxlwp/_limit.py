@@ -154,7 +154,7 @@ def solve_limited(
     problem = check_problem(node_costs, edges, edge_costs)
     search = _Search(problem, _checked(problem, memory), float(limit_bytes))
     root = _Part(tuple(np.arange(c.size) for c in problem.node_costs), 0.0)
-    queue: list[tuple[float, int, _Part]] = []
+    queue: list[tuple[float, int, list[_Part]]] = []
     number = itertools.count()
     deadline = start + (math.inf if time_limit_s is None else time_limit_s)
     parts, lower_s = [root], 0.0
@@ -162,13 +162,11 @@ def solve_limited(
         for part in parts:
             bounded = search.bound(part)
             if bounded is not None:
-                heapq.heappush(queue, (bounded[0].lower_s, next(number), bounded[0]))
-                search.branches[id(bounded[0])] = bounded[1]
+                heapq.heappush(queue, (bounded[0], next(number), bounded[1]))
         lower_s = min(queue[0][0], search.cost_s) if queue else search.cost_s
         if lower_s >= search.cost_s * (1 - _CLOSE) or time.perf_counter() > deadline:
             break
-        _, _, part = heapq.heappop(queue)
-        parts = search.branches.pop(id(part))
+        _, _, parts = heapq.heappop(queue)
     if search.cost_s == math.inf:
         least_bytes, choices = search.least()
         proven = "" if queue else "; no strategy fits"
@@ -225,7 +223,6 @@ class _Search:
     choices: tuple[int, ...] = ()
     cost_s: float = math.inf
     bounded: int = 0
-    branches: dict[int, list[_Part]] = field(default_factory=dict)
 
     def offer(self, choices: Sequence[int]) -> bool:
         """Keep a strategy if it fits and is the best so far; whether it fits."""
@@ -236,8 +233,8 @@ class _Search:
             self.choices, self.cost_s = tuple(choices), cost_s
         return True
 
-    def bound(self, part: _Part) -> tuple[_Part, list[_Part]] | None:
-        """The part with a bound, and what it splits into; None if nothing better is in it."""
+    def bound(self, part: _Part) -> tuple[float, list[_Part]] | None:
+        """A lower bound of a part, and what it splits into; None if nothing better is in it."""
         fitting = self._fitting(part)
         if fitting is None:
             return None
@@ -266,7 +263,7 @@ class _Search:
                 break
         names = self._promising(part, best_prices, best_s)
         part = replace(part, names=names, lower_s=max(best_s, part.lower_s))
-        return part, self._split(part, seen)
+        return part.lower_s, self._split(part, seen)
 
     def _fitting(self, part: _Part) -> _Part | None:
         """Without configs that fit with no other layers' configs; None if that leaves nothing."""

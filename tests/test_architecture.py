@@ -11,18 +11,15 @@ import jaxlwp
 
 PACKAGE = Path(jaxlwp.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+SOLVER = (
+    *("_tables", "_problem", "_eliminate", "_bound", "_branch", "_exhaustive", "_marginals"),
+    *("_solve", "_limit"),
+)
 NUMBERS_ONLY = (
     "_config",
     "_layout",
     "_devices",
-    "_tables",
-    "_problem",
-    "_eliminate",
-    "_bound",
-    "_branch",
-    "_exhaustive",
-    "_marginals",
-    "_solve",
+    *SOLVER,
 )
 COST_FREE = (
     *("_program", "_graph", "_trace", "_halo", "_reshard", "_lower", "_buffers", "_memory"),
@@ -31,14 +28,7 @@ COST_FREE = (
 COSTS = (
     "_cost",
     "_changes",
-    "_tables",
-    "_problem",
-    "_eliminate",
-    "_bound",
-    "_branch",
-    "_exhaustive",
-    "_marginals",
-    "_solve",
+    *SOLVER,
     "_search",
     "_devices",
 )
