@@ -2,7 +2,8 @@
 
 1. LeNet-5 learns real handwritten digits under the plan that jaxlwp finds for it. The same
    training on one device gives the same losses.
-2. AlexNet at 115 pixels, whose layers are measured quickly: the strategy found and the baselines, predicted and measured.
+2. AlexNet at 115 pixels, whose layers are measured quickly: the strategy found and the
+   baselines, predicted and measured.
 
 Exits with 1 if the losses part, or if the network does not learn.
 """
