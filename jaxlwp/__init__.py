@@ -8,8 +8,10 @@ Every step is public on its own: `trace`, `device_graph`, `price`, `search`, `bi
 from jaxlwp._calibrate import Rates, device_graph, make_mesh, measure
 from jaxlwp._compare import Comparison, StrategyResult, compare
 from jaxlwp._config import Config
+from jaxlwp._constraints import Constraints
 from jaxlwp._cost import AnalyticCostModel, CostModel, strategy_collectives
 from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis
+from jaxlwp._explain import Alternative, Explanation, RankedStrategy, explain, runners_up
 from jaxlwp._graph import ComputationGraph, Edge, Layer
 from jaxlwp._hlo import CompiledCollective, compiled_collectives
 from jaxlwp._layout import Collective
@@ -24,6 +26,7 @@ from jaxlwp._search import (
     SearchSpace,
     measured_space,
     price,
+    restrict,
     search,
     search_measured,
 )
@@ -38,17 +41,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BASELINES",
+    "Alternative",
     "AnalyticCostModel",
     "Collective",
     "Comparison",
     "CompiledCollective",
     "ComputationGraph",
     "Config",
+    "Constraints",
     "Cost",
     "CostModel",
     "CostTables",
     "DeviceGraph",
     "Edge",
+    "Explanation",
     "Layer",
     "LayerCheck",
     "LayerTimer",
@@ -60,6 +66,7 @@ __all__ = [
     "Plan",
     "Profile",
     "RankedChoices",
+    "RankedStrategy",
     "Rates",
     "SearchResult",
     "SearchSpace",
@@ -73,6 +80,7 @@ __all__ = [
     "compile_for",
     "compiled_collectives",
     "device_graph",
+    "explain",
     "k_best",
     "layer_timer",
     "load_profile",
@@ -84,6 +92,8 @@ __all__ = [
     "parallelize",
     "plan_memory",
     "price",
+    "restrict",
+    "runners_up",
     "search",
     "search_measured",
     "solve",

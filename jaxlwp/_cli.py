@@ -21,12 +21,14 @@ from rich.table import Table
 from jaxlwp import __version__
 from jaxlwp._calibrate import Rates, device_graph, make_mesh
 from jaxlwp._compare import ROUNDS, Progress, batch_size, compare, is_simulated
+from jaxlwp._constraints import Constraints
 from jaxlwp._devices import DeviceGraph
+from jaxlwp._explain import explain
 from jaxlwp._measure import LayerTimer, TimingCache
 from jaxlwp._model import DEFAULT_BATCH, load_workload
-from jaxlwp._plan import parallelize
+from jaxlwp._plan import Plan, parallelize
 from jaxlwp._profile import load_profile
-from jaxlwp._report import render
+from jaxlwp._report import alternatives_table, render
 from jaxlwp._search import price
 from jaxlwp._store import Environment, Store, environment_of
 from jaxlwp._strategy import BASELINES, Strategy
@@ -72,6 +74,23 @@ def _not_negative(_: click.Context, option: click.Parameter, value: float | None
             "least 0: give one, or leave all rates out to measure them"
         )
     return value
+
+
+def _pins(
+    _: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, dict[str, int]]:
+    """LAYER:DIM=N,... as layer -> dimension -> degree."""
+    result = {}
+    for value in values:
+        layer, colon, splits = value.rpartition(":")
+        pairs = [split.split("=") for split in splits.split(",") if split]
+        if not colon or not all(len(p) == 2 and re.fullmatch(r"[1-9]\d*", p[1]) for p in pairs):
+            raise click.ClickException(
+                f"{option.opts[0]}: {value!r} given; give a layer and its split, as in "
+                "conv1:sample=4,channel=2"
+            )
+        result[layer] = {dimension: int(degree) for dimension, degree in pairs}
+    return result
 
 
 def _target_file(_: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
@@ -275,6 +294,34 @@ def main() -> None:
     help="Plan with the measurements of another machine, from `jaxlwp cache export`.",
 )
 @click.option(
+    "--memory",
+    "memory_bytes",
+    type=float,
+    callback=_positive,
+    help="Bytes of each device that a training step may take, as in 70e9.",
+)
+@click.option(
+    "--pin",
+    multiple=True,
+    metavar="LAYER:DIM=N,...",
+    callback=_pins,
+    help="Split a layer (or all that match a pattern) so: conv1:sample=4,channel=2; conv1: alone "
+    "replicates it.",
+)
+@click.option("--forbid", multiple=True, metavar="DIM", help="Split no layer by this dimension.")
+@click.option(
+    "--replicated",
+    multiple=True,
+    metavar="PARAMETER",
+    help="Keep a parameter (or all that match a pattern) whole on every device.",
+)
+@click.option(
+    "--why",
+    metavar="LAYER[:DIM]",
+    help="Show what the best strategy with each other config of this layer would cost, or with "
+    "those alone that split DIM; 'all' shows every layer's best three.",
+)
+@click.option(
     "--analytic",
     is_flag=True,
     help="Price layers by the devices' rates, without measuring them.",
@@ -288,6 +335,11 @@ def plan(
     save: Path | None,
     profile: Path | None,
     analytic: bool,
+    memory_bytes: float | None,
+    pin: dict[str, dict[str, int]],
+    forbid: tuple[str, ...],
+    replicated: tuple[str, ...],
+    why: str | None,
     **rates: float | None,
 ) -> None:
     """Find a strategy for MODEL and print it, a row per layer."""
@@ -307,14 +359,36 @@ def plan(
             strategy=wanted,
             rates=rated,
             measure=by_hand is None and profile is None and not analytic,
+            memory_bytes=memory_bytes,
+            constraints=_constraints(pin, forbid, replicated),
             on_progress=progress,
         )
+        explained = None if why is None else _explained(found, why)
     click.echo(f"{model}, batch {batch_size(work.batch)}, on {_describe(chosen)}")
     click.echo(str(found), nl=False)
+    if explained is not None:
+        click.echo(explained)
     if save is not None:
         with _one_line_errors():
             _write(save, found.strategy.to_json())
         click.echo(f"wrote {save}")
+
+
+def _constraints(
+    pin: dict[str, dict[str, int]], forbid: tuple[str, ...], replicated: tuple[str, ...]
+) -> Constraints | None:
+    if not (pin or forbid or replicated):
+        return None
+    return Constraints(pin=pin, forbid=forbid, replicated=replicated)
+
+
+def _explained(found: Plan, why: str) -> str:
+    """What the other configs of a layer, or of all layers, would cost."""
+    explanation = explain(found.space)
+    if why == "all":
+        return str(explanation)
+    layer, _, dimension = why.partition(":")
+    return render(alternatives_table(explanation, layer, (dimension,) if dimension else ()))
 
 
 @main.command("compare")

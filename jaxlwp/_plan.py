@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
 from jaxlwp._config import Layout
+from jaxlwp._constraints import Constraints
 from jaxlwp._cost import strategy_collectives
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph
@@ -372,6 +373,7 @@ def parallelize(
     measure: bool | None = None,
     optimizer: Any = None,
     memory_bytes: float | None = None,
+    constraints: Constraints | None = None,
     check: str | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
@@ -393,6 +395,7 @@ def parallelize(
         update; by default SGD with momentum is assumed.
       memory_bytes: what a training step may take of each device, as compiled for GPUs; the search
         is for the fastest strategy that is predicted to need no more, with `MEMORY_MARGIN`.
+      constraints: pinned layers, forbidden dimensions, parameters that stay replicated.
       check: "measure" runs a few training steps of the plan and of data parallelism and returns
         the faster; `params` and `batch` must be arrays then.
       on_progress: called as `on_progress(what, done, total)`.
@@ -403,7 +406,7 @@ def parallelize(
     Raises:
       ValueError: more devices than exist, a loss that is not a scalar, an unknown strategy or one
         for another model, a batch that the devices do not divide under strategy "data", a rate
-        that is not a positive number, an unknown check.
+        that is not a positive number, an unknown check, constraints that nothing keeps to.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     if not isinstance(strategy, (str, Strategy)):
@@ -426,7 +429,7 @@ def parallelize(
         check_mesh(strategy, rated.axis_sizes)
         strategy.for_graph(graph)
     slots = _slots(optimizer, params)
-    space = price(graph, rated, optimizer_slots=slots)
+    space = price(graph, rated, constraints=constraints, optimizer_slots=slots)
     timer = None
     if isinstance(rates, Profile):
         space = measured_space(space, rates.times(graph, rated))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -10,10 +12,13 @@ from rich.table import Table
 
 from jaxlwp._config import Config
 from jaxlwp._cost import argument_collectives, layer_collectives, use_collectives
+from jaxlwp._search import search
 
 if TYPE_CHECKING:
     from jaxlwp._compare import Comparison
+    from jaxlwp._explain import Alternative, Explanation
     from jaxlwp._plan import Plan
+    from jaxlwp._search import SearchSpace
     from jaxlwp._verify import Traffic, Verification
 
 
@@ -56,7 +61,9 @@ def plan_table(plan: Plan) -> Table:
     proof = ""
     if plan.result is not None:
         proof = ", optimal" if plan.result.optimal else f", within {plan.result.gap:.1%}"
-    table = Table(
+    if space.constraints is not None:
+        proof += " under the constraints given"
+    table = _titled_table(
         title=(
             f"strategy {plan.strategy.name} on {space.devices.num_devices} x "
             f"{space.devices.device_kind} {sizes}: predicted {seconds(cost.total_s)} ms a step"
@@ -68,8 +75,6 @@ def plan_table(plan: Plan) -> Table:
             f"{seconds(cost.overhead_s)} ms; rates: {space.devices.source}"
             f"\n{_memory_note(plan)}" + _measured_notes(plan) + _replication_notes(plan)
         ),
-        title_justify="left",
-        caption_justify="left",
     )
     for column in ("layer", "kind", "config", "output PartitionSpec"):
         table.add_column(column)
@@ -175,14 +180,12 @@ def comparison_table(comparison: Comparison) -> Table:
     rounds = len(comparison.results[0].times_s)
     cores = f", simulated on {comparison.machine['cpu_count']} processor cores"
     simulated = cores if comparison.machine["simulated"] else ""
-    table = Table(
+    table = _titled_table(
         title=(
             f"{comparison.model}, batch {comparison.batch}, training step on "
             f"{comparison.devices.num_devices} x {comparison.devices.device_kind}{simulated}"
         ),
         caption=_comparison_notes(comparison),
-        title_justify="left",
-        caption_justify="left",
     )
     table.add_column("strategy")
     for column in (
@@ -236,6 +239,80 @@ def comparison_text(comparison: Comparison) -> str:
     return render(comparison_table(comparison))
 
 
+def explanation_table(explanation: Explanation) -> Table:
+    """A row per layer: the configs of the cheapest strategies, and what the next cost more."""
+    space = explanation.space
+    table = _titled_table(
+        title=f"best strategy: {seconds(explanation.optimum_s)} ms; with another config of a layer",
+        caption="every figure is the best strategy with that config, all other layers adapted",
+    )
+    for column in ("layer", "config", "second", "third", "most"):
+        table.add_column(column)
+    for layer in space.graph.layers:
+        ranked = explanation.alternatives(layer.name)
+        allowed = [a for a in ranked if a.best_s < math.inf]
+        cells = [_alternative_text(a, space) for a in allowed]
+        others = (*cells[1:3], "", "")[:2]
+        most = cells[-1] if len(cells) > 3 else ""
+        table.add_row(
+            layer.name, allowed[0].config.describe(space.devices.axis_sizes), *others, most
+        )
+    return table
+
+
+def _alternative_text(alternative: Alternative, space: SearchSpace) -> str:
+    text = alternative.config.describe(space.devices.axis_sizes)
+    return f"{text} (+{seconds(alternative.extra_s)} ms)"
+
+
+def alternatives_table(
+    explanation: Explanation, layer: str, containing: Sequence[str] = (), rows: int = 8
+) -> Table:
+    """A row per config of a layer: the best strategy with it, and where it loses time.
+
+    Args:
+      explanation: from `explain`.
+      layer: name of the layer.
+      containing: dimensions that must be split.
+      rows: how many, the best first.
+    """
+    space = explanation.space
+    ranked = explanation.alternatives(layer, containing)
+    asked = f" with {', '.join(containing)} split" if containing else ""
+    table = _titled_table(
+        title=f"layer {layer}{asked}: the best strategy with each config",
+        caption=f"{min(rows, len(ranked))} of {len(ranked)} configs; the optimum takes "
+        f"{seconds(explanation.optimum_s)} ms; differences to it in ms",
+    )
+    table.add_column("config")
+    for column in ("best ms", "more", "compute", "transfer", "sync", "besides", "layers changed"):
+        table.add_column(column, justify="right")
+    optimum = search(space)
+    for alternative in ranked[:rows]:
+        if alternative.best_s == math.inf:
+            table.add_row(alternative.config.describe(space.devices.axis_sizes), "not allowed")
+            continue
+        found = explanation.best_with(layer, alternative.config)
+        parts = ("compute_s", "transfer_s", "sync_s", "overhead_s")
+        more = [getattr(found.cost, part) - getattr(optimum.cost, part) for part in parts]
+        changed = sum(
+            found.strategy.configs[name] != config
+            for name, config in optimum.strategy.configs.items()
+        )
+        table.add_row(
+            alternative.config.describe(space.devices.axis_sizes),
+            seconds(alternative.best_s),
+            f"{alternative.extra_s * 1e3:+.3g}",
+            *(f"{value * 1e3:+.3g}" for value in more),
+            str(changed),
+        )
+    return table
+
+
+def _titled_table(title: str, caption: str) -> Table:
+    return Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+
+
 def verification_table(check: Verification) -> Table:
     """A row per layer: collectives as priced and in the program, time; the totals below."""
     measured = "" if check.measured_s is None else f", measured {seconds(check.measured_s)} ms"
@@ -252,11 +329,9 @@ def verification_table(check: Verification) -> Table:
     if check.disagreeing:
         names = ", ".join(layer.name for layer in check.disagreeing)
         notes.append(f"* the program of these layers differs from what was priced: {names}")
-    table = Table(
+    table = _titled_table(
         title=f"strategy {check.strategy}, step compiled for {check.compiled_for}",
         caption="\n".join(notes),
-        title_justify="left",
-        caption_justify="left",
     )
     for column in ("layer", "config", "collectives priced", "collectives in the program"):
         table.add_column(column)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxlwp._config import Config
+from jaxlwp._constraints import Constraints
 from jaxlwp._cost import AnalyticCostModel, CostModel, build_tables, layer_configs, temporary_bytes
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer
@@ -48,6 +49,7 @@ class SearchSpace:
       measured: for each layer, shape (configs,), whether `tables.compute_s` is measured; empty if
         all times are analytic.
       analytic_s: for each layer, shape (configs,), the analytic times that measured ones replaced.
+      constraints: what every strategy of the space keeps to.
     """
 
     graph: ComputationGraph
@@ -56,6 +58,7 @@ class SearchSpace:
     tables: CostTables = field(repr=False)
     measured: tuple[NDArray[np.bool_], ...] = field(default=(), repr=False)
     analytic_s: tuple[FloatArray, ...] = field(default=(), repr=False)
+    constraints: Constraints | None = field(default=None, repr=False)
 
     @property
     def num_measured(self) -> int:
@@ -147,6 +150,7 @@ def price(
     *,
     model: CostModel | None = None,
     interchangeable: bool = True,
+    constraints: Constraints | None = None,
     fixed: Mapping[str, Config] | None = None,
     optimizer_slots: float = 1.0,
 ) -> SearchSpace:
@@ -158,11 +162,17 @@ def price(
       model: answers the two cost questions; analytic times from the devices' rates by default.
       interchangeable: mesh axes of one link level are used in one fixed order; False enumerates
         every assignment of axes.
+      constraints: what every strategy of the space must keep to.
       fixed: layer name -> the only config that it may have, as far as the layer can have it.
       optimizer_slots: arrays like the parameters that the optimizer keeps: 1 for SGD with
         momentum, 2 for Adam. Of no use with a `model`.
+
+    Raises:
+      ValueError: constraints that name nothing, or that leave a layer without a config.
     """
     configs = layer_configs(graph, devices, interchangeable=interchangeable)
+    if constraints:
+        configs = constraints.apply(graph, configs, devices.axis_sizes)
     if fixed:
         configs = tuple(
             (fixed[layer.name].within(layer.dimensions, layer.even, devices.axis_sizes),)
@@ -176,7 +186,56 @@ def price(
         temporary_bytes=temporary_bytes(graph, devices.num_devices),
     )
     tables = build_tables(graph, configs, model)
-    return SearchSpace(graph=graph, devices=devices, configs=configs, tables=tables)
+    return SearchSpace(
+        graph=graph, devices=devices, configs=configs, tables=tables, constraints=constraints
+    )
+
+
+def restrict(space: SearchSpace, constraints: Constraints) -> SearchSpace:
+    """The part of a space that keeps to constraints, with the prices that it has.
+
+    Args:
+      space: from `price`.
+      constraints: what is left must keep to them, and to those of the space.
+
+    Raises:
+      ValueError: constraints that name nothing, that leave a layer without a config, or that pin a
+        layer to a config outside the space.
+    """
+    configs = constraints.apply(space.graph, space.configs, space.devices.axis_sizes)
+    numbers = []
+    for layer, known, kept in zip(space.graph.layers, space.configs, configs, strict=True):
+        place = {config: n for n, config in enumerate(known)}
+        if not all(config in place for config in kept):
+            text = "; ".join(config.describe(space.devices.axis_sizes) for config in kept)
+            raise ValueError(
+                f"constraints: layer {layer.name} is pinned to {text}, which is not in the space; "
+                "give the constraints to price, in place of restrict"
+            )
+        numbers.append(np.array([place[config] for config in kept]))
+
+    def part(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
+        return tuple(array[n] for array, n in zip(arrays, numbers, strict=True)) if arrays else ()
+
+    tables = space.tables
+    return replace(
+        space,
+        configs=configs,
+        constraints=constraints,
+        measured=part(space.measured),
+        analytic_s=part(space.analytic_s),
+        tables=replace(
+            tables,
+            compute_s=part(tables.compute_s),
+            sync_s=part(tables.sync_s),
+            exchange_s=part(tables.exchange_s),
+            overhead_s=part(tables.overhead_s),
+            transfer_s=tuple(
+                table[np.ix_(numbers[i], numbers[j])]
+                for (i, j), table in zip(tables.edges, tables.transfer_s, strict=True)
+            ),
+        ),
+    )
 
 
 def search(

@@ -189,4 +189,5 @@ def _widest(
         alone = [c for c in choices if len(c.splits) == 1 and c.axes(dimension)]
         if alone:
             return max(alone, key=lambda c: math.prod(axis_sizes[a] for a in c.axes(dimension)))
-    return Config()
+    # Constraints may have taken the replicated config away.
+    return Config() if Config() in choices else choices[0]

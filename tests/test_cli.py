@@ -152,6 +152,29 @@ def test_plan_of_each_strategy_and_a_saved_one(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [saved]  # nothing half written, no rates measured
 
 
+def test_plan_with_constraints_and_reasons() -> None:
+    command = ["plan", LENET, "--devices", "4", "--batch", "64", *RATES]
+    pinned = ["--pin", "fc3:channel=2,sample=2", "--pin", "conv1:", "--forbid", "reduction"]
+    result = _run(*command, *pinned, "--replicated", "*fc5*", "--why", "fc3:sample")
+    assert "under the constraints given" in result.output
+    assert re.search(r"fc3 .*sample=2 channel=2", result.output)
+    assert re.search(r"conv1 .*replicated", result.output)
+    assert "layer fc3 with sample split" in result.output
+    everything = _run(*command, "--why", "all")
+    assert everything.output.count("ms)") > 10
+    for wrong, message in (
+        (["--pin", "fc3=channel"], "give a layer and its split"),
+        (["--pin", "fc9:channel=2"], "matches no layer"),
+        (["--forbid", "rows"], "is no dimension"),
+        (["--why", "fc9"], "there is no layer 'fc9'"),
+        (["--memory", "-1"], "must be a positive finite number"),
+        (["--memory", "1000"], "memory limit"),
+    ):
+        refused = _run(*command, *wrong)
+        assert refused.exit_code == 1
+        assert message in refused.output and refused.output.count("\n") == 1
+
+
 @pytest.mark.usefixtures("eight")
 def test_plan_splits_a_batch_unevenly() -> None:
     result = _run("plan", LENET, "--devices", "8", "--batch", "6", *RATES)
