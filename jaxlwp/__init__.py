@@ -19,6 +19,7 @@ from jaxlwp._limit import MemoryLimitError
 from jaxlwp._marginals import RankedChoices, k_best, min_marginals
 from jaxlwp._measure import LayerTimer, layer_timer
 from jaxlwp._memory import Memory, MemoryCosts, memory_costs, plan_memory
+from jaxlwp._objective import MovedBytes, Objective, Overlap, PeakMemory, PlainSum
 from jaxlwp._plan import Plan, bind, parallelize
 from jaxlwp._profile import Profile, load_profile
 from jaxlwp._search import (
@@ -63,6 +64,11 @@ __all__ = [
     "MemoryCosts",
     "MemoryLimitError",
     "MeshAxis",
+    "MovedBytes",
+    "Objective",
+    "Overlap",
+    "PeakMemory",
+    "PlainSum",
     "Plan",
     "Profile",
     "RankedChoices",

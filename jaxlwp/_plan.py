@@ -26,6 +26,7 @@ from jaxlwp._limit import MemoryLimitError
 from jaxlwp._lower import Lowered
 from jaxlwp._measure import layer_timer
 from jaxlwp._memory import Memory, plan_memory
+from jaxlwp._objective import Objective
 from jaxlwp._profile import Profile
 from jaxlwp._search import (
     SearchResult,
@@ -374,6 +375,7 @@ def parallelize(
     optimizer: Any = None,
     memory_bytes: float | None = None,
     constraints: Constraints | None = None,
+    objective: str | Objective = "sum",
     check: str | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
@@ -396,6 +398,8 @@ def parallelize(
       memory_bytes: what a training step may take of each device, as compiled for GPUs; the search
         is for the fastest strategy that is predicted to need no more, with `MEMORY_MARGIN`.
       constraints: pinned layers, forbidden dimensions, parameters that stay replicated.
+      objective: what the search makes least: "sum", "overlap", "bytes", "memory", or an
+        `Objective`; see `search`.
       check: "measure" runs a few training steps of the plan and of data parallelism and returns
         the faster; `params` and `batch` must be arrays then.
       on_progress: called as `on_progress(what, done, total)`.
@@ -439,7 +443,11 @@ def parallelize(
     def planned(limit_bytes: float | None) -> Plan:
         result, found = None, space
         if strategy == "search":
-            options: dict[str, Any] = {"memory_bytes": limit_bytes, "optimizer_slots": slots}
+            options: dict[str, Any] = {
+                "objective": objective,
+                "memory_bytes": limit_bytes,
+                "optimizer_slots": slots,
+            }
             if timer:
                 result = search_measured(space, timer, progress=on_progress, **options)
             else:

@@ -16,6 +16,8 @@ from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._limit import LayerBytes, LimitedSolution, MemoryLimitError, solve_limited
 from jaxlwp._memory import memory_costs
+from jaxlwp._minmax import MinMaxSolution, minimize_max
+from jaxlwp._objective import OBJECTIVES, Objective, PlainSum
 from jaxlwp._solve import Solution, solve
 from jaxlwp._strategy import Strategy, baseline, make_strategy
 from jaxlwp._tables import Cost, CostTables, FloatArray
@@ -117,6 +119,10 @@ class SearchSpace:
         return baseline(name, self.graph, self.configs, self.devices.axis_sizes)
 
 
+AnySolution = Solution | LimitedSolution | MinMaxSolution
+"""What the search under a plain sum, under a memory limit, and of a largest sum gives."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
     """The strategy found, and the proof.
@@ -124,14 +130,23 @@ class SearchResult:
     Attributes:
       strategy: the strategy.
       cost: its predicted cost.
-      solution: choices, lower bound, and the statistics of the search.
+      solution: choices, lower bound, and the statistics of the search; its costs are in the unit of
+        the objective, seconds without what every step has (`CostTables.step_s`).
       space: what was searched.
+      objective: what was made least.
     """
 
     strategy: Strategy
     cost: Cost
-    solution: Solution | LimitedSolution = field(repr=False)
+    solution: AnySolution = field(repr=False)
     space: SearchSpace = field(repr=False)
+    objective: Objective = field(default=OBJECTIVES["sum"], repr=False)
+
+    @property
+    def value(self) -> float:
+        """What the strategy's objective is: seconds of a step, or bytes of a device."""
+        step_s = self.space.tables.step_s if self.objective.unit == "s" else 0.0
+        return self.solution.cost_s + step_s
 
     @property
     def optimal(self) -> bool:
@@ -241,6 +256,7 @@ def restrict(space: SearchSpace, constraints: Constraints) -> SearchSpace:
 def search(
     space: SearchSpace,
     *,
+    objective: str | Objective = "sum",
     method: str = "elimination",
     memory_bytes: float | None = None,
     optimizer_slots: float = 1.0,
@@ -250,6 +266,8 @@ def search(
 
     Args:
       space: from `price`.
+      objective: what to make least: "sum" (the paper's), "overlap" (gradients synchronised behind
+        the backward pass), "bytes" (sent by a device), "memory" (of a device), or an `Objective`.
       method: "elimination" (exact, fast) or "exhaustive" (the paper's baseline).
       memory_bytes: of one device; only strategies that fit count, by `estimated_bytes`, the sum
         of `memory_costs`. `parallelize(memory_bytes=...)` also looks at the program.
@@ -258,7 +276,7 @@ def search(
 
     Raises:
       ValueError: the space is too large for "exhaustive", or every strategy has an infinite cost,
-        or method "exhaustive" with a memory limit.
+        an unknown objective, or a memory limit with another objective or method.
       MemoryLimitError: nothing fits: the least memory, and which layers hold it.
       TimeoutError: the time limit ended the search before it found a strategy.
     """
@@ -266,16 +284,32 @@ def search(
         raise ValueError(
             f'method is {method!r}: a search with memory_bytes is by "elimination"; leave one out'
         )
+    wanted = _objective(objective, memory_bytes)
     limit = _Limit.of(space, memory_bytes, optimizer_slots)
-    tables = space.tables
-    solution = _solved(tables, limit, method=method, time_limit_s=time_limit_s)
-    strategy = space.strategy("search", solution.choices)
+    solution = _solved(space, wanted, limit, method=method, time_limit_s=time_limit_s)
     return SearchResult(
-        strategy=strategy,
-        cost=tables.evaluate(solution.choices),
+        strategy=space.strategy("search", solution.choices),
+        cost=space.tables.evaluate(solution.choices),
         solution=solution,
         space=space,
+        objective=wanted,
     )
+
+
+def _objective(objective: str | Objective, memory_bytes: float | None) -> Objective:
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective: {objective!r} is unknown; give one of {', '.join(OBJECTIVES)}, or an "
+                "Objective"
+            )
+        objective = OBJECTIVES[objective]
+    if memory_bytes is not None and not isinstance(objective, PlainSum):
+        raise ValueError(
+            f"objective: {type(objective).__name__} is given with memory_bytes; a memory limit "
+            'goes with "sum": leave one out'
+        )
+    return objective
 
 
 # --- measuring no more than the search needs -----------------------------------------------------
@@ -293,6 +327,7 @@ def search_measured(
     timer: Timer,
     *,
     tolerance: float = 0.0,
+    objective: str | Objective = "sum",
     memory_bytes: float | None = None,
     optimizer_slots: float = 1.0,
     progress: Callable[[str, int, int], None] | None = None,
@@ -308,6 +343,7 @@ def search_measured(
       timer: measures.
       tolerance: relative gap that may be left to what the bounds allow, to measure less; the
         result states what is left.
+      objective: as for `search`.
       memory_bytes: as for `search`.
       optimizer_slots: as for `search`.
       progress: called as `progress(what, done, total)`.
@@ -319,11 +355,12 @@ def search_measured(
       ValueError: the timer does not measure what it is asked to.
       MemoryLimitError: nothing fits.
     """
+    wanted = _objective(objective, memory_bytes)
     limit = _Limit.of(space, memory_bytes, optimizer_slots)
     while True:
         work = [_Work.of(space, timer, n) for n in range(len(space.configs))]
         bounded = _with_compute(space, [w.bound_s for w in work])
-        solution = _solved(bounded, limit)
+        solution = _solved(bounded, wanted, limit)
         missing = [
             (space.graph.layers[n], space.configs[n][choice])
             for n, choice in enumerate(solution.choices)
@@ -331,9 +368,10 @@ def search_measured(
         ]
         if missing and all(w.measured.any() for w in work):
             only = _with_compute(space, [np.where(w.measured, w.bound_s, np.inf) for w in work])
-            known = _solved_if_any(only, limit)
-            floor_s = solution.lower_bound_s + bounded.step_s
-            if known and known.cost_s + bounded.step_s <= floor_s * (1 + tolerance):
+            known = _solved_if_any(only, wanted, limit)
+            step_s = space.tables.step_s
+            floor_s = solution.lower_bound_s + step_s
+            if known and known.cost_s + step_s <= floor_s * (1 + tolerance):
                 bound_s = min(solution.lower_bound_s, known.cost_s)
                 optimal = bound_s == known.cost_s
                 solution = replace(known, lower_bound_s=bound_s, optimal=optimal)
@@ -350,7 +388,9 @@ def search_measured(
     found = measured_space(space, timer)
     cost = found.tables.evaluate(solution.choices)
     strategy = found.strategy("search", solution.choices)
-    return SearchResult(strategy=strategy, cost=cost, solution=solution, space=found)
+    return SearchResult(
+        strategy=strategy, cost=cost, solution=solution, space=found, objective=wanted
+    )
 
 
 @dataclass(frozen=True)
@@ -395,25 +435,34 @@ class _Limit:
 
 
 def _solved(
-    tables: CostTables,
+    space: SearchSpace,
+    objective: Objective,
     limit: _Limit | None,
     *,
     method: str = "elimination",
     time_limit_s: float | None = None,
-) -> Solution | LimitedSolution:
-    costs = tables.node_costs_s, tables.edges, tables.transfer_s
-    if limit is None:
-        return solve(*costs, method=method, time_limit_s=time_limit_s)
-    try:
-        return solve_limited(*costs, limit.memory, limit.limit_bytes, time_limit_s=time_limit_s)
-    except MemoryLimitError as error:
-        raise limit.named(error) from None
+) -> AnySolution:
+    if limit is not None:
+        tables = space.tables
+        costs = tables.node_costs_s, tables.edges, tables.transfer_s
+        try:
+            return solve_limited(*costs, limit.memory, limit.limit_bytes, time_limit_s=time_limit_s)
+        except MemoryLimitError as error:
+            raise limit.named(error) from None
+    rows = objective.rows(space)
+    if len(rows.scale) == 1:
+        return solve(*rows.only(), method=method, time_limit_s=time_limit_s)
+    if method != "elimination":
+        raise ValueError(f'method is {method!r}: objectives of several sums are by "elimination"')
+    return minimize_max(rows, time_limit_s=time_limit_s)
 
 
-def _solved_if_any(tables: CostTables, limit: _Limit | None) -> Solution | LimitedSolution | None:
-    """The solution of tables, None if nothing is allowed."""
+def _solved_if_any(
+    space: SearchSpace, objective: Objective, limit: _Limit | None
+) -> AnySolution | None:
+    """The solution of a space, None if nothing is allowed."""
     try:
-        return _solved(tables, limit)
+        return _solved(space, objective, limit)
     except ValueError:
         return None
 
@@ -428,14 +477,14 @@ def measured_space(space: SearchSpace, timer: Timer) -> SearchSpace:
     work = [_Work.of(space, timer, n) for n in range(len(space.configs))]
     return replace(
         space,
-        tables=_with_compute(space, [w.estimate_s for w in work]),
+        tables=replace(space.tables, compute_s=tuple(w.estimate_s for w in work)),
         measured=tuple(w.measured for w in work),
         analytic_s=space.analytic_s or space.tables.compute_s,
     )
 
 
-def _with_compute(space: SearchSpace, compute_s: Sequence[FloatArray]) -> CostTables:
-    return replace(space.tables, compute_s=tuple(compute_s))
+def _with_compute(space: SearchSpace, compute_s: Sequence[FloatArray]) -> SearchSpace:
+    return replace(space, tables=replace(space.tables, compute_s=tuple(compute_s)))
 
 
 @dataclass(frozen=True)
