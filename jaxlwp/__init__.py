@@ -20,6 +20,7 @@ from jaxlwp._marginals import RankedChoices, k_best, min_marginals
 from jaxlwp._measure import LayerTimer, layer_timer
 from jaxlwp._memory import Memory, MemoryCosts, memory_costs, plan_memory
 from jaxlwp._objective import MovedBytes, Objective, Overlap, PeakMemory, PlainSum
+from jaxlwp._pareto import ParetoCurve, ParetoPoint, pareto
 from jaxlwp._plan import Plan, bind, parallelize
 from jaxlwp._profile import Profile, load_profile
 from jaxlwp._search import (
@@ -67,6 +68,8 @@ __all__ = [
     "MovedBytes",
     "Objective",
     "Overlap",
+    "ParetoCurve",
+    "ParetoPoint",
     "PeakMemory",
     "PlainSum",
     "Plan",
@@ -96,6 +99,7 @@ __all__ = [
     "memory_costs",
     "min_marginals",
     "parallelize",
+    "pareto",
     "plan_memory",
     "price",
     "restrict",

@@ -26,6 +26,8 @@ from jaxlwp._devices import DeviceGraph
 from jaxlwp._explain import explain
 from jaxlwp._measure import LayerTimer, TimingCache
 from jaxlwp._model import DEFAULT_BATCH, load_workload
+from jaxlwp._objective import OBJECTIVES
+from jaxlwp._pareto import pareto
 from jaxlwp._plan import Plan, parallelize
 from jaxlwp._profile import load_profile
 from jaxlwp._report import alternatives_table, render
@@ -322,6 +324,18 @@ def main() -> None:
     "those alone that split DIM; 'all' shows every layer's best three.",
 )
 @click.option(
+    "--curve",
+    is_flag=True,
+    help="Show the fastest strategies for less and less memory too.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(list(OBJECTIVES)),
+    default="sum",
+    help="What to make least: sum (computation, transfers and synchronisation one after the other; "
+    "the default), overlap (gradients synchronised behind the backward pass), bytes or memory.",
+)
+@click.option(
     "--analytic",
     is_flag=True,
     help="Price layers by the devices' rates, without measuring them.",
@@ -340,6 +354,8 @@ def plan(
     forbid: tuple[str, ...],
     replicated: tuple[str, ...],
     why: str | None,
+    curve: bool,
+    objective: str,
     **rates: float | None,
 ) -> None:
     """Find a strategy for MODEL and print it, a row per layer."""
@@ -361,13 +377,16 @@ def plan(
             measure=by_hand is None and profile is None and not analytic,
             memory_bytes=memory_bytes,
             constraints=_constraints(pin, forbid, replicated),
+            objective=objective,
             on_progress=progress,
         )
-        explained = None if why is None else _explained(found, why)
+        texts = [] if why is None else [_explained(found, why)]
+        if curve:
+            texts.append(str(pareto(found.space, progress=progress)))
     click.echo(f"{model}, batch {batch_size(work.batch)}, on {_describe(chosen)}")
     click.echo(str(found), nl=False)
-    if explained is not None:
-        click.echo(explained)
+    for text in texts:
+        click.echo(text)
     if save is not None:
         with _one_line_errors():
             _write(save, found.strategy.to_json())

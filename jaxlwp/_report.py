@@ -17,6 +17,7 @@ from jaxlwp._search import search
 if TYPE_CHECKING:
     from jaxlwp._compare import Comparison
     from jaxlwp._explain import Alternative, Explanation
+    from jaxlwp._pareto import ParetoCurve
     from jaxlwp._plan import Plan
     from jaxlwp._search import SearchSpace
     from jaxlwp._verify import Traffic, Verification
@@ -305,6 +306,29 @@ def alternatives_table(
             f"{alternative.extra_s * 1e3:+.3g}",
             *(f"{value * 1e3:+.3g}" for value in more),
             str(changed),
+        )
+    return table
+
+
+def pareto_table(curve: ParetoCurve) -> Table:
+    """A row per strategy: memory, time, and what the time goes to."""
+    fastest_s = curve.points[0].seconds
+    table = _titled_table(
+        title="fastest strategies for less and less memory of a device",
+        caption="limit, layers: the sum of the layers' bytes, which the search keeps below the "
+        "limit; program: predicted as compiled for GPUs",
+    )
+    for column in ("limit", "layers", "program", "predicted ms", "slower", "proof"):
+        table.add_column(column, justify="right")
+    for point in curve.points:
+        result = point.result
+        table.add_row(
+            num_bytes(point.limit_bytes),
+            num_bytes(point.estimated_bytes),
+            num_bytes(point.memory.peak_bytes),
+            seconds(point.seconds),
+            f"{point.seconds / fastest_s:.2f}x",
+            "optimal" if result.optimal else f"within {result.gap:.1%}",
         )
     return table
 

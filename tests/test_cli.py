@@ -160,7 +160,8 @@ def test_plan_with_constraints_and_reasons() -> None:
     assert re.search(r"fc3 .*sample=2 channel=2", result.output)
     assert re.search(r"conv1 .*replicated", result.output)
     assert "layer fc3 with sample split" in result.output
-    everything = _run(*command, "--why", "all")
+    everything = _run(*command, "--why", "all", "--curve", "--objective", "overlap")
+    assert "fastest strategies for less and less memory" in everything.output
     assert everything.output.count("ms)") > 10
     for wrong, message in (
         (["--pin", "fc3=channel"], "give a layer and its split"),

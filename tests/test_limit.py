@@ -150,3 +150,27 @@ def test_errors() -> None:
         solve_limited([[1.0]], [], [], [LayerBytes([1.0], [math.nan], [1.0], [1.0])], 10)
     with pytest.raises(MemoryLimitError, match="needs 3 bytes; no strategy fits"):
         solve_limited([[1.0]], [], [], [one], 2.9)
+
+
+def test_curve_of_time_and_memory(mesh222: Mesh) -> None:
+    """Every point is the fastest under its limit, from the fastest of all to the smallest."""
+    work = load_workload("models.lenet:LeNet5", batch=256, abstract=True)
+    graph = jaxlwp.trace(work.loss, work.params, *work.batch)
+    space = jaxlwp.price(graph, jaxlwp.device_graph(mesh222, rates=RATES))
+    points = jaxlwp.pareto(space, points=6).points
+    assert points[0].seconds == pytest.approx(jaxlwp.search(space).cost.total_s)
+    assert len(points) > 2
+    for before, point in itertools.pairwise(points):
+        assert point.estimated_bytes < before.estimated_bytes
+        assert point.seconds > before.seconds
+    for point in points:
+        assert point.estimated_bytes <= point.limit_bytes and point.result.optimal
+        again = jaxlwp.search(space, memory_bytes=point.limit_bytes)
+        assert again.cost.total_s == pytest.approx(point.seconds)
+        assert point.memory.peak_bytes == pytest.approx(point.estimated_bytes, rel=0.2)
+    least = jaxlwp.search(space, objective="memory")
+    assert points[-1].estimated_bytes == pytest.approx(least.value)
+    with pytest.raises(jaxlwp.MemoryLimitError):
+        jaxlwp.search(space, memory_bytes=0.99 * least.value)
+    with pytest.raises(ValueError, match="points is 1: give at least 2"):
+        jaxlwp.pareto(space, points=1)
