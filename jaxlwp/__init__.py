@@ -38,6 +38,7 @@ from jaxlwp._tables import Cost, CostTables
 from jaxlwp._target import TargetStep, compile_for, target_mesh
 from jaxlwp._trace import trace
 from jaxlwp._verify import LayerCheck, Verification, verify
+from jaxlwp._wide import price_around
 
 __version__ = "0.1.0"
 
@@ -102,6 +103,7 @@ __all__ = [
     "pareto",
     "plan_memory",
     "price",
+    "price_around",
     "restrict",
     "runners_up",
     "search",

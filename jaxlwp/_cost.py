@@ -19,7 +19,7 @@ import numpy as np
 from jaxlwp._changes import IntArray, Wanted, changes
 from jaxlwp._config import Config, Layout, enumerate_configs
 from jaxlwp._devices import DeviceGraph
-from jaxlwp._graph import ComputationGraph, Layer, Member, Use
+from jaxlwp._graph import ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp._halo import hops, plan_halo
 from jaxlwp._layout import (
     Collective,
@@ -569,9 +569,9 @@ def temporary_bytes(graph: ComputationGraph, num_devices: int) -> float:
 
 
 def layer_configs(
-    graph: ComputationGraph, devices: DeviceGraph, *, interchangeable: bool = True
+    layers: Sequence[Layer], devices: DeviceGraph, *, interchangeable: bool = True
 ) -> tuple[tuple[Config, ...], ...]:
-    """The configs of every layer; see `enumerate_configs`."""
+    """All configs of each layer; see `enumerate_configs`."""
     found: dict[object, tuple[Config, ...]] = {}
 
     def of_layer(layer: Layer) -> tuple[Config, ...]:
@@ -589,7 +589,7 @@ def layer_configs(
             )
         return found[key]
 
-    return tuple(of_layer(layer) for layer in graph.layers)
+    return tuple(of_layer(layer) for layer in layers)
 
 
 def build_tables(
@@ -605,10 +605,20 @@ def build_tables(
     Returns:
       The cost tables, in seconds, with layers and edges in the graph's order.
     """
-    costs = [
-        model.layer(layer, choices) for layer, choices in zip(graph.layers, configs, strict=True)
-    ]
+    sides = [tuple(choices) for choices in configs]
+    layers: dict[object, LayerCosts] = {}
+    costs = []
+    for layer, choices in zip(graph.layers, sides, strict=True):
+        key = layer_key(layer), choices
+        if key not in layers:
+            layers[key] = model.layer(layer, choices)
+        costs.append(layers[key])
     edges = graph.edges
+    transfers: dict[object, FloatArray] = {}
+    for edge in edges:
+        alike = _edge_key(edge, sides)
+        if alike not in transfers:
+            transfers[alike] = model.transfer_s(edge.use, sides[edge.source], sides[edge.target])
     return CostTables(
         compute_s=tuple(cost.compute_s for cost in costs),
         exchange_s=tuple(cost.exchange_s for cost in costs),
@@ -616,8 +626,39 @@ def build_tables(
         step_s=model.step_s(graph),
         sync_s=tuple(cost.sync_s for cost in costs),
         edges=tuple((edge.source, edge.target) for edge in edges),
-        transfer_s=tuple(
-            model.transfer_s(edge.use, configs[edge.source], configs[edge.target]) for edge in edges
-        ),
+        transfer_s=tuple(transfers[_edge_key(edge, sides)] for edge in edges),
         names=tuple(layer.name for layer in graph.layers),
     )
+
+
+def layer_key(layer: Layer) -> str:
+    """Equal for layers that cost the same under the same configs: blocks repeat in networks."""
+    members = [
+        (
+            m.equation.name,
+            sorted((name, str(value)) for name, value in m.equation.params.items()),
+            m.equation.operand_values,
+            m.equation.result_values,
+            m.signature,
+            m.gradient,
+            m.recomputed,
+        )
+        for m in layer.members
+    ]
+    own = [
+        (*_use_key(use), use.source_labels, use.argument)
+        for use in layer.uses
+        if use.source == layer.index
+    ]
+    return repr((members, own, layer.outputs))
+
+
+def _use_key(use: Use) -> tuple[object, ...]:
+    return use.info, use.labels, tuple(sorted(use.active)), use.gradient, use.recomputed
+
+
+def _edge_key(edge: Edge, sides: Sequence[tuple[Config, ...]]) -> object:
+    """Equal for edges whose transfers cost the same."""
+    use = edge.use
+    ends = sides[edge.source], sides[edge.target]
+    return (*_use_key(use), use.source_labels, use.argument, *ends)

@@ -207,15 +207,22 @@ class DeviceGraph:
     def link_rate(self, kind: str, names: tuple[str, ...]) -> tuple[float, float]:
         """Seconds of a collective beside its bytes, and for each byte of a device's operand.
 
-        As measured; else ring steps times the latency, and bytes over the slowest link.
+        As measured; else rings (or, of many devices, trees) over the axes of one link level after
+        the other, each with its latency, and all bytes over the slowest link.
         """
         groups = tuple(sum(name in names for name in group) for group in self.axis_groups)
         if fit := self._fits.get((kind, groups)):
             return fit.latency_s, fit.byte_s
         axes = [axis for axis in self.axes if axis.name in names]
         parts = math.prod(axis.size for axis in axes)
-        steps = {"all-reduce": 2 * (parts - 1), "collective-permute": 1}.get(kind, parts - 1)
-        latency_s = steps * max(axis.latency_s for axis in axes)
+        hops = 0.0
+        for level in {axis.level for axis in axes}:
+            ring = [axis for axis in axes if axis.level == level]
+            slowest_s = max(axis.latency_s for axis in ring)
+            hops += slowest_s * _steps(math.prod(axis.size for axis in ring))
+        latency_s = hops * (2 if kind == "all-reduce" else 1)
+        if kind == "collective-permute":
+            latency_s = max(axis.latency_s for axis in axes)
         return latency_s, wire_share(kind, parts) / min(axis.bytes_per_s for axis in axes)
 
     def to_json(self) -> dict[str, Any]:
@@ -244,6 +251,18 @@ class DeviceGraph:
             ) from error
 
 
+_RING = 8
+"""Devices up to which a ring is as quick as a tree."""
+
+
+def _steps(devices: int) -> int:
+    """Steps of a collective over devices of one link level.
+
+    Source: NCCL 2.4, double binary trees: all bandwidth of a ring, with logarithmic latency.
+    """
+    return devices - 1 if devices <= _RING else 2 * math.ceil(math.log2(devices))
+
+
 def prime_factors(n: int) -> tuple[int, ...]:
     """Prime factors of n, largest first; () for 1."""
     factors = []
@@ -256,16 +275,28 @@ def prime_factors(n: int) -> tuple[int, ...]:
     return tuple(reversed(factors))
 
 
+_LEVELS = ("pod", "host", "device")
+"""Names of link levels, slowest first."""
+
+
 def axis_shape(devices_per_level: Sequence[int]) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and levels of the mesh axes for numbers of devices per link level.
 
     Args:
-      devices_per_level: slowest level first: (hosts, devices per host), or (devices,) for one.
+      devices_per_level: slowest level first: (hosts, devices per host), (devices,) for one level,
+        up to (pods, hosts per pod, devices per host).
+
+    Raises:
+      ValueError: more levels than have names.
 
     Returns:
       (name, size, level) of every axis, such as ("host0", 2, 0), ("device0", 2, 1).
     """
-    names = ("device",) if len(devices_per_level) == 1 else ("host", "device")
+    if len(devices_per_level) > len(_LEVELS):
+        raise ValueError(
+            f"{devices_per_level} are {len(devices_per_level)} link levels, of {_LEVELS}"
+        )
+    names = _LEVELS[len(_LEVELS) - len(devices_per_level) :]
     return tuple(
         (f"{names[level]}{i}", size, level)
         for level, count in enumerate(devices_per_level)

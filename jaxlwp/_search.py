@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -52,6 +52,9 @@ class SearchSpace:
         all times are analytic.
       analytic_s: for each layer, shape (configs,), the analytic times that measured ones replaced.
       constraints: what every strategy of the space keeps to.
+      whole: whether every config of every layer is in it, or only some (`price_around`).
+      floor_s: if it is not whole, what no strategy of the whole space is priced below (with
+        analytic times), in seconds of a step.
     """
 
     graph: ComputationGraph
@@ -61,6 +64,8 @@ class SearchSpace:
     measured: tuple[NDArray[np.bool_], ...] = field(default=(), repr=False)
     analytic_s: tuple[FloatArray, ...] = field(default=(), repr=False)
     constraints: Constraints | None = field(default=None, repr=False)
+    whole: bool = True
+    floor_s: float = field(default=0.0, repr=False)
 
     @property
     def num_measured(self) -> int:
@@ -150,13 +155,22 @@ class SearchResult:
 
     @property
     def optimal(self) -> bool:
-        """Nothing in the space costs less."""
-        return self.solution.optimal
+        """Nothing in the whole space costs less, as far as layers' times are what they are."""
+        return self.gap == 0
 
     @property
     def gap(self) -> float:
-        """Relative distance between the cost and its proven lower bound; 0 if optimal."""
-        return self.solution.gap
+        """Relative distance between the cost and its proven lower bound; 0 if optimal.
+
+        In a space that is not whole (`SearchSpace.whole`), the bound is that of the whole space:
+        `SearchSpace.floor_s`. It is for plain sums of analytic times; for other objectives, and for
+        measured times, nothing is proven of what was not looked at, and the gap is 1.
+        """
+        if self.space.whole:
+            return self.solution.gap
+        if self.space.measured or not isinstance(self.objective, PlainSum):
+            return 1.0
+        return max(0.0, 1 - self.space.floor_s / self.value)
 
 
 def price(
@@ -166,7 +180,7 @@ def price(
     model: CostModel | None = None,
     interchangeable: bool = True,
     constraints: Constraints | None = None,
-    fixed: Mapping[str, Config] | None = None,
+    configs: Sequence[Sequence[Config]] | None = None,
     optimizer_slots: float = 1.0,
 ) -> SearchSpace:
     """Enumerate and price every config of every layer and edge.
@@ -178,23 +192,18 @@ def price(
       interchangeable: mesh axes of one link level are used in one fixed order; False enumerates
         every assignment of axes.
       constraints: what every strategy of the space must keep to.
-      fixed: layer name -> the only config that it may have, as far as the layer can have it.
+      configs: the configs of each layer, in place of all that it can have.
       optimizer_slots: arrays like the parameters that the optimizer keeps: 1 for SGD with
         momentum, 2 for Adam. Of no use with a `model`.
 
     Raises:
       ValueError: constraints that name nothing, or that leave a layer without a config.
     """
-    configs = layer_configs(graph, devices, interchangeable=interchangeable)
+    if configs is None:
+        configs = layer_configs(graph.layers, devices, interchangeable=interchangeable)
     if constraints:
         configs = constraints.apply(graph, configs, devices.axis_sizes)
-    if fixed:
-        configs = tuple(
-            (fixed[layer.name].within(layer.dimensions, layer.even, devices.axis_sizes),)
-            if layer.name in fixed
-            else choices
-            for layer, choices in zip(graph.layers, configs, strict=True)
-        )
+    configs = tuple(map(tuple, configs))
     model = model or AnalyticCostModel(
         devices=devices,
         optimizer_slots=optimizer_slots,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxlwp import _layout
 from jaxlwp._config import Layout
 from jaxlwp._layout import Move, degree, layout_axes, local_shape, plan_moves
 from jaxlwp._reshard import reshard
@@ -20,6 +22,8 @@ from jaxlwp._reshard import reshard
 from .harness import compiler_options
 
 AXES = {"a": 2, "b": 2, "c": 2}
+MANY_AXES = {"a": 2, "b": 2, "c": 3, "d": 2, "e": 2, "f": 3}
+"""More than are rearranged in every possible way; no devices are needed to follow moves."""
 
 
 class Change(NamedTuple):
@@ -29,20 +33,30 @@ class Change(NamedTuple):
     active: frozenset[str]
 
 
+@pytest.fixture(params=["every rearrangement", "the two best"])
+def rearranged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both ways to rearrange blocks, of which more mesh axes than there are here use the second."""
+    if request.param == "the two best":
+        monkeypatch.setattr(_layout, "_FEW_AXES", 0)
+    _layout.plan_options.cache_clear()
+    yield
+    _layout.plan_options.cache_clear()
+
+
 @st.composite
-def changes(draw: Callable[..., Any]) -> Change:
+def changes(draw: Callable[..., Any], sizes: dict[str, int] = AXES) -> Change:
     shape = tuple(draw(st.lists(st.one_of(st.integers(1, 13), st.just(8)), min_size=1, max_size=3)))
 
     def layout() -> Layout:
         dims: list[tuple[str, ...]] = [()] * len(shape)
-        for axis in draw(st.permutations(sorted(AXES))):
+        for axis in draw(st.permutations(sorted(sizes))):
             dim = draw(st.integers(-1, len(shape) - 1))
-            if dim >= 0 and degree((*dims[dim], axis), AXES) <= shape[dim]:
+            if dim >= 0 and degree((*dims[dim], axis), sizes) <= shape[dim]:
                 dims[dim] = (*dims[dim], axis)
         return tuple(dims)
 
     source, target = layout(), layout()
-    idle = draw(st.sets(st.sampled_from(sorted(AXES))))
+    idle = draw(st.sets(st.sampled_from(sorted(sizes))))
     return Change(shape, source, target, layout_axes(target) | idle)
 
 
@@ -67,6 +81,7 @@ def assert_blocks_equal(actual: jax.Array, expected: np.ndarray) -> None:
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(change=changes(), seed=st.integers(0, 2**31))
+@pytest.mark.usefixtures("rearranged")
 def test_value_and_transpose(mesh222: Mesh, change: Change, seed: int) -> None:
     shape, source, target, active = change
     # The result differs from device to device over the axes that are active but split nothing: one
@@ -101,7 +116,7 @@ def test_value_and_transpose(mesh222: Mesh, change: Change, seed: int) -> None:
     assert_blocks_equal(gradient, padded(cotangents.sum(0), source))
 
 
-def carried_out(move: Move, before: Layout, varying: set[str]) -> Layout:
+def carried_out(move: Move, before: Layout, varying: set[str], sizes: dict[str, int]) -> Layout:
     """The layout after a move; notes in `varying` over which axes the value then varies."""
     dims = [list(axes) for axes in before]
     axes = list(move.axes)
@@ -118,7 +133,7 @@ def carried_out(move: Move, before: Layout, varying: set[str]) -> Layout:
         assert set(axes) == layout_axes(before) == layout_axes(move.after)
         dims = [list(axes) for axes in move.after]
         same = zip(before, move.after, strict=True)
-        assert all(degree(old, AXES) == degree(new, AXES) for old, new in same)
+        assert all(degree(old, sizes) == degree(new, sizes) for old, new in same)
     if move.kind in ("slice", "cast"):
         assert not varying & set(axes)
         varying.update(axes)
@@ -128,13 +143,14 @@ def carried_out(move: Move, before: Layout, varying: set[str]) -> Layout:
 
 
 @settings(deadline=None, max_examples=500)
-@given(change=changes())
-def test_moves_chain(change: Change) -> None:
-    shape, source, target, active = change
-    moves = plan_moves(shape=shape, source=source, target=target, active=active, axis_sizes=AXES)
+@given(data=st.data())
+@pytest.mark.parametrize("sizes", [AXES, MANY_AXES], ids=["three axes", "six axes"])
+def test_moves_chain(sizes: dict[str, int], data: st.DataObject) -> None:
+    shape, source, target, active = data.draw(changes(sizes))
+    moves = plan_moves(shape=shape, source=source, target=target, active=active, axis_sizes=sizes)
     layout, varying = source, set(layout_axes(source))
     for move in moves:
-        layout = carried_out(move, layout, varying)
+        layout = carried_out(move, layout, varying, sizes)
         assert layout == move.after
         split = [axis for axes in layout for axis in axes]
         assert len(split) == len(set(split)), "a mesh axis splits one dimension"
