@@ -1,8 +1,9 @@
-"""How long tracing, pricing and search take on the paper's networks: `make bench-search`.
+"""How long tracing, pricing and search take on real networks: `make bench-search`.
 
 Prints the table beside the paper's Table 3 (4 devices), then the large networks on 8 devices of one
-link level and of two (2 hosts), and writes results/search.json, where `solvers` adds the solver's
-peers. Every row starts with empty caches.
+link level and of two (2 hosts), then deep ones on up to 4096 devices in up to three link levels,
+and writes results/search.json, where `solvers` adds the solver's peers. Every row starts with empty
+caches, and every row of many devices in a process of its own, for its memory.
 LeNet-5 is also searched exhaustively, and both must agree. With --profile, prints where the time
 goes instead.
 """
@@ -13,21 +14,29 @@ import argparse
 import collections
 import datetime
 import functools
+import itertools
 import json
 import math
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 import jaxlwp
 from jaxlwp import _changes, _cost, _layout, _search
 from jaxlwp._devices import axis_shape
 from jaxlwp._model import load_workload
+from jaxlwp._wide import is_large
+from models.unet3d import UNet3D
 
 NETWORKS = {
     "LeNet-5": "models.lenet:LeNet5",
@@ -35,12 +44,18 @@ NETWORKS = {
     "VGG-16": "models.vgg:VGG16",
     "Inception-v3": "models.inception:InceptionV3",
     "DenseNet-121": "models.densenet:DenseNet121",
+    "ResNet-101": "models.resnet:ResNet101",
+    "3-D U-Net": "tests.benchmarks.search:volumes",
 }
+SCALED = ("Inception-v3", "ResNet-101", "DenseNet-121", "3-D U-Net")
+LEVELS = ((8,), (8, 8), (64, 8), (8, 64, 8))
+"""Devices per link level, slowest first: pods, hosts, devices."""
+
 PAPER_S = {"LeNet-5": 0.01, "AlexNet": 0.02, "VGG-16": 0.1}
 """Search time in Table 3, on 4 devices."""
 
 ROWS = (
-    *((name, (4,)) for name in NETWORKS),
+    *((name, (4,)) for name in tuple(NETWORKS)[:5]),
     *((name, devices) for name in ("Inception-v3", "DenseNet-121") for devices in ((8,), (2, 4))),
 )
 """Networks, and devices per link level."""
@@ -70,9 +85,28 @@ RESULTS = Path(__file__).parent / "results" / "search.json"
 REPEATS = 15
 
 
+def volumes(batch: int) -> tuple[Any, Any, tuple[Any, ...]]:
+    """A 3-D U-Net that labels the voxels of large volumes."""
+    model = UNet3D()
+    x = jax.ShapeDtypeStruct((batch, 128, 128, 112, 1), jnp.float32)
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    variables = dict(jax.eval_shape(model.init, key, x))
+    params = variables.pop("params")
+    labels = jax.ShapeDtypeStruct((batch, 128, 128, 112), jnp.int32)
+
+    def loss(params: Any, stats: Any, x: Any, labels: Any) -> Any:
+        logits, changed = model.apply(
+            {"params": params} | stats, x, train=True, mutable=list(stats)
+        )
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return each.mean(), changed
+
+    return loss, params, (variables, x, labels)
+
+
 def devices_of(levels: tuple[int, ...]) -> jaxlwp.DeviceGraph:
-    """P100-like devices: NVLink inside a host, a link four times slower between hosts."""
-    rates = (2e10,) if len(levels) == 1 else (5e9, 2e10)
+    """P100-like devices: NVLink inside a host, slower links between hosts, and between pods."""
+    rates = (2.5e9, 5e9, 2e10)[3 - len(levels) :]
     axes = tuple(
         jaxlwp.MeshAxis(name=name, size=size, level=level, latency_s=1e-5, bytes_per_s=rates[level])
         for name, size, level in axis_shape(levels)
@@ -107,6 +141,56 @@ def row(name: str, levels: tuple[int, ...]) -> dict[str, Any]:
         "paper_search_s": PAPER_S.get(name) if levels == (4,) else None,
         "exhaustive": exhaustive(space, results[0]) if name == "LeNet-5" else None,
     }
+
+
+def scaled_row(name: str, levels: tuple[int, ...]) -> dict[str, Any]:
+    """Times, memory and proof for one network on many devices, in this process."""
+    devices = devices_of(levels)
+    # Volumes are few: what they do not share out by sample has to be split in space.
+    batch = max(1, devices.num_devices // 8) if name == "3-D U-Net" else 32 * devices.num_devices
+    workload = load_workload(NETWORKS[name], batch=batch, abstract=True)
+    start = time.perf_counter()
+    graph = jaxlwp.trace(workload.loss, workload.params, *workload.batch)
+    traced = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    whole = not is_large(graph, devices)
+    space = jaxlwp.price(graph, devices) if whole else jaxlwp.price_around(graph, devices)
+    result = jaxlwp.search(space)
+    found = time.perf_counter()
+    return {
+        "network": name,
+        "devices": levels,
+        "batch": batch,
+        "layers": len(graph.layers),
+        "edges": len(graph.edges),
+        "whole_space": whole,
+        "configs": sum(map(len, space.configs)),
+        "trace_s": traced - start,
+        "tables_and_search_s": found - traced,
+        "last_search_s": result.solution.wall_s,
+        "memory_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        "optimal": result.optimal,
+        "gap": result.gap,
+        "cost_s": result.cost.total_s,
+        "data_parallel_s": space.evaluate(space.baseline("data")).total_s
+        if name != "3-D U-Net"
+        else None,
+    }
+
+
+def show_scaled(r: dict[str, Any]) -> None:
+    """One line of the second table."""
+    proof = "optimal" if r["optimal"] else f"gap {r['gap']:.1%}"
+    data = f", data parallel {r['data_parallel_s'] * 1e3:,.0f}" if r["data_parallel_s"] else ""
+    levels = " x ".join(map(str, r["devices"]))
+    looked = "" if r["whole_space"] else " looked at"
+    print(
+        f"{r['network']:12} {levels:10} devices {r['layers']:3} layers {r['configs']:6,} configs"
+        f"{looked}: trace {r['trace_s']:.1f} s, tables and search {r['tables_and_search_s']:.1f} s "
+        f"(the last search {r['last_search_s'] * 1e3:.0f} ms), {r['memory_mb']:.0f} MB; "
+        f"step {r['cost_s'] * 1e3:,.0f} ms, {proof}{data}",
+        flush=True,
+    )
 
 
 def exhaustive(space: jaxlwp.SearchSpace, found: jaxlwp.SearchResult) -> dict[str, float]:
@@ -155,7 +239,7 @@ def profile() -> None:
     spent: dict[str, float] = collections.defaultdict(float)
     for place, name, label in PHASES:
         setattr(place, name, timed(getattr(place, name), label, spent))
-    for name, levels in ROWS[len(NETWORKS) :]:
+    for name, levels in ROWS[5:]:
         spent.clear()
         show(row(name, levels))
         for _, _, label in PHASES:
@@ -166,19 +250,33 @@ def main() -> None:
     """Print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", action="store_true", help="where the time goes")
-    if parser.parse_args().profile:
+    parser.add_argument("--scaled", nargs=2, help="one row of many devices, as JSON")
+    options = parser.parse_args()
+    if options.profile:
         profile()
+        return
+    if options.scaled:
+        name, levels = options.scaled
+        print(json.dumps(scaled_row(name, tuple(map(int, levels.split("x"))))))
         return
     rows = []
     for name, levels in ROWS:
         rows.append(row(name, levels))
         show(rows[-1])
+    scaled = []
+    for name, levels in itertools.product(SCALED, LEVELS):
+        command = [sys.executable, "-m", "tests.benchmarks.search", "--scaled", name]
+        command.append("x".join(map(str, levels)))
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        scaled.append(json.loads(output.splitlines()[-1]))
+        show_scaled(scaled[-1])
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # of benchmarks.solvers
     content = kept | {
         "date": datetime.date.today().isoformat(),
         "machine": platform.processor() or platform.machine(),
         "jax": jax.__version__,
         "rows": rows,
+        "scaled": scaled,
     }
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
 
