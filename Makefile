@@ -79,6 +79,7 @@ bench-compare: $(READY)  ## Run AlexNet under every strategy on 8 simulated devi
 
 bench-memory: $(AOT_READY)  ## Compare predicted memory with what is compiled for 16 H200s
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.memory
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.memory --limits
 
 clean:  ## Remove the environment and all caches
 	rm -rf $(VENV) $(AOT_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -63,11 +63,13 @@ def test_linen_loop_then_the_steps_and_the_contracts() -> None:
     expected, actual = run(version(LINEN, "-")), run(version(LINEN, "+"))
     np.testing.assert_allclose(actual["losses"], expected["losses"], rtol=1e-4)
     assert len(set(expected["losses"])) == len(expected["losses"])
-    rebound, steps, strategies, same_numbers, same_bytes = blocks("python")
+    rebound, why, constrained, steps, strategies, same_numbers, same_bytes = blocks("python")
     namespace = run(rebound, **actual)
     arguments = (actual["state"].params, namespace["images"], namespace["labels"])
     for new, fn in (("smaller", "loss_fn"), ("evaluate", "accuracy")):
         np.testing.assert_allclose(namespace[new](*arguments), namespace[fn](*arguments), rtol=1e-5)
+    namespace = run(constrained, **run(why, **actual))
+    assert not any(c.axes("height") for c in namespace["plan"].strategy.configs.values())
     namespace = run(steps, **actual)
     assert namespace["plan"].strategy == actual["plan"].strategy
     namespace = run(strategies, **namespace)

@@ -5,6 +5,10 @@ For each network and strategy: the bytes per device that `plan_memory` predicts 
 `memory_analysis()`: arguments + outputs - aliased outputs + temporaries. cuDNN's workspaces are in
 neither. Prints a table and writes results/memory.json. With --others, networks that no rule of
 `_buffers` was checked against while it was written.
+
+With --limits: AlexNet, VGG-16 and a 3-D U-Net under five memory limits each, from what the fastest
+plan needs down to what the smallest does. Every plan must fit as compiled, not only as predicted;
+results/memory-limits.json.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import jax.numpy as jnp
 
 import jaxlwp
 from jaxlwp._model import load_workload
+from jaxlwp._plan import MEMORY_MARGIN
 from jaxlwp._target import compile_for, target_mesh
 
 NETWORKS = {
@@ -39,6 +44,17 @@ OTHERS = {
     "AlexNet, bf16": "tests.benchmarks.memory:alexnet_bf16",
     "ResNet-50, bf16": "tests.benchmarks.memory:resnet50_bf16",
 }
+LIMITED = {
+    "AlexNet": ("models.alexnet:AlexNet", 256),
+    "VGG-16": ("models.vgg:VGG16", 256),
+    "3-D U-Net": ("tests.benchmarks.search:volumes", 4),
+}
+"""Networks searched under limits, and their batches."""
+
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Limits between what the fastest plan needs (1) and what the smallest does (0), with the margin
+that `parallelize` keeps."""
+
 STRATEGIES = ("search", *jaxlwp.BASELINES)
 TARGET = "h200:16"
 RATES = jaxlwp.Rates(
@@ -104,27 +120,95 @@ def rows(networks: dict[str, str], batch: int, strategies: Sequence[str]) -> lis
     return result
 
 
-def main() -> None:
-    """Compile, compare, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--others", action="store_true", help="networks that nothing was fitted to")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--only", action="append", help="networks of the table")
-    options = parser.parse_args()
-    networks = OTHERS if options.others else NETWORKS
-    if options.only:
-        networks = {name: networks[name] for name in options.only}
-    made = rows(networks, options.batch, STRATEGIES)
-    errors = {(row["model"], row["strategy"]): abs(row["error"]) for row in made}
-    baselines = [error for (_, strategy), error in errors.items() if strategy != "search"]
+def limited_rows(networks: dict[str, tuple[str, int]]) -> list[dict[str, Any]]:
+    """A row per network and limit, printed as it is made."""
+    mesh = target_mesh(TARGET)
+    result = []
+    print(f"{'network':12}{'limit':>12}{'predicted':>12}{'compiled':>12}{'step ms':>9}{'s':>7}")
+    for network, (name, batch) in networks.items():
+        work = load_workload(name, batch=batch, abstract=True)
+        arguments = (work.params, *work.batch)
+
+        def plan(
+            loss: Any = work.loss, arguments: tuple[Any, ...] = arguments, **options: Any
+        ) -> jaxlwp.Plan:
+            return jaxlwp.parallelize(loss, *arguments, mesh=mesh, rates=RATES, **options)
+
+        most = plan().memory.peak_bytes
+        least = min(plan(objective="memory").memory.peak_bytes, most)
+        for share in SHARES:
+            limit = 1.001 * MEMORY_MARGIN * (least + share * (most - least))
+            start = time.perf_counter()
+            found = plan(memory_bytes=limit)
+            planned = time.perf_counter()
+            compiled = compile_for(found, TARGET).memory
+            assert found.result is not None
+            result.append(
+                {
+                    "model": network,
+                    "batch": batch,
+                    "share": share,
+                    "limit_bytes": limit,
+                    "predicted_bytes": found.memory.peak_bytes,
+                    "compiled_bytes": compiled.reserved_bytes,
+                    "fits": compiled.reserved_bytes <= limit,
+                    "predicted_s": found.cost.total_s,
+                    "gap": found.result.gap,
+                    "plan_s": planned - start,
+                }
+            )
+            print(
+                f"{network:12}{limit / 1e6:9.0f} MB{found.memory.peak_bytes / 1e6:9.0f} MB"
+                f"{compiled.reserved_bytes / 1e6:9.0f} MB{found.cost.total_s * 1e3:9.2f}"
+                f"{planned - start:7.1f}{'' if result[-1]['fits'] else '  DOES NOT FIT'}",
+                flush=True,
+            )
+    return result
+
+
+def limits(networks: dict[str, tuple[str, int]]) -> None:
+    """Plans under memory limits, compiled; writes the table."""
+    made = limited_rows(networks)
+    content = provenance() | {
+        "summary": {"rows": len(made), "fit": sum(row["fits"] for row in made)},
+        "rows": made,
+    }
+    path = RESULTS / "memory-limits.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{content['summary']['fit']} of {len(made)} plans fit as compiled; wrote {path}")
+
+
+def provenance() -> dict[str, Any]:
+    """When, where and with what."""
     packages = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "numpy")
-    content = {
+    return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "target": TARGET,
         "machine": {"processor": platform.machine(), "system": platform.system()},
         "versions": {"jaxlwp": jaxlwp.__version__}
         | {name: importlib.metadata.version(name) for name in packages},
         "compiled": "memory_analysis(): arguments + outputs - aliased + temporaries",
+    }
+
+
+def main() -> None:
+    """Compile, compare, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--others", action="store_true", help="networks that nothing was fitted to")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--only", action="append", help="networks of the table")
+    parser.add_argument("--limits", action="store_true", help="plans under memory limits")
+    options = parser.parse_args()
+    if options.limits:
+        limits({n: w for n, w in LIMITED.items() if not options.only or n in options.only})
+        return
+    networks = OTHERS if options.others else NETWORKS
+    if options.only:
+        networks = {name: networks[name] for name in options.only}
+    made = rows(networks, options.batch, STRATEGIES)
+    errors = {(row["model"], row["strategy"]): abs(row["error"]) for row in made}
+    baselines = [error for (_, strategy), error in errors.items() if strategy != "search"]
+    content = provenance() | {
         "summary": {
             "memory_abs_error_max": max(errors.values()),
             "memory_abs_error_max_baselines": max(baselines),
