@@ -51,6 +51,11 @@ SCALED = ("Inception-v3", "ResNet-101", "DenseNet-121", "3-D U-Net")
 LEVELS = ((8,), (8, 8), (64, 8), (8, 64, 8))
 """Devices per link level, slowest first: pods, hosts, devices."""
 
+GROWN = "AlexNet"
+GROWTH_LEVELS = ((2,), (4,), (8,), (16,), (32,), (8, 8), (16, 8), (32, 8), (64, 8), (2, 64, 8))
+GROWTH_LEVELS += ((4, 64, 8), (8, 64, 8))
+"""The network and the devices of which growth with the number of devices is told."""
+
 PAPER_S = {"LeNet-5": 0.01, "AlexNet": 0.02, "VGG-16": 0.1}
 """Search time in Table 3, on 4 devices."""
 
@@ -178,6 +183,36 @@ def scaled_row(name: str, levels: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
+def growth() -> dict[str, Any]:
+    """Seconds of tables and search for 2 to 4096 devices, and the exponent of the upper half."""
+    made = [in_own_process(GROWN, levels) for levels in GROWTH_LEVELS]
+    sizes = [math.prod(levels) for levels in GROWTH_LEVELS]
+    times = [r["tables_and_search_s"] for r in made]
+    half = len(sizes) // 2
+    exponent = statistics.linear_regression(
+        [math.log(n) for n in sizes[half:]], [math.log(t) for t in times[half:]]
+    ).slope
+    line = ", ".join(f"{n}: {t:.2f}" for n, t in zip(sizes, times, strict=True))
+    print(f"{GROWN}, devices: exponent {exponent:.2f}; s at {line}", flush=True)
+    return {
+        "growth": f"{GROWN}, devices",
+        "levels": GROWTH_LEVELS,
+        "sizes": sizes,
+        "wall_s": times,
+        "gap": [r["gap"] for r in made],
+        "exponent": exponent,
+    }
+
+
+def in_own_process(name: str, levels: tuple[int, ...]) -> dict[str, Any]:
+    """`scaled_row`, in a process of its own: its caches are empty and its memory its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.search", "--scaled", name]
+    command.append("x".join(map(str, levels)))
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
 def show_scaled(r: dict[str, Any]) -> None:
     """One line of the second table."""
     proof = "optimal" if r["optimal"] else f"gap {r['gap']:.1%}"
@@ -265,10 +300,7 @@ def main() -> None:
         show(rows[-1])
     scaled = []
     for name, levels in itertools.product(SCALED, LEVELS):
-        command = [sys.executable, "-m", "tests.benchmarks.search", "--scaled", name]
-        command.append("x".join(map(str, levels)))
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        scaled.append(json.loads(output.splitlines()[-1]))
+        scaled.append(in_own_process(name, levels))
         show_scaled(scaled[-1])
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # of benchmarks.solvers
     content = kept | {
@@ -277,6 +309,7 @@ def main() -> None:
         "jax": jax.__version__,
         "rows": rows,
         "scaled": scaled,
+        "growth_with_devices": growth(),
     }
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
 
