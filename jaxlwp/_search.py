@@ -15,6 +15,7 @@ from jaxlwp._cost import AnalyticCostModel, CostModel, build_tables, layer_confi
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._limit import LayerBytes, LimitedSolution, MemoryLimitError, solve_limited
+from jaxlwp._marginals import min_marginals
 from jaxlwp._memory import memory_costs
 from jaxlwp._minmax import MinMaxSolution, minimize_max
 from jaxlwp._objective import OBJECTIVES, Objective, PlainSum
@@ -323,12 +324,8 @@ def _objective(objective: str | Objective, memory_bytes: float | None) -> Object
 
 # --- measuring no more than the search needs -----------------------------------------------------
 
-SLACK = 0.8
-"""How much faster, against its analytic time, a config may be than the best measured of its layer.
-
-The bound of what is not measured: analytic time, times the least ratio of measured to analytic time
-that the layer has shown, times this.
-"""
+OPTIMISM = 0.5
+"""What an unmeasured config may take, as a share of its estimated time, for the search to ask."""
 
 
 def search_measured(
@@ -341,24 +338,25 @@ def search_measured(
     optimizer_slots: float = 1.0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> SearchResult:
-    """Find the strategy of least cost under measured times, measuring what the search picks.
+    """Find the strategy of least cost under measured times, measuring what may be part of it.
 
-    What is not measured counts with an optimistic bound. The strategy that is then the cheapest is
-    measured, and the search repeated, until the cheapest strategy rests on measured times alone:
-    it is the one that a fully measured table would give, as far as the bounds (`SLACK`) hold.
+    What is not measured is estimated from what is. The strategy that is then the cheapest is
+    measured, and the search repeated, until it rests on measured times alone. Then every config is
+    measured whose best strategy would be cheaper still if the config took but `OPTIMISM` of its
+    estimate, those that promise most first, until there is none left. (Under a memory limit, or for
+    objectives of several sums, only what the search picks is measured.)
 
     Args:
       space: from `price`, or with measured times already.
       timer: measures.
-      tolerance: relative gap that may be left to what the bounds allow, to measure less; the
-        result states what is left.
+      tolerance: share of the cost that a config must promise to save, to measure less.
       objective: as for `search`.
       memory_bytes: as for `search`.
       optimizer_slots: as for `search`.
       progress: called as `progress(what, done, total)`.
 
     Returns:
-      The result; its space holds the measured times, and for the rest analytic ones scaled to them.
+      The result; its space holds the measured times, and estimates for the rest.
 
     Raises:
       ValueError: the timer does not measure what it is asked to.
@@ -366,40 +364,65 @@ def search_measured(
     """
     wanted = _objective(objective, memory_bytes)
     limit = _Limit.of(space, memory_bytes, optimizer_slots)
+    plain = limit is None and isinstance(wanted, PlainSum)
     while True:
-        work = [_Work.of(space, timer, n) for n in range(len(space.configs))]
-        bounded = _with_compute(space, [w.bound_s for w in work])
-        solution = _solved(bounded, wanted, limit)
+        found = measured_space(space, timer)
+        solution = _solved(found, wanted, limit)
         missing = [
-            (space.graph.layers[n], space.configs[n][choice])
+            (n, choice)
             for n, choice in enumerate(solution.choices)
-            if not work[n].measured[choice]
+            if not found.measured[n][choice]
         ]
-        if missing and all(w.measured.any() for w in work):
-            only = _with_compute(space, [np.where(w.measured, w.bound_s, np.inf) for w in work])
-            known = _solved_if_any(only, wanted, limit)
-            step_s = space.tables.step_s
-            floor_s = solution.lower_bound_s + step_s
-            if known and known.cost_s + step_s <= floor_s * (1 + tolerance):
-                bound_s = min(solution.lower_bound_s, known.cost_s)
-                optimal = bound_s == known.cost_s
-                solution = replace(known, lower_bound_s=bound_s, optimal=optimal)
-                missing = []
+        if not missing and plain:
+            asked = _promising(found, solution.cost_s)
+            enough_s = solution.cost_s * (1 - tolerance)
+            few = max(_FEW, len(space.configs) // 2)
+            missing = [(n, choice) for hoped_s, n, choice in asked[:few] if hoped_s < enough_s]
+            if asked and not missing:
+                solution = _hopeful(solution, asked[0][0])
         if not missing:
             break
-        timer.measure(missing, progress)
-        if all(timer.known_s(layer, config) is None for layer, config in missing):
+        pairs = [(space.graph.layers[n], space.configs[n][choice]) for n, choice in missing]
+        timer.measure(pairs, progress)
+        if all(timer.known_s(layer, config) is None for layer, config in pairs):
             raise ValueError(
                 f"search_measured: {type(timer).__name__} was asked to measure layer "
-                f"{missing[0][0].name} and knows no time of it; give a timer that measures, or "
+                f"{pairs[0][0].name} and knows no time of it; give a timer that measures, or "
                 "use measured_space for what is known"
             )
-    found = measured_space(space, timer)
-    cost = found.tables.evaluate(solution.choices)
-    strategy = found.strategy("search", solution.choices)
     return SearchResult(
-        strategy=strategy, cost=cost, solution=solution, space=found, objective=wanted
+        strategy=found.strategy("search", solution.choices),
+        cost=found.tables.evaluate(solution.choices),
+        solution=solution,
+        space=found,
+        objective=wanted,
     )
+
+
+_FEW = 4
+"""Pairs of layer and config that are measured at once, at least."""
+
+
+def _promising(space: SearchSpace, cost_s: float) -> list[tuple[float, int, int]]:
+    """What is not measured and might be in a cheaper strategy: hoped-for cost, layer, config.
+
+    The best first. Only the time of the one config is thought to be better than estimated: that all
+    are at once is as unlikely as it would be long to find out.
+    """
+    tables = space.tables
+    best_s = min_marginals(tables.node_costs_s, tables.edges, tables.transfer_s)
+    asked = []
+    for n, measured in enumerate(space.measured):
+        hoped_s = best_s[n] - (1 - OPTIMISM) * tables.compute_s[n]
+        asked += [
+            (float(hoped_s[c]), n, int(c)) for c in np.flatnonzero(~measured & (hoped_s < cost_s))
+        ]
+    return sorted(asked)
+
+
+def _hopeful(solution: AnySolution, hoped_s: float) -> AnySolution:
+    """The solution with what a config that was not measured might save as its gap."""
+    return replace(solution, lower_bound_s=max(0.0, hoped_s), optimal=False)
 
 
 @dataclass(frozen=True)
@@ -466,16 +489,6 @@ def _solved(
     return minimize_max(rows, time_limit_s=time_limit_s)
 
 
-def _solved_if_any(
-    space: SearchSpace, objective: Objective, limit: _Limit | None
-) -> AnySolution | None:
-    """The solution of a space, None if nothing is allowed."""
-    try:
-        return _solved(space, objective, limit)
-    except ValueError:
-        return None
-
-
 def measured_space(space: SearchSpace, timer: Timer) -> SearchSpace:
     """The space with measured times where there are any, the others scaled to match them.
 
@@ -492,16 +505,11 @@ def measured_space(space: SearchSpace, timer: Timer) -> SearchSpace:
     )
 
 
-def _with_compute(space: SearchSpace, compute_s: Sequence[FloatArray]) -> SearchSpace:
-    return replace(space, tables=replace(space.tables, compute_s=tuple(compute_s)))
-
-
 @dataclass(frozen=True)
 class _Work:
     """Times of one layer's work under each of its configs; every array has shape (configs,)."""
 
     measured: NDArray[np.bool_]
-    bound_s: FloatArray
     estimate_s: FloatArray
 
     @classmethod
@@ -510,18 +518,14 @@ class _Work:
         layer, configs = space.graph.layers[number], space.configs[number]
         analytic_s = np.maximum((space.analytic_s or space.tables.compute_s)[number], 1e-9)
         if layer.fused:  # there is nothing to measure alone: passes over memory, as priced
-            return cls(np.ones(len(configs), dtype=bool), analytic_s, analytic_s)
+            return cls(np.ones(len(configs), dtype=bool), analytic_s)
         known = [timer.known_s(layer, config) for config in configs]
         measured = np.array([seconds is not None for seconds in known])
         if not measured.any():  # the first guess; what it picks will be measured
-            return cls(measured, analytic_s, analytic_s)
+            return cls(measured, analytic_s)
         known_s = np.array([seconds or 0.0 for seconds in known])
         ratios = (known_s / analytic_s)[measured]
-        return cls(
-            measured,
-            np.where(measured, known_s, SLACK * ratios.min() * analytic_s),
-            np.where(measured, known_s, float(np.median(ratios)) * analytic_s),
-        )
+        return cls(measured, np.where(measured, known_s, float(np.median(ratios)) * analytic_s))
 
 
 def check_mesh(strategy: Strategy, axis_sizes: dict[str, int]) -> None:
