@@ -20,19 +20,13 @@ from jaxlwp._marginals import RankedChoices, k_best, min_marginals
 from jaxlwp._measure import LayerTimer, layer_timer
 from jaxlwp._memory import Memory, MemoryCosts, memory_costs, plan_memory
 from jaxlwp._objective import MovedBytes, Objective, Overlap, PeakMemory, PlainSum
+from jaxlwp._parallelize import parallelize
 from jaxlwp._pareto import ParetoCurve, ParetoPoint, pareto
-from jaxlwp._plan import Plan, bind, parallelize
+from jaxlwp._plan import Plan, bind
 from jaxlwp._profile import Profile, load_profile
-from jaxlwp._search import (
-    SearchResult,
-    SearchSpace,
-    measured_space,
-    price,
-    restrict,
-    search,
-    search_measured,
-)
+from jaxlwp._search import SearchResult, measured_space, search, search_measured
 from jaxlwp._solve import Solution, solve
+from jaxlwp._space import SearchSpace, price, restrict
 from jaxlwp._strategy import BASELINES, Strategy
 from jaxlwp._tables import Cost, CostTables
 from jaxlwp._target import TargetStep, compile_for, target_mesh

@@ -27,11 +27,12 @@ from jaxlwp._explain import explain
 from jaxlwp._measure import LayerTimer, TimingCache
 from jaxlwp._model import DEFAULT_BATCH, load_workload
 from jaxlwp._objective import OBJECTIVES
+from jaxlwp._parallelize import parallelize
 from jaxlwp._pareto import pareto
-from jaxlwp._plan import Plan, parallelize
+from jaxlwp._plan import Plan
 from jaxlwp._profile import load_profile
 from jaxlwp._report import alternatives_table, render
-from jaxlwp._search import price
+from jaxlwp._space import price
 from jaxlwp._store import Environment, Store, environment_of
 from jaxlwp._strategy import BASELINES, Strategy
 from jaxlwp._trace import trace

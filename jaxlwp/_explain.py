@@ -14,7 +14,8 @@ import numpy as np
 from jaxlwp._config import Config
 from jaxlwp._constraints import Constraints, Split
 from jaxlwp._marginals import k_best, min_marginals
-from jaxlwp._search import SearchResult, SearchSpace, restrict, search
+from jaxlwp._search import SearchResult, search
+from jaxlwp._space import SearchSpace, restrict
 from jaxlwp._strategy import Strategy
 from jaxlwp._tables import Cost, FloatArray
 

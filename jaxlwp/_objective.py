@@ -7,17 +7,15 @@ The paper's plain sum is one such sum, and `search` solves it directly.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from jaxlwp._cost import AnalyticCostModel, build_tables
 from jaxlwp._memory import memory_costs
 from jaxlwp._minmax import Rows
+from jaxlwp._space import SearchSpace
 from jaxlwp._tables import FloatArray
-
-if TYPE_CHECKING:
-    from jaxlwp._search import SearchSpace
 
 
 class Objective(Protocol):

@@ -10,7 +10,8 @@ import numpy as np
 from jaxlwp._limit import LimitedSolution
 from jaxlwp._memory import Memory, strategy_memory
 from jaxlwp._objective import PeakMemory
-from jaxlwp._search import SearchResult, SearchSpace, search
+from jaxlwp._search import SearchResult, search
+from jaxlwp._space import SearchSpace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,32 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
 from jaxlwp._config import Layout
-from jaxlwp._constraints import Constraints
 from jaxlwp._cost import layer_configs, strategy_collectives
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._layout import Collective
-from jaxlwp._limit import MemoryLimitError
 from jaxlwp._lower import Lowered
-from jaxlwp._measure import layer_timer
 from jaxlwp._memory import Memory, plan_memory
-from jaxlwp._objective import Objective
-from jaxlwp._profile import Profile
-from jaxlwp._search import (
-    SearchResult,
-    SearchSpace,
-    check_mesh,
-    measured_space,
-    price,
-    search,
-    search_measured,
-)
+from jaxlwp._search import SearchResult, search
+from jaxlwp._space import SearchSpace, check_mesh, price
 from jaxlwp._strategy import Strategy
 from jaxlwp._tables import Cost
 from jaxlwp._trace import trace
-from jaxlwp._wide import ROUNDS, is_large, price_around
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -207,8 +192,8 @@ class Plan:
             )
         if params is None:
             params = self.argument_shapes[0]
-        outputs = _output_shapes(fn, params, *batch)
-        graph = trace(fn, params, *batch, differentiated=_is_loss(outputs))
+        outputs = output_shapes(fn, params, *batch)
+        graph = trace(fn, params, *batch, differentiated=is_loss(outputs))
         space = _kept(graph, self.space.devices, self.strategy)
         return bind(
             space,
@@ -364,231 +349,6 @@ def partition_spec(layout: Layout) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def parallelize(
-    fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
-    devices: Sequence[Any] | int | None = None,
-    mesh: Mesh | None = None,
-    strategy: str | Strategy = "search",
-    rates: Rates | DeviceGraph | Profile | None = None,
-    measure: bool | None = None,
-    optimizer: Any = None,
-    memory_bytes: float | None = None,
-    constraints: Constraints | None = None,
-    objective: str | Objective = "sum",
-    check: str | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> Plan:
-    """Trace, price, search and bind: from a loss function to a sharded one.
-
-    Args:
-      fn: loss function, called as `fn(params, *batch)`; returns a scalar loss, or a tuple whose
-        first element is the loss.
-      params: pytree of parameters (arrays or `jax.ShapeDtypeStruct`).
-      *batch: the other arguments, likewise; their shapes are the plan's shapes.
-      devices: devices or how many of `jax.devices()`; all by default.
-      mesh: a mesh of the user's own, in place of `devices`; its axes keep their names.
-      strategy: "search", "data", "model", "owt", "spatial", or a `Strategy`.
-      rates: rates of devices and links by hand, or a profile of another machine (`load_profile`);
-        measured (about 30 s, cached) by default.
-      measure: measure the layers that the search picks on these devices (about a second each,
-        cached). By default if no rates are given; False prices layers by the devices' rates.
-      optimizer: the optax transformation of the training step, for the time and memory of its
-        update; by default SGD with momentum is assumed.
-      memory_bytes: what a training step may take of each device, as compiled for GPUs; the search
-        is for the fastest strategy that is predicted to need no more, with `MEMORY_MARGIN`.
-      constraints: pinned layers, forbidden dimensions, parameters that stay replicated.
-      objective: what the search makes least: "sum", "overlap", "bytes", "memory", or an
-        `Objective`; see `search`.
-      check: "measure" runs a few training steps of the plan and of data parallelism and returns
-        the faster; `params` and `batch` must be arrays then.
-      on_progress: called as `on_progress(what, done, total)`.
-
-    Returns:
-      A plan, to be called like `fn`.
-
-    Raises:
-      ValueError: more devices than exist, a loss that is not a scalar, an unknown strategy or one
-        for another model, a batch that the devices do not divide under strategy "data", a rate
-        that is not a positive number, an unknown check, constraints that nothing keeps to.
-      MemoryLimitError: no strategy fits into `memory_bytes`.
-    """
-    if not isinstance(strategy, (str, Strategy)):
-        raise ValueError(
-            f"strategy: {strategy!r} is a {type(strategy).__name__}; give 'search', a baseline's "
-            "name, or a Strategy"
-        )
-    if check not in (None, "measure"):
-        raise ValueError(f"check: {check!r} is unknown; give 'measure', or None for no check")
-    mesh = mesh if mesh is not None else make_mesh(choose_devices(devices))
-    graph = trace(fn, params, *batch)
-    out_tree = _check_loss(fn, params, *batch)
-    if isinstance(rates, Profile):
-        rated = rates.device_graph(mesh)
-    elif isinstance(rates, DeviceGraph):
-        rated = rates
-    else:
-        rated = _rated(mesh, rates)
-    if isinstance(strategy, Strategy):
-        check_mesh(strategy, rated.axis_sizes)
-        strategy.for_graph(graph)
-    slots = _slots(optimizer, params)
-    space = _priced(
-        graph,
-        rated,
-        strategy,
-        constraints=constraints,
-        objective=objective,
-        memory_bytes=memory_bytes,
-        optimizer_slots=slots,
-        progress=on_progress,
-    )
-    timer = None
-    if isinstance(rates, Profile):
-        space = measured_space(space, rates.times(graph, rated))
-    elif measure or (measure is None and rates is None):
-        timer = layer_timer(graph, rated, mesh)
-
-    def planned(limit_bytes: float | None) -> Plan:
-        result, found = None, space
-        if strategy == "search":
-            options: dict[str, Any] = {
-                "objective": objective,
-                "memory_bytes": limit_bytes,
-                "optimizer_slots": slots,
-            }
-            if timer:
-                result = search_measured(space, timer, progress=on_progress, **options)
-            else:
-                result = search(space, **options)
-            found, chosen = result.space, result.strategy
-        else:
-            chosen = strategy if isinstance(strategy, Strategy) else space.baseline(strategy)
-            if timer:
-                timer.measure(space.pairs(chosen), on_progress)
-                found = measured_space(space, timer)
-        return bind(found, chosen, mesh, (params, *batch), out_tree, result, fn)
-
-    if memory_bytes is None:
-        plan = planned(None)
-    else:
-        plan = _fitting(planned, memory_bytes, optimizer)
-    if check is None:
-        return plan
-    from jaxlwp._compare import fastest
-
-    return fastest(plan, params, batch, optimizer=optimizer, progress=on_progress)
-
-
-MEMORY_MARGIN = 1.1
-"""Times what is predicted for a plan's program: the prediction may be off (`make bench-memory`)."""
-
-
-def _fitting(planned: Callable[[float | None], Plan], memory_bytes: float, optimizer: Any) -> Plan:
-    """The plan of the highest limit for the search under which the plan's program fits.
-
-    The search adds up bytes of layers, which leaves out what lives across them; the program tells.
-    """
-    limit_bytes, peak_bytes = float(memory_bytes), math.inf
-    while True:
-        try:
-            plan = planned(limit_bytes)
-        except MemoryLimitError as error:
-            if limit_bytes == memory_bytes:
-                raise
-            raise MemoryLimitError(
-                f"memory_bytes: {memory_bytes:,.0f} is too little: no plan is predicted to need "
-                f"less with a margin of {MEMORY_MARGIN - 1:.0%}; the next best needs "
-                f"{peak_bytes:,.0f} with it. Use more devices, a smaller batch or a higher limit",
-                peak_bytes,
-                error.choices,
-            ) from error
-        memory = plan_memory(plan, optimizer) if optimizer is not None else plan.memory
-        peak_bytes = MEMORY_MARGIN * memory.peak_bytes
-        if peak_bytes <= memory_bytes:
-            return plan
-        if plan.result is None:
-            raise MemoryLimitError(
-                f"memory_bytes: strategy {plan.strategy.name!r} needs about "
-                f"{memory.peak_bytes:,} bytes on each device, with a margin of "
-                f"{MEMORY_MARGIN - 1:.0%} more than the {memory_bytes:,.0f} given; search for a "
-                "strategy, or use more devices, a smaller batch or a higher limit",
-                peak_bytes,
-                plan.space.choices(plan.strategy),
-            )
-        limit_bytes *= min(memory_bytes / peak_bytes, 0.98)
-
-
-def _priced(
-    graph: ComputationGraph,
-    devices: DeviceGraph,
-    strategy: str | Strategy,
-    *,
-    constraints: Constraints | None,
-    optimizer_slots: float,
-    **options: Any,
-) -> SearchSpace:
-    """The whole space, or what is needed of it where it is large."""
-    if not is_large(graph, devices):
-        return price(graph, devices, constraints=constraints, optimizer_slots=optimizer_slots)
-    if isinstance(strategy, Strategy):
-        return price(
-            graph,
-            devices,
-            constraints=constraints,
-            configs=[(config,) for config in strategy.for_graph(graph)],
-            optimizer_slots=optimizer_slots,
-        )
-    return price_around(
-        graph,
-        devices,
-        constraints=constraints,
-        optimizer_slots=optimizer_slots,
-        rounds=ROUNDS if strategy == "search" else 1,
-        **options,
-    )
-
-
-def _kept(graph: ComputationGraph, devices: DeviceGraph, strategy: Strategy) -> SearchSpace:
-    """Layers of the strategy's names have its configs, as far as they can; others have all."""
-    others = iter(
-        layer_configs([n for n in graph.layers if n.name not in strategy.configs], devices)
-    )
-    configs = [
-        (strategy.configs[layer.name].within(layer.dimensions, layer.even, devices.axis_sizes),)
-        if layer.name in strategy.configs
-        else next(others)
-        for layer in graph.layers
-    ]
-    return price(graph, devices, configs=configs)
-
-
-def _slots(optimizer: Any, params: Any) -> float:
-    """Arrays like the parameters that the optimizer keeps; one if it is not known."""
-    if optimizer is None:
-        return 1.0
-    state = jax.eval_shape(optimizer.init, params)
-    sizes = [
-        sum(leaf.size for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size"))
-        for tree in (state, params)
-    ]
-    return float(sizes[0] / max(sizes[1], 1))
-
-
-def _rated(mesh: Mesh, rates: Rates | None) -> DeviceGraph:
-    """The device graph, measured if no rates are given."""
-    try:
-        return device_graph(mesh, rates=rates)
-    except jax.errors.JaxRuntimeError as error:
-        if "compile-only" not in str(error):
-            raise
-        raise ValueError(
-            f"rates: {mesh.devices.flat[0].device_kind} is not there to be measured; give its "
-            "rates (jaxlwp.Rates), a DeviceGraph, or a profile that was taken on one"
-        ) from error
-
-
 def bind(
     space: SearchSpace,
     strategy: Strategy,
@@ -625,27 +385,28 @@ def bind(
     )
 
 
-def _output_shapes(fn: Callable[..., Any], *arguments: Any) -> Any:
+def _kept(graph: ComputationGraph, devices: DeviceGraph, strategy: Strategy) -> SearchSpace:
+    """Layers of the strategy's names have its configs, as far as they can; others have all."""
+    others = iter(
+        layer_configs([n for n in graph.layers if n.name not in strategy.configs], devices)
+    )
+    configs = [
+        (strategy.configs[layer.name].within(layer.dimensions, layer.even, devices.axis_sizes),)
+        if layer.name in strategy.configs
+        else next(others)
+        for layer in graph.layers
+    ]
+    return price(graph, devices, configs=configs)
+
+
+def output_shapes(fn: Callable[..., Any], *arguments: Any) -> Any:
+    """Shapes and dtypes of what a function returns."""
     return jax.eval_shape(lambda *args: fn(*args), *arguments)
 
 
-def _is_loss(out: Any) -> bool:
+def is_loss(out: Any) -> bool:
     """Whether the (first) output is one floating-point scalar."""
     leaves = jax.tree.leaves(out[0] if isinstance(out, tuple) and out else out)
     return (
         len(leaves) == 1 and leaves[0].shape == () and jnp.issubdtype(leaves[0].dtype, jnp.floating)
     )
-
-
-def _check_loss(fn: Callable[..., Any], *arguments: Any) -> Any:
-    """Structure of the output; its first leaf must be a scalar loss."""
-    out = _output_shapes(fn, *arguments)
-    if not _is_loss(out):
-        loss = out[0] if isinstance(out, tuple) else out
-        raise ValueError(
-            f"loss function: its {'first output' if isinstance(out, tuple) else 'output'} is "
-            f"{jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', loss)}; a loss must be one "
-            "floating-point scalar: reduce it (for instance with .mean()) and return "
-            "anything else as the second element of a tuple"
-        )
-    return jax.tree.structure(out)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxlwp._explain import Alternative, Explanation
     from jaxlwp._pareto import ParetoCurve
     from jaxlwp._plan import Plan
-    from jaxlwp._search import SearchSpace
+    from jaxlwp._space import SearchSpace
     from jaxlwp._verify import Traffic, Verification
 
 

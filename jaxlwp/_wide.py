@@ -29,7 +29,8 @@ from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._limit import MemoryLimitError
 from jaxlwp._marginals import min_marginals
 from jaxlwp._objective import Objective
-from jaxlwp._search import SearchSpace, price, search
+from jaxlwp._search import search
+from jaxlwp._space import SearchSpace, price
 
 MOST_CONFIGS = 24
 """Configs of a layer that a round keeps."""
@@ -44,8 +45,8 @@ _GAIN = 1e-4
 """A round that saves less, relatively, is the last."""
 
 
-WHOLE_CONFIGS = 260
-"""Configs of a convolution up to which a space is priced whole: 32 devices, 4 hosts of 2."""
+WHOLE_CONFIGS = 130
+"""Configs of a convolution up to which a space is priced whole: 16 devices, 2 hosts of 4."""
 
 
 def is_large(graph: ComputationGraph, devices: DeviceGraph) -> bool:

@@ -13,7 +13,7 @@ PACKAGE = Path(jaxlwp.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOLVER = (
     *("_tables", "_problem", "_eliminate", "_bound", "_branch", "_exhaustive", "_marginals"),
-    *("_solve", "_limit"),
+    *("_solve", "_limit", "_minmax"),
 )
 NUMBERS_ONLY = (
     "_config",
@@ -29,7 +29,9 @@ COSTS = (
     "_cost",
     "_changes",
     *SOLVER,
+    "_space",
     "_search",
+    "_wide",
     "_devices",
 )
 LEAVES = ("_report", "_plot", "_compare", "_cli", "_target")

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 import jaxlwp
 from jaxlwp._limit import LayerBytes, MemoryLimitError, solve_limited
 from jaxlwp._model import load_workload
-from jaxlwp._plan import MEMORY_MARGIN
+from jaxlwp._parallelize import MEMORY_MARGIN
 from tests.benchmarks.solvers import chain, inception, sharding
 
 RATES = jaxlwp.Rates(

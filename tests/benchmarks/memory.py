@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 import jaxlwp
 from jaxlwp._model import load_workload
-from jaxlwp._plan import MEMORY_MARGIN
+from jaxlwp._parallelize import MEMORY_MARGIN
 from jaxlwp._target import compile_for, target_mesh
 
 NETWORKS = {

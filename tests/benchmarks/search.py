@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxlwp
-from jaxlwp import _changes, _cost, _layout, _search
+from jaxlwp import _changes, _cost, _layout, _space
 from jaxlwp._devices import axis_shape
 from jaxlwp._model import load_workload
 from jaxlwp._wide import is_large
@@ -72,7 +72,7 @@ CACHES = (
     _layout.plan_options,
 )
 PHASES: tuple[tuple[Any, str, str], ...] = (
-    (_search, "layer_configs", "enumerate configs"),
+    (_space, "layer_configs", "enumerate configs"),
     (_cost.AnalyticCostModel, "layer", "layers"),
     (_cost.AnalyticCostModel, "_operator_s", "  work of operators"),
     (_cost.AnalyticCostModel, "_member_s", "  halo exchanges and partial sums"),
