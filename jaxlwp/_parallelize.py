@@ -147,39 +147,68 @@ MEMORY_MARGIN = 1.1
 """Times what is predicted for a plan's program: the prediction may be off (`make bench-memory`)."""
 
 
+_CLOSE = 1.02
+"""Limits of the search that differ by less are not told apart."""
+
+_ATTEMPTS = 12
+"""Plans that are looked at for one memory limit, at most."""
+
+
 def _fitting(planned: Callable[[float | None], Plan], memory_bytes: float, optimizer: Any) -> Plan:
     """The plan of the highest limit for the search under which the plan's program fits.
 
     The search adds up bytes of layers, which leaves out what lives across them; the program tells.
+    A limit of the search whose plan fits is raised again, halfway to one whose plan does not.
     """
-    limit_bytes, peak_bytes = float(memory_bytes), math.inf
-    while True:
+    limit_bytes, too_high, fits = float(memory_bytes), math.inf, 0.0
+    best: Plan | None = None
+    peak_bytes = math.inf
+    smallest: MemoryLimitError | None = None
+    for _ in range(_ATTEMPTS):
         try:
             plan = planned(limit_bytes)
         except MemoryLimitError as error:
-            if limit_bytes == memory_bytes:
-                raise
-            raise MemoryLimitError(
-                f"memory_bytes: {memory_bytes:,.0f} is too little: no plan is predicted to need "
-                f"less with a margin of {MEMORY_MARGIN - 1:.0%}; the next best needs "
-                f"{peak_bytes:,.0f} with it. Use more devices, a smaller batch or a higher limit",
-                peak_bytes,
-                error.choices,
-            ) from error
+            if smallest is not None:
+                break
+            # What takes least by the layers' bytes may still fit by the program's.
+            limit_bytes, smallest = error.least_bytes * (1 + 1e-9), error
+            continue
         memory = plan_memory(plan, optimizer) if optimizer is not None else plan.memory
-        peak_bytes = MEMORY_MARGIN * memory.peak_bytes
-        if peak_bytes <= memory_bytes:
-            return plan
-        if plan.result is None:
-            raise MemoryLimitError(
-                f"memory_bytes: strategy {plan.strategy.name!r} needs about "
-                f"{memory.peak_bytes:,} bytes on each device, with a margin of "
-                f"{MEMORY_MARGIN - 1:.0%} more than the {memory_bytes:,.0f} given; search for a "
-                "strategy, or use more devices, a smaller batch or a higher limit",
-                peak_bytes,
-                plan.space.choices(plan.strategy),
-            )
-        limit_bytes *= min(memory_bytes / peak_bytes, 0.98)
+        if plan.result is None and MEMORY_MARGIN * memory.peak_bytes > memory_bytes:
+            raise _too_little(plan, memory_bytes, memory.peak_bytes)
+        if MEMORY_MARGIN * memory.peak_bytes <= memory_bytes:
+            best, fits = plan, limit_bytes
+            if limit_bytes >= memory_bytes or too_high / fits < _CLOSE:
+                break
+        else:
+            too_high = min(too_high, limit_bytes)
+            peak_bytes = min(peak_bytes, MEMORY_MARGIN * memory.peak_bytes)
+        if best is not None:
+            limit_bytes = math.sqrt(fits * min(too_high, float(memory_bytes)))
+        elif smallest is not None:
+            break
+        else:
+            limit_bytes *= min(memory_bytes / (MEMORY_MARGIN * memory.peak_bytes), 0.98)
+    if best is None:
+        _, most, layers = str(smallest).partition("Most of it")
+        raise MemoryLimitError(
+            f"memory_bytes: {memory_bytes:,.0f} is too little: no plan is predicted to need less "
+            f"with a margin of {MEMORY_MARGIN - 1:.0%}; the next best needs {peak_bytes:,.0f} with "
+            f"it. Use more devices, a smaller batch or a higher limit. {most}{layers}",
+            peak_bytes,
+            smallest.choices if smallest is not None else (),
+        ) from smallest
+    return best
+
+
+def _too_little(plan: Plan, memory_bytes: float, peak_bytes: int) -> MemoryLimitError:
+    return MemoryLimitError(
+        f"memory_bytes: strategy {plan.strategy.name!r} needs about {peak_bytes:,} bytes on each "
+        f"device, with a margin of {MEMORY_MARGIN - 1:.0%} more than {memory_bytes:,.0f} given: "
+        "search for a strategy, or use more devices, a smaller batch, a higher limit",
+        MEMORY_MARGIN * peak_bytes,
+        plan.space.choices(plan.strategy),
+    )
 
 
 def _priced(
