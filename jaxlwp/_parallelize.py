@@ -16,7 +16,7 @@ from jaxlwp._graph import ComputationGraph
 from jaxlwp._limit import MemoryLimitError
 from jaxlwp._measure import layer_timer
 from jaxlwp._memory import plan_memory
-from jaxlwp._objective import Objective
+from jaxlwp._objective import Objective, PeakMemory
 from jaxlwp._plan import Plan, bind, is_loss, output_shapes
 from jaxlwp._profile import Profile
 from jaxlwp._search import measured_space, search, search_measured
@@ -112,7 +112,7 @@ def parallelize(
     elif measure or (measure is None and rates is None):
         timer = layer_timer(graph, rated, mesh)
 
-    def planned(limit_bytes: float | None) -> Plan:
+    def planned(limit_bytes: float | None, objective: str | Objective = objective) -> Plan:
         result, found = None, space
         if strategy == "search":
             options: dict[str, Any] = {
@@ -135,7 +135,7 @@ def parallelize(
     if memory_bytes is None:
         plan = planned(None)
     else:
-        plan = _fitting(planned, memory_bytes, optimizer)
+        plan = _fitting(planned, memory_bytes, optimizer, slots)
     if check is None:
         return plan
     from jaxlwp._compare import fastest
@@ -154,7 +154,9 @@ _ATTEMPTS = 12
 """Plans that are looked at for one memory limit, at most."""
 
 
-def _fitting(planned: Callable[[float | None], Plan], memory_bytes: float, optimizer: Any) -> Plan:
+def _fitting(
+    planned: Callable[..., Plan], memory_bytes: float, optimizer: Any, slots: float
+) -> Plan:
     """The plan of the highest limit for the search under which the plan's program fits.
 
     The search adds up bytes of layers, which leaves out what lives across them; the program tells.
@@ -171,8 +173,8 @@ def _fitting(planned: Callable[[float | None], Plan], memory_bytes: float, optim
             if smallest is not None:
                 break
             # What takes least by the layers' bytes may still fit by the program's.
-            limit_bytes, smallest = error.least_bytes * (1 + 1e-9), error
-            continue
+            smallest, plan = error, planned(None, PeakMemory(slots))
+            limit_bytes = plan.result.value if plan.result is not None else math.inf
         memory = plan_memory(plan, optimizer) if optimizer is not None else plan.memory
         if plan.result is None and MEMORY_MARGIN * memory.peak_bytes > memory_bytes:
             raise _too_little(plan, memory_bytes, memory.peak_bytes)

@@ -169,7 +169,7 @@ def test_plan_with_constraints_and_reasons() -> None:
         (["--forbid", "rows"], "is no dimension"),
         (["--why", "fc9"], "there is no layer 'fc9'"),
         (["--memory", "-1"], "must be a positive finite number"),
-        (["--memory", "1000"], "memory limit"),
+        (["--memory", "1000"], "is too little"),
     ):
         refused = _run(*command, *wrong)
         assert refused.exit_code == 1
