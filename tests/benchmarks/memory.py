@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 import jaxlwp
 from jaxlwp._model import load_workload
-from jaxlwp._parallelize import MEMORY_MARGIN
+from jaxlwp._parallelize import memory_margin
 from jaxlwp._target import compile_for, target_mesh
 
 NETWORKS = {
@@ -46,7 +46,7 @@ OTHERS = {
 }
 LIMITED = {
     "AlexNet": ("models.alexnet:AlexNet", 256),
-    "VGG-16": ("models.vgg:VGG16", 256),
+    "VGG-16": ("models.vgg:VGG16", 32),
     "3-D U-Net": ("tests.benchmarks.search:volumes", 4),
 }
 """Networks searched under limits, and their batches."""
@@ -134,10 +134,10 @@ def limited_rows(networks: dict[str, tuple[str, int]]) -> list[dict[str, Any]]:
         ) -> jaxlwp.Plan:
             return jaxlwp.parallelize(loss, *arguments, mesh=mesh, rates=RATES, **options)
 
-        most = plan().memory.peak_bytes
-        least = min(plan(objective="memory").memory.peak_bytes, most)
+        ends = plan(), plan(objective="memory")
+        most, least = (1.001 * memory_margin(p) * p.memory.peak_bytes for p in ends)
         for share in SHARES:
-            limit = 1.001 * MEMORY_MARGIN * (least + share * (most - least))
+            limit = min(least, most) + share * (most - min(least, most))
             start = time.perf_counter()
             found = plan(memory_bytes=limit)
             planned = time.perf_counter()
