@@ -208,8 +208,9 @@ def _fitting(
         _, most, layers = str(smallest).partition("Most of it")
         raise MemoryLimitError(
             f"memory_bytes: {memory_bytes:,.0f} is too little: no plan is predicted to need less "
-            f"with a margin of {MEMORY_MARGIN - 1:.0%} (where space is split, "
-            f"{SPATIAL_MARGIN - 1:.0%}); the next best needs {peak_bytes:,.0f} with it. Use more devices, a smaller batch or a higher limit. {most}{layers}",
+            f"with a margin of {MEMORY_MARGIN - 1:.0%} ({SPATIAL_MARGIN - 1:.0%} where space is "
+            f"split); the next best needs {peak_bytes:,.0f} with it. Use more devices, a smaller "
+            f"batch or a higher limit. {most}{layers}",
             peak_bytes,
             smallest.choices if smallest is not None else (),
         ) from smallest
