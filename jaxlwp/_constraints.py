@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -105,6 +108,24 @@ class Constraints:
             for layer, choices, required in zip(graph.layers, possible, checks, strict=True)
         )
 
+    def pinned(
+        self, layer: Layer, axis_groups: Sequence[Sequence[str]], axis_sizes: Mapping[str, int]
+    ) -> list[Config]:
+        """The configs with the degrees that a layer is pinned to, none if it is not.
+
+        Args:
+          layer: the layer.
+          axis_groups: mesh axes in groups that are interchangeable, slowest link level first.
+          axis_sizes: devices along each mesh axis.
+        """
+        found: list[Config] = []
+        for pattern, split in self.pin.items():
+            if layer.name == pattern or fnmatch.fnmatchcase(layer.name, pattern):
+                found += _named(split, layer, axis_sizes)
+                if not isinstance(split, Config):
+                    found += _of_degrees(split, axis_groups, axis_sizes)
+        return found
+
     def _replicated(
         self, graph: ComputationGraph, axis_sizes: Mapping[str, int]
     ) -> Iterable[tuple[int, str, Callable[[Config], bool]]]:
@@ -164,6 +185,35 @@ def _named(split: Split, layer: Layer, axis_sizes: Mapping[str, int]) -> tuple[C
         )
     possible = split.within(layer.dimensions, layer.even, axis_sizes)
     return (split,) if possible == split else ()
+
+
+def _of_degrees(
+    split: Mapping[str, int | str | Sequence[str]],
+    axis_groups: Sequence[Sequence[str]],
+    axis_sizes: Mapping[str, int],
+) -> list[Config]:
+    """Every way to reach degrees with axes of each group in order."""
+    degrees = {name: value for name, value in split.items() if isinstance(value, int)}
+    if len(degrees) < len(split):
+        return []
+    sizes = [axis_sizes[group[0]] for group in axis_groups]
+    counts = list(itertools.product(*(range(len(group) + 1) for group in axis_groups)))
+    options = [
+        [c for c in counts if math.prod(map(operator.pow, sizes, c)) == value]
+        for value in degrees.values()
+    ]
+    found = []
+    for choice in itertools.product(*options):
+        splits: dict[str, list[str]] = {name: [] for name in degrees}
+        for number, group in enumerate(axis_groups):
+            rest = iter(group)
+            for name, c in zip(degrees, choice, strict=True):
+                splits[name] += itertools.islice(rest, c[number])
+        if all(
+            len(group) >= sum(c[number] for c in choice) for number, group in enumerate(axis_groups)
+        ):
+            found.append(Config.of(splits))
+    return found
 
 
 def _axes(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from jaxlwp._config import dimension_order
 from jaxlwp._cost import AnalyticCostModel, layer_key
-from jaxlwp._devices import DeviceGraph
+from jaxlwp._devices import DeviceGraph, MeshAxis
 from jaxlwp._graph import ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp._layout import COLLECTIVES, wire_share
 from jaxlwp._solve import solve
@@ -90,7 +90,8 @@ class _Links:
 
     @classmethod
     def of(cls, devices: DeviceGraph) -> _Links:
-        """The least over all sets of mesh axes."""
+        """The least over all sets of mesh axes, every axis as fast as the fastest of its group."""
+        devices = replace(devices, axes=tuple(_fastest(axis, devices) for axis in devices.axes))
         latency_s: dict[tuple[str, int], float] = {}
         byte_s: dict[tuple[str, int], float] = {}
         sent_s = math.inf
@@ -122,6 +123,16 @@ class _Links:
                 byte_s = self.byte_s.get(key, 0.0)
                 result[rows] = latency_s + byte_s * num_bytes[rows]
         return result
+
+
+def _fastest(axis: MeshAxis, devices: DeviceGraph) -> MeshAxis:
+    """The axis with the best rates of those that it is interchangeable with."""
+    alike = [a for a in devices.axes if (a.level, a.size) == (axis.level, axis.size)]
+    return replace(
+        axis,
+        latency_s=min(a.latency_s for a in alike),
+        bytes_per_s=max(a.bytes_per_s for a in alike),
+    )
 
 
 def _degrees(layer: Layer, devices: DeviceGraph) -> _Degrees:

@@ -45,7 +45,7 @@ _GAIN = 1e-4
 """A round that saves less, relatively, is the last."""
 
 
-WHOLE_CONFIGS = 130
+WHOLE_CONFIGS = 220
 """Configs of a convolution up to which a space is priced whole: 16 devices, 2 hosts of 4."""
 
 
@@ -149,8 +149,11 @@ class _Growth:
         ]
 
     def possible(self, layer: Layer, patterns: Iterable[Config]) -> list[Config]:
-        """The patterns as far as a layer can have them."""
+        """The patterns as far as a layer can have them, and what it is pinned to."""
         sizes = self.devices.axis_sizes
+        if self.constraints is not None:
+            pinned = self.constraints.pinned(layer, self.devices.axis_groups, sizes)
+            patterns = (*patterns, *pinned)
         found = (p.within(layer.dimensions, layer.even, sizes) for p in patterns)
         return list(dict.fromkeys(found))
 
@@ -165,8 +168,11 @@ class _Growth:
         return [known[config] for config in configs]
 
     def cheapest(self, candidates: Sequence[Sequence[Config]]) -> list[tuple[Config, ...]]:
-        """The configs of each layer that cost least on their own, and the seeds."""
+        """The configs of each layer that cost least on their own, and those of the baselines."""
         result = []
+        if self.constraints is not None:
+            sizes = self.devices.axis_sizes
+            candidates = self.constraints.apply(self.graph, candidates, sizes)
         for number, (layer, configs) in enumerate(zip(self.graph.layers, candidates, strict=True)):
             own = self.own_s(number, configs)
             order = sorted(range(len(configs)), key=own.__getitem__)

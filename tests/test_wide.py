@@ -121,6 +121,10 @@ def test_constraints_and_memory_in_a_large_space() -> None:
     constraints = Constraints(forbid=("sample",))
     grown = jaxlwp.price_around(graph, devices, constraints=constraints)
     assert not any(config.axes("sample") for known in grown.configs for config in known)
+    pin = Constraints(pin={"fc6": {"sample": 2, "channel": 8}, "conv2": {}})
+    found = jaxlwp.search(jaxlwp.price_around(graph, devices, constraints=pin)).strategy
+    assert found.configs["fc6"].describe(devices.axis_sizes) == "sample=2 channel=8"
+    assert found.configs["conv2"] == jaxlwp.Config()
     free = jaxlwp.search(jaxlwp.price_around(graph, devices))
     most = float(jaxlwp.PeakMemory().rows(free.space).sums(free.solution.choices).max())
     smallest = jaxlwp.price_around(graph, devices, objective="memory")
