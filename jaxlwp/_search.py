@@ -148,8 +148,15 @@ def _objective(objective: str | Objective, memory_bytes: float | None) -> Object
 
 # --- measuring no more than the search needs -----------------------------------------------------
 
-OPTIMISM = 0.5
-"""What an unmeasured config may take, as a share of its estimated time, for the search to ask."""
+OPTIMISM = 0.75
+"""What an unmeasured config may take, as a share of its estimated time, for the search to ask.
+
+For layers of which `_KNOWN` configs or more are measured, two standard deviations of how measured
+and analytic times differ there, within `_SPREAD`.
+"""
+
+_KNOWN = 3
+_SPREAD = 0.5, 0.9
 
 
 def search_measured(
@@ -166,9 +173,9 @@ def search_measured(
 
     What is not measured is estimated from what is. The strategy that is then the cheapest is
     measured, and the search repeated, until it rests on measured times alone. Then every config is
-    measured whose best strategy would be cheaper still if the config took but `OPTIMISM` of its
-    estimate, those that promise most first, until there is none left. (Under a memory limit, or for
-    objectives of several sums, only what the search picks is measured.)
+    measured whose best strategy would be cheaper still if the config took but a share (`OPTIMISM`)
+    of its estimate, those that promise most first, until there is none left. (Under a memory limit,
+    or for objectives of several sums, only what the search picks is measured.)
 
     Args:
       space: from `price`, or with measured times already.
@@ -237,11 +244,20 @@ def _promising(space: SearchSpace, cost_s: float) -> list[tuple[float, int, int]
     best_s = min_marginals(tables.node_costs_s, tables.edges, tables.transfer_s)
     asked = []
     for n, measured in enumerate(space.measured):
-        hoped_s = best_s[n] - (1 - OPTIMISM) * tables.compute_s[n]
+        hoped_s = best_s[n] - (1 - _optimism(space, n)) * tables.compute_s[n]
         asked += [
             (float(hoped_s[c]), n, int(c)) for c in np.flatnonzero(~measured & (hoped_s < cost_s))
         ]
     return sorted(asked)
+
+
+def _optimism(space: SearchSpace, layer: int) -> float:
+    """See `OPTIMISM`."""
+    measured = space.measured[layer]
+    if measured.sum() < _KNOWN:
+        return OPTIMISM
+    ratios = space.tables.compute_s[layer][measured] / space.analytic_s[layer][measured]
+    return float(np.clip(np.exp(-2 * np.std(np.log(ratios))), *_SPREAD))
 
 
 def _hopeful(solution: AnySolution, hoped_s: float) -> AnySolution:
