@@ -45,8 +45,9 @@ _GAIN = 1e-4
 """A round that saves less, relatively, is the last."""
 
 
-WHOLE_CONFIGS = 220
-"""Configs of a convolution up to which a space is priced whole: 16 devices, 2 hosts of 4."""
+WHOLE_CONFIGS = 130
+"""Configs of a convolution up to which a space is priced whole: 16 devices, 2 hosts of 4; in three
+dimensions, 8 devices."""
 
 
 def is_large(graph: ComputationGraph, devices: DeviceGraph) -> bool:
