@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linprog
 
-from jaxlwp._marginals import min_marginals
+from jaxlwp._marginals import DenseGraphError, min_marginals
 from jaxlwp._problem import Problem, check_problem
 from jaxlwp._solve import solve
 from jaxlwp._tables import FloatArray
@@ -342,7 +342,10 @@ class _Search:
         if self.cost_s == math.inf:
             return part.names
         nodes, tables = self._priced(part, prices)
-        marginals = min_marginals(nodes, self.problem.edges, tables)
+        try:
+            marginals = min_marginals(nodes, self.problem.edges, tables)
+        except DenseGraphError:
+            return part.names
         constant_s = min(m.min() for m in marginals) - value_s  # the price of the limit
         return tuple(
             n[marginal - constant_s < self.cost_s]

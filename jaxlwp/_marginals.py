@@ -27,6 +27,10 @@ _ENTRIES_LIMIT = 1 << 26
 """Entries of a table that may be made: 512 MiB."""
 
 
+class DenseGraphError(ValueError):
+    """A table would exceed memory: only searches that need no such tables are possible."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankedChoices:
     """One of the cheapest strategies.
@@ -120,7 +124,7 @@ def _buckets(problem: Problem) -> list[Bucket]:
     order = plan_order([costs.size for costs in graph.costs], graph.scopes())
     entries = order.entries * max(costs.size for costs in graph.costs)
     if entries > _ENTRIES_LIMIT:
-        raise ValueError(
+        raise DenseGraphError(
             f"the graph is too dense: a table over {order.width + 1} layers with up to {entries:,} "
             f"entries would be made, of at most {_ENTRIES_LIMIT:,}; give its layers fewer configs."
         )

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import linprog
 
-from jaxlwp._marginals import min_marginals
+from jaxlwp._marginals import DenseGraphError, min_marginals
 from jaxlwp._solve import solve
 from jaxlwp._tables import FloatArray
 
@@ -229,7 +229,10 @@ class _Search:
     def _promising(self, share: FloatArray, names: _Names) -> _Names | None:
         """The configs that may be in a strategy better than the best so far."""
         nodes, tables = self.rows.mean(share, names)
-        marginals = min_marginals(nodes, self.rows.edges, tables)
+        try:
+            marginals = min_marginals(nodes, self.rows.edges, tables)
+        except DenseGraphError:
+            return names
         left = tuple(
             n[marginal < self.best * (1 - _CLOSE)]
             for n, marginal in zip(names, marginals, strict=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from jaxlwp._config import Config
 from jaxlwp._graph import Layer
 from jaxlwp._limit import LayerBytes, LimitedSolution, MemoryLimitError, solve_limited
-from jaxlwp._marginals import min_marginals
+from jaxlwp._marginals import DenseGraphError, min_marginals
 from jaxlwp._memory import memory_costs
 from jaxlwp._minmax import MinMaxSolution, minimize_max
 from jaxlwp._objective import OBJECTIVES, Objective, PlainSum
@@ -241,7 +241,10 @@ def _promising(space: SearchSpace, cost_s: float) -> list[tuple[float, int, int]
     are at once is as unlikely as it would be long to find out.
     """
     tables = space.tables
-    best_s = min_marginals(tables.node_costs_s, tables.edges, tables.transfer_s)
+    try:
+        best_s = min_marginals(tables.node_costs_s, tables.edges, tables.transfer_s)
+    except DenseGraphError:  # what the search picks is measured, no more
+        return []
     asked = []
     for n, measured in enumerate(space.measured):
         hoped_s = best_s[n] - (1 - _optimism(space, n)) * tables.compute_s[n]

@@ -27,7 +27,7 @@ from jaxlwp._devices import DeviceGraph
 from jaxlwp._floor import floor_s
 from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._limit import MemoryLimitError
-from jaxlwp._marginals import min_marginals
+from jaxlwp._marginals import DenseGraphError, min_marginals
 from jaxlwp._objective import Objective
 from jaxlwp._search import search
 from jaxlwp._space import SearchSpace, price
@@ -199,7 +199,10 @@ class _Growth:
     def around(self, space: SearchSpace, choices: Sequence[int]) -> list[list[Config]]:
         """Configs to look at next: near those of the optimum, and those good in some strategy."""
         tables = space.tables
-        best_s = min_marginals(tables.node_costs_s, tables.edges, tables.transfer_s)
+        try:
+            best_s = min_marginals(tables.node_costs_s, tables.edges, tables.transfer_s)
+        except DenseGraphError:  # the next best sign of a good config: what it costs alone
+            best_s = tables.node_costs_s
         chosen = [known[c] for known, c in zip(space.configs, choices, strict=True)]
         moved: dict[Config, list[Config]] = {
             config: list(self.moves(config)) for config in dict.fromkeys(chosen)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlwp
+from jaxlwp import _marginals
 from jaxlwp._layout import wire_share
 from jaxlwp._memory import estimated_bytes, memory_costs
 from jaxlwp._minmax import Rows, minimize_max
@@ -186,3 +187,22 @@ def test_refused(alexnet: jaxlwp.SearchSpace) -> None:
         jaxlwp.search(alexnet, objective="bytes", memory_bytes=1e9)
     with pytest.raises(ValueError, match='objectives of several sums are by "elimination"'):
         jaxlwp.search(alexnet, objective="overlap", method="exhaustive")
+
+
+def test_without_marginals(alexnet: jaxlwp.SearchSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On dense graphs tables of marginals would exceed memory: the same optima without them."""
+    limit = 0.97 * jaxlwp.search(alexnet, objective="memory").value * 1.1
+    expected = [
+        jaxlwp.search(alexnet, objective="overlap").value,
+        jaxlwp.search(alexnet, memory_bytes=limit).value,
+        jaxlwp.search(jaxlwp.price_around(alexnet.graph, alexnet.devices)).value,
+    ]
+    monkeypatch.setattr(_marginals, "_ENTRIES_LIMIT", 1)
+    with pytest.raises(_marginals.DenseGraphError, match="too dense"):
+        jaxlwp.explain(alexnet)
+    actual = [
+        jaxlwp.search(alexnet, objective="overlap").value,
+        jaxlwp.search(alexnet, memory_bytes=limit).value,
+        jaxlwp.search(jaxlwp.price_around(alexnet.graph, alexnet.devices)).value,
+    ]
+    assert actual == pytest.approx(expected, rel=0.01)
