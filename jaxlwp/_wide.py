@@ -49,12 +49,16 @@ WHOLE_CONFIGS = 130
 """Configs of a convolution up to which a space is priced whole: 16 devices, 2 hosts of 4; in three
 dimensions, 8 devices."""
 
+WHOLE_PAIRS = 1_000_000
+"""Pairs of configs on all edges up to which a space is priced whole in any case."""
+
 
 def is_large(graph: ComputationGraph, devices: DeviceGraph) -> bool:
     """Whether pricing the whole space would take long: minutes for a deep network."""
     most = max((len(layer.dimensions) for layer in graph.layers), default=0)
     counts = (math.comb(len(group) + most, most) for group in devices.axis_groups)
-    return math.prod(counts) > WHOLE_CONFIGS
+    configs = math.prod(counts)
+    return configs > WHOLE_CONFIGS and configs**2 * len(graph.edges) > WHOLE_PAIRS
 
 
 def price_around(

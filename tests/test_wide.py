@@ -139,6 +139,7 @@ def test_constraints_and_memory_in_a_large_space() -> None:
 def test_a_plan_from_a_large_space(monkeypatch: pytest.MonkeyPatch) -> None:
     """Search, baseline and strategy file, and the numbers of one device."""
     monkeypatch.setattr(_wide, "WHOLE_CONFIGS", 10)
+    monkeypatch.setattr(_wide, "WHOLE_PAIRS", 0)
     work = load_workload(MODELS["LeNet-5"], batch=16)
     rates = jaxlwp.Rates(
         flops_per_s=5e12, memory_bytes_per_s=5e11, latency_s=(1e-5,), link_bytes_per_s=(2e10,)
