@@ -19,14 +19,14 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linprog
 
 from jaxlwp._marginals import DenseGraphError, min_marginals
-from jaxlwp._problem import Problem, check_problem
+from jaxlwp._problem import BoundedSolution, Problem, check_problem
 from jaxlwp._solve import solve
 from jaxlwp._tables import FloatArray
 
@@ -41,31 +41,16 @@ _HIGHEST_PRICE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class LimitedSolution:
-    """The cheapest strategy found that fits.
+class LimitedSolution(BoundedSolution):
+    """The cheapest strategy found that fits; its lower bound holds for all that fit.
 
     Attributes:
-      choices: per layer, the index of its config.
-      cost_s: the strategy's cost in seconds.
-      lower_bound_s: no strategy that fits costs less.
       peak_bytes: the strategy's bytes, by the formula of the module.
-      optimal: whether the search proved that nothing that fits is cheaper, to rounding.
-      wall_s: how long the search took, in seconds.
       bounded: how many parts of the space were bounded.
     """
 
-    choices: tuple[int, ...]
-    cost_s: float
-    lower_bound_s: float
     peak_bytes: float
-    optimal: bool
-    wall_s: float = field(compare=False)
     bounded: int
-
-    @property
-    def gap(self) -> float:
-        """The share of `cost_s` that a better strategy could save at most."""
-        return 0.0 if self.optimal else (self.cost_s - self.lower_bound_s) / self.cost_s
 
 
 class MemoryLimitError(ValueError):

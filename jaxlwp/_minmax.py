@@ -24,6 +24,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from jaxlwp._marginals import DenseGraphError, min_marginals
+from jaxlwp._problem import BoundedSolution
 from jaxlwp._solve import solve
 from jaxlwp._tables import FloatArray
 
@@ -103,29 +104,14 @@ def _scaled(factor: float, costs: FloatArray) -> FloatArray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinMaxSolution:
-    """The strategy found whose largest sum is least.
+class MinMaxSolution(BoundedSolution):
+    """The strategy found whose largest sum is least; its cost is that sum.
 
     Attributes:
-      choices: per layer, the index of its config.
-      cost_s: the largest sum: seconds, or the unit of the objective.
-      lower_bound_s: no strategy has a lower largest sum.
-      optimal: whether that is proven, to rounding.
-      wall_s: how long the search took, in seconds.
       bounded: how many parts of the space were bounded.
     """
 
-    choices: tuple[int, ...]
-    cost_s: float
-    lower_bound_s: float
-    optimal: bool
-    wall_s: float = field(compare=False)
     bounded: int
-
-    @property
-    def gap(self) -> float:
-        """The share of `cost_s` that a better strategy could save at most."""
-        return 0.0 if self.optimal else (self.cost_s - self.lower_bound_s) / self.cost_s
 
 
 _Names = tuple[np.ndarray, ...]

@@ -1,10 +1,10 @@
-"""The problem that the search solves, checked: costs of layers and edges, as numbers."""
+"""The problem that the search solves, checked, and what every solution of it tells, as numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from numpy.typing import ArrayLike
 
@@ -27,6 +27,42 @@ class Problem:
         for (i, j), table in zip(self.edges, self.edge_costs, strict=True):
             total += float(table[choices[i], choices[j]])
         return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedSolution:
+    """The best strategy found, and what is proven of all others.
+
+    Two solutions are equal if all but their wall times are.
+
+    Attributes:
+        choices: per layer, the index of its config.
+        cost_s: the strategy's cost in seconds, or in the unit of the objective.
+        lower_bound_s: no strategy that is allowed costs less.
+        optimal: whether the search proved that nothing is cheaper, to rounding.
+        wall_s: how long the search took, in seconds.
+    """
+
+    choices: tuple[int, ...]
+    cost_s: float
+    lower_bound_s: float
+    optimal: bool
+    wall_s: float = field(compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lower_bound_s <= self.cost_s < math.inf:
+            raise ValueError(
+                f"{type(self).__name__}.lower_bound_s is {self.lower_bound_s} and cost_s "
+                f"{self.cost_s}: a lower bound must be from 0 to the cost, and the cost finite; "
+                "check both."
+            )
+
+    @property
+    def gap(self) -> float:
+        """The share of `cost_s` that a better strategy could save at most; 0.0 if optimal."""
+        if self.optimal or self.cost_s == 0:
+            return 0.0
+        return (self.cost_s - self.lower_bound_s) / self.cost_s
 
 
 def check_problem(

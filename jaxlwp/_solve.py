@@ -25,7 +25,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -45,7 +45,7 @@ from jaxlwp._eliminate import (
     restricted,
     subgraph,
 )
-from jaxlwp._problem import Problem, check_problem
+from jaxlwp._problem import BoundedSolution, Problem, check_problem
 
 _DIRECT_SWEEPS = 8
 """Elimination that takes no more than so many sweeps of message passing is done at once."""
@@ -58,18 +58,13 @@ _ENTRIES_LIMIT = 1 << 25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution:
+class Solution(BoundedSolution):
     """The strategy that a search found, and what is known of it.
 
-    Two solutions are equal if all but their wall times are.
+    Its cost is summed anew from the tables given; if it is optimal, that is its lower bound too.
 
     Attributes:
-        choices: per layer, the index of its config.
-        cost_s: the strategy's cost in seconds, summed anew from the tables given.
-        lower_bound_s: no strategy costs less; the same as `cost_s` if `optimal`.
-        optimal: whether the search proved that nothing is cheaper, to rounding.
         method: the method that found it.
-        wall_s: how long the search took, in seconds.
         nodes_eliminated: how many node eliminations were done.
         edges_eliminated: how many edge eliminations were done.
         width: the most neighbours that a layer had when it was eliminated.
@@ -78,32 +73,13 @@ class Solution:
         remaining: K, how many layers they were combinations of.
     """
 
-    choices: tuple[int, ...]
-    cost_s: float
-    lower_bound_s: float
-    optimal: bool
     method: str
-    wall_s: float = field(compare=False)
     nodes_eliminated: int
     edges_eliminated: int
     width: int
     configs_dropped: int
     enumerated: int
     remaining: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lower_bound_s <= self.cost_s < math.inf:
-            raise ValueError(
-                f"Solution.lower_bound_s is {self.lower_bound_s} and cost_s {self.cost_s}: a "
-                "lower bound must be from 0 to the cost, and the cost finite; check both."
-            )
-
-    @property
-    def gap(self) -> float:
-        """The share of `cost_s` that a better strategy could save at most; 0.0 if optimal."""
-        if self.optimal or self.cost_s == 0:
-            return 0.0
-        return (self.cost_s - self.lower_bound_s) / self.cost_s
 
 
 class _OutOfTimeError(Exception):
