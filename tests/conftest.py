@@ -4,6 +4,7 @@ The environment is set at import time because JAX reads it once, when it is firs
 JAXLWP_TEST_PLATFORM (say "cuda") runs the tests on another platform.
 """
 
+import gc
 import math
 import os
 import re
@@ -24,6 +25,9 @@ os.environ["XLA_FLAGS"] = _with_device_count(os.environ.get("XLA_FLAGS", ""), 8)
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLWP_TEST_PLATFORM", "cpu")
 # A program out of another run's cache would be tested instead of the one just compiled.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+# Tracing makes many small objects and little garbage: looking for it took a fifth of the suite.
+gc.set_threshold(200_000, 20, 100)
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
