@@ -18,7 +18,7 @@ from jaxlwp._layout import Collective
 from jaxlwp._limit import MemoryLimitError
 from jaxlwp._marginals import RankedChoices, k_best, min_marginals
 from jaxlwp._measure import LayerTimer, layer_timer
-from jaxlwp._memory import Memory, MemoryCosts, memory_costs, plan_memory
+from jaxlwp._memory import Memory, MemoryCosts, MemoryTables, memory_costs, plan_memory
 from jaxlwp._objective import MovedBytes, Objective, Overlap, PeakMemory, PlainSum
 from jaxlwp._parallelize import parallelize
 from jaxlwp._pareto import ParetoCurve, ParetoPoint, pareto
@@ -58,6 +58,7 @@ __all__ = [
     "LinkFit",
     "Memory",
     "MemoryCosts",
+    "MemoryTables",
     "MemoryLimitError",
     "MeshAxis",
     "MovedBytes",

@@ -10,12 +10,14 @@ is imitated, by rule, as far as it decides about memory:
   computed from, and a mask not at all.
 - *Library calls and collectives* (convolution, matrix product, all-gather, ...) want their operands
   in memory. A convolution's bias is added by cuDNN, and its filter is copied to cuDNN's order of
-  dimensions, once for all its uses. A collective along a dimension that is not the first is wrapped
-  in transposed copies.
+  dimensions, once for all its uses. What it cannot pad itself, on one side only or between the
+  elements, is a padded copy (`ConvPaddingLegalization`). A collective along a dimension that is not
+  the first is wrapped in transposed copies.
 - *Max pooling's backward pass* (`SelectAndScatterExpander`) finds the places of the maxima, four
   numbers for each element of a 4-dimensional output, and scatters into zeros. Zeros of one shape
   are one array, in memory for all who read them (relu too) from the first of these to the last;
-  the scatter, which overwrites its zeros, takes a copy.
+  the scatter, which overwrites its zeros, takes a copy. If its result is added to another gradient,
+  it scatters into that one instead (`AlgebraicSimplifier`).
 - *All-reduces* of gradients over the same devices are combined up to 30 MiB: their operands are
   copied into one buffer, which is reduced in place, and copied out of it.
 - *Order*: the chain of activations and their gradients first; what only gradients of parameters
@@ -208,6 +210,7 @@ class _Builder:
         self.nodes: dict[int, Node] = {}
         self.made: dict[Hashable, Node] = {}
         self.filters: dict[Node, Node] = {}
+        self.copies: dict[Node, Node] = {}
         self.axes: dict[int, str] = {}
         self.names: list[tuple[int, str]] = []
         self.ordered: list[tuple[int, str]] = []
@@ -256,8 +259,10 @@ class _Builder:
                 for node, v in zip(operands, eqn.results, strict=True)
             ]
         made = self.first(eqn, operands)
+        # Several results of a kernel of its own come from one call; pieces of a split do not.
+        read = (made,) if made.writes else made.operands
         others = [
-            self.once((made, v), Node(eqn.name, self.size(v), (made,), made.writes, origin=v))
+            self.once((made, v), Node(eqn.name, self.size(v), read, made.writes, origin=v))
             for v in eqn.results[1:]
         ]
         return [made, *others]
@@ -275,7 +280,7 @@ class _Builder:
         name = eqn.name
         if name == "conv_general_dilated":
             data, kernel = operands
-            call = (data, self.filter(eqn, kernel))
+            call = (self.padded(eqn, data, kernel), self.filter(kernel))
             return Node("conv", num_bytes, call, True, frozenset((0, 1)), origin=value)
         if name in EXCHANGES:
             return self.exchange(eqn, operands[0])
@@ -286,6 +291,8 @@ class _Builder:
             return Node(name, num_bytes, tuple(operands), True, every, origin=value)
         if name == "transpose" and operands[0].kind == "dot_general":
             return operands[0]  # a matrix product writes its result in either order
+        if name in ("add", "add_any") and any(node.kind == "scatter" for node in operands):
+            return self.scatter_into(operands, value)
         if name in REDUCTIONS:
             return Node(name, num_bytes, tuple(operands), True, origin=value)
         spread = tuple(
@@ -305,14 +312,33 @@ class _Builder:
         num_bytes = math.prod(shape) * itemsize
         return self.once(("full", constant, shape), Node("full", num_bytes, (constant,)))
 
-    def filter(self, eqn: Equation, kernel: Node) -> Node:
+    def padded(self, eqn: Equation, data: Node, kernel: Node) -> Node:
+        """A convolution's first operand, padded where the library cannot do that itself.
+
+        It cannot on one side only, nor between elements, unless the convolution is a gradient of
+        another's operand; the gradient of the filter reads the same copy.
+        """
+        params = eqn.params
+        dilation, padding = params["lhs_dilation"], params["padding"]
+        spread = any(step > 1 for step in dilation) and kernel.kind != "rev"
+        uneven = any(low != high or low < 0 for low, high in padding) and _is_filter(kernel)
+        if not spread and not (uneven and kernel.kind != "rev"):
+            return data if _is_filter(kernel) else self.copies.get(data, data)
+        info, dims = eqn.operand_values[0], params["dimension_numbers"].lhs_spec[2:]
+        num_bytes = math.prod(info.shape) * info.itemsize
+        for dim, step, (low, high) in zip(dims, dilation, padding, strict=True):
+            size = info.shape[dim]
+            num_bytes = num_bytes // max(size, 1) * max((size - 1) * step + 1 + low + high, 0)
+        copy = self.once(("padded", data, num_bytes), Node("pad", num_bytes, (data,)))
+        if _is_filter(kernel):
+            self.copies[data] = copy
+        return copy
+
+    def filter(self, kernel: Node) -> Node:
         """A convolution's second operand: a filter in the library's order, or a gradient."""
-        root = kernel
-        while root.kind in ("rev", "transpose"):
-            root = root.operands[0]
-        is_filter = root.argument or root.kind in GATHERS or kernel.kind == "rev"
-        if not is_filter:
+        if not _is_filter(kernel):
             return kernel
+        root = _unturned(kernel)
         copied = Node("filter", root.num_bytes, (root,), writes=True, origin=root.origin)
         return self.filters.setdefault(root, copied)
 
@@ -352,6 +378,13 @@ class _Builder:
         if shape == result.shape:
             return scattered
         return Node("slice", self.size(eqn.results[0]), (scattered,), origin=eqn.results[0])
+
+    def scatter_into(self, operands: Sequence[Node], value: int) -> Node:
+        """A sum with the gradient of max pooling: the scatter adds to the other term at once."""
+        scattered, other = sorted(operands, key=lambda node: node.kind != "scatter")
+        _, source, places = scattered.operands
+        read, size = (other, source, places), scattered.num_bytes
+        return Node("scatter", size, read, True, _FIRST, in_place=True, origin=value)
 
     def root(self, gradients: Mapping[int, int]) -> Node:
         """What reads every output: the updates of the parameters, and the program's result."""
@@ -401,6 +434,19 @@ class _Builder:
 
 
 _FIRST = frozenset((0,))
+
+
+def _unturned(kernel: Node) -> Node:
+    """A convolution's second operand before it is reversed and transposed."""
+    while kernel.kind in ("rev", "transpose"):
+        kernel = kernel.operands[0]
+    return kernel
+
+
+def _is_filter(kernel: Node) -> bool:
+    """Whether a convolution's second operand is a filter, not the gradient of its result."""
+    root = _unturned(kernel)
+    return root.argument or root.kind in GATHERS or kernel.kind == "rev"
 
 
 def _text(params: Mapping[str, Any]) -> str:

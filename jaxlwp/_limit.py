@@ -1,8 +1,9 @@
 """Search under a memory limit, on numbers alone: no layers, no devices, no JAX.
 
-Bytes are sums over layers, but for the largest temporary: what is there at a step's peak is
+Bytes are sums over layers, and over edges (what is kept of a tensor that is laid out anew), but for
+the largest temporary: what is there at a step's peak is
 
-    sum(held) + max(sum(kept) + max(temporary), sum(gradient))
+    sum(held) + max(sum(kept) + sum(copied) + max(temporary), sum(gradient))
 
 Branch and bound (`solve_limited`). The limit's two sums enter the costs with a price per byte each
 (Lagrangian relaxation): the cheapest strategy at these prices, less the price of the limit, bounds
@@ -35,6 +36,9 @@ _ROUNDS = 20
 
 _CLOSE = 1e-9
 """Relative distance at which a bound meets the best strategy: rounding."""
+
+_LEVELS = 12
+"""How many largest temporaries are tried to find the least bytes."""
 
 _HIGHEST_PRICE = 1e6
 """Of all bytes of the limit, in costs of the cheapest strategy."""
@@ -85,15 +89,28 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Sums that the limit applies to: per layer, shape (configs,)."""
+    """Sums that the limit applies to: per layer, shape (configs,).
+
+    `copied` is per edge (i, j), shape (configs of i, configs of j).
+    """
 
     with_kept: tuple[FloatArray, ...]
     with_gradient: tuple[FloatArray, ...]
     temporary: tuple[FloatArray, ...]
+    edges: tuple[tuple[int, int], ...]
+    copied: tuple[FloatArray, ...]
 
     def sums(self, choices: Sequence[int]) -> tuple[float, float, float]:
-        """Held and kept, held and gradients, largest temporary."""
-        kept = math.fsum(b[c] for b, c in zip(self.with_kept, choices, strict=True))
+        """Held, kept and copied; held and gradients; largest temporary."""
+        kept = math.fsum(
+            itertools.chain(
+                (b[c] for b, c in zip(self.with_kept, choices, strict=True)),
+                (
+                    table[choices[i], choices[j]]
+                    for (i, j), table in zip(self.edges, self.copied, strict=True)
+                ),
+            )
+        )
         gradient = math.fsum(b[c] for b, c in zip(self.with_gradient, choices, strict=True))
         return kept, gradient, max(b[c] for b, c in zip(self.temporary, choices, strict=True))
 
@@ -119,6 +136,7 @@ def solve_limited(
     memory: Sequence[LayerBytes],
     limit_bytes: float,
     *,
+    copied: Sequence[ArrayLike] | None = None,
     time_limit_s: float | None = None,
 ) -> LimitedSolution:
     """Finds the cheapest of all strategies whose peak fits into a memory.
@@ -129,6 +147,8 @@ def solve_limited(
       edge_costs: as for `jaxlwp.solve`.
       memory: per layer.
       limit_bytes: of one device.
+      copied: per edge (i, j), shape (configs of i, configs of j), bytes kept besides; zeros if
+        not given.
       time_limit_s: after so many seconds the best strategy so far is returned, with its bound.
 
     Raises:
@@ -137,7 +157,7 @@ def solve_limited(
     """
     start = time.perf_counter()
     problem = check_problem(node_costs, edges, edge_costs)
-    search = _Search(problem, _checked(problem, memory), float(limit_bytes))
+    search = _Search(problem, _checked(problem, memory, copied), float(limit_bytes))
     root = _Part(tuple(np.arange(c.size) for c in problem.node_costs), 0.0)
     queue: list[tuple[float, int, list[_Part]]] = []
     number = itertools.count()
@@ -175,7 +195,9 @@ def solve_limited(
     )
 
 
-def _checked(problem: Problem, memory: Sequence[LayerBytes]) -> _Bytes:
+def _checked(
+    problem: Problem, memory: Sequence[LayerBytes], copied: Sequence[ArrayLike] | None
+) -> _Bytes:
     if len(memory) != len(problem.node_costs):
         raise ValueError(
             f"memory has {len(memory)} entries for {len(problem.node_costs)} layers: give one each"
@@ -190,11 +212,23 @@ def _checked(problem: Problem, memory: Sequence[LayerBytes]) -> _Bytes:
                     f"for each config; it is {values!r}"
                 )
             arrays.setdefault(name, []).append(values)
+    if copied is None:
+        copied = [np.zeros_like(table) for table in problem.edge_costs]
+    if len(copied) != len(problem.edges):
+        raise ValueError(f"copied has {len(copied)} entries for {len(problem.edges)} edges")
+    between = [np.asarray(table, dtype=np.float64) for table in copied]
+    for n, (values, costs) in enumerate(zip(between, problem.edge_costs, strict=True)):
+        if values.shape != costs.shape or not np.all((values >= 0) & np.isfinite(values)):
+            raise ValueError(
+                f"copied[{n}] must be {costs.shape} finite numbers of at least 0; it is {values!r}"
+            )
     held = arrays["held"]
     return _Bytes(
         tuple(h + k for h, k in zip(held, arrays["kept"], strict=True)),
         tuple(h + g for h, g in zip(held, arrays["gradient"], strict=True)),
         tuple(arrays["temporary"]),
+        problem.edges,
+        tuple(between),
     )
 
 
@@ -290,10 +324,12 @@ class _Search:
                 strict=True,
             )
         ]
-        tables = [
-            table[np.ix_(part.names[i], part.names[j])]
-            for (i, j), table in zip(self.problem.edges, self.problem.edge_costs, strict=True)
-        ]
+        tables = []
+        for (i, j), table, copied in zip(
+            self.problem.edges, self.problem.edge_costs, self.bytes.copied, strict=True
+        ):
+            block = np.ix_(part.names[i], part.names[j])
+            tables.append(table[block] + prices[0] * copied[block] if prices[0] else table[block])
         return nodes, tables
 
     def _cheapest(self, part: _Part, prices: tuple[float, float]) -> tuple[int, ...] | None:
@@ -403,17 +439,26 @@ class _Search:
     def least(self) -> tuple[float, tuple[int, ...]]:
         """The least bytes found, whatever they cost, and the strategy."""
         best: tuple[float, tuple[int, ...]] = (math.inf, ())
-        for largest in sorted(set(np.concatenate(self.bytes.temporary).tolist())):
-            masks = [t <= largest for t in self.bytes.temporary]
-            if not all(mask.any() for mask in masks):
-                continue
-            for share in np.linspace(0, 1, 11):
-                choices = tuple(
-                    int(np.argmin(np.where(m, share * k + (1 - share) * g, np.inf)))
-                    for k, g, m in zip(
-                        self.bytes.with_kept, self.bytes.with_gradient, masks, strict=True
-                    )
+        levels = np.unique(np.concatenate(self.bytes.temporary))
+        some = levels[np.unique(np.linspace(0, levels.size - 1, _LEVELS).astype(int))]
+        for largest, share in itertools.product(some.tolist(), (0.0, 0.5, 1.0)):
+            nodes = [
+                np.where((t <= largest) & np.isfinite(c), share * k + (1 - share) * g, np.inf)
+                for c, k, g, t in zip(
+                    self.problem.node_costs,
+                    self.bytes.with_kept,
+                    self.bytes.with_gradient,
+                    self.bytes.temporary,
+                    strict=True,
                 )
-                if math.isfinite(self.problem.total(choices)):
-                    best = min(best, (self.bytes.peak(choices), choices))
+            ]
+            tables = [
+                np.where(np.isfinite(cost), share * copied, np.inf)
+                for cost, copied in zip(self.problem.edge_costs, self.bytes.copied, strict=True)
+            ]
+            try:
+                choices = solve(nodes, self.problem.edges, tables).choices
+            except ValueError:  # not allowed with temporaries as small as that
+                continue
+            best = min(best, (self.bytes.peak(choices), choices))
         return best

@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from jaxlwp._buffers import LIBRARY, Buffers, predict
 from jaxlwp._config import Config, Layout
-from jaxlwp._graph import ComputationGraph, Layer
+from jaxlwp._graph import ComputationGraph, Edge, Layer, Use
 from jaxlwp._layout import even_layout, local_shape
 from jaxlwp._lower import Lowered, Placed, Run
 from jaxlwp._program import Equation, Program, Value, flatten
@@ -252,12 +252,46 @@ class MemoryCosts(NamedTuple):
     temporary_bytes: IntArray
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryTables:
+    """Bytes per device of every layer under every config, and of every edge.
+
+    Attributes:
+      layers: per layer.
+      edges: the graph's edges, as pairs of layer indices.
+      copied_bytes: per edge (i, j), shape (configs of i, configs of j): the copy that j keeps for
+        the backward pass of a tensor that it wants in another layout than i has it.
+    """
+
+    layers: tuple[MemoryCosts, ...]
+    edges: tuple[tuple[int, int], ...]
+    copied_bytes: tuple[IntArray, ...] = field(repr=False)
+
+    def estimate(self, choices: Sequence[int]) -> int:
+        """About the peak of a strategy, from the bytes of its layers and edges alone.
+
+        Parameters, optimizer state and what is kept are there together; the largest layer's
+        temporaries come on top of them, and when nothing is kept any more, the gradients.
+        """
+        chosen = [
+            [int(part[choice]) for part in cost]
+            for cost, choice in zip(self.layers, choices, strict=True)
+        ]
+        parameter, gradient, optimizer, kept, temporary = zip(*chosen, strict=True)
+        copied = sum(
+            int(table[choices[i], choices[j]])
+            for (i, j), table in zip(self.edges, self.copied_bytes, strict=True)
+        )
+        besides = max(sum(kept) + copied + max(temporary), sum(gradient))
+        return int(sum(parameter) + sum(optimizer) + besides)
+
+
 def memory_costs(
     graph: ComputationGraph,
     configs: Sequence[Sequence[Config]],
     axis_sizes: dict[str, int],
     optimizer_slots: float = 1.0,
-) -> tuple[MemoryCosts, ...]:
+) -> MemoryTables:
     """Bytes of every layer under every config, for a search that has to stay within a memory.
 
     Args:
@@ -267,25 +301,48 @@ def memory_costs(
       optimizer_slots: bytes of optimizer state for each byte of a parameter: 1 for SGD with
         momentum, 2 for Adam.
     """
-    kept = _kept_blocks(graph)
-    return tuple(
-        _layer_memory(layer, choices, axis_sizes, kept[layer.index], optimizer_slots)
-        for layer, choices in zip(graph.layers, configs, strict=True)
+    kept, readers = _kept_blocks(graph)
+    edges = graph.edges
+
+    def reader_of(use: Use) -> int | None:
+        """The layer that has the value among what it keeps, in its own layout."""
+        return readers[use.value][0] if use.value in readers else None
+
+    return MemoryTables(
+        layers=tuple(
+            _layer_memory(layer, choices, axis_sizes, kept[layer.index], optimizer_slots)
+            for layer, choices in zip(graph.layers, configs, strict=True)
+        ),
+        edges=tuple((edge.source, edge.target) for edge in edges),
+        copied_bytes=tuple(
+            _copied_bytes(edge, configs, axis_sizes, counted=edge.target == reader_of(edge.use))
+            for edge in edges
+        ),
     )
 
 
-def estimated_bytes(costs: Sequence[MemoryCosts], choices: Sequence[int]) -> int:
-    """About the peak of a strategy, from its layers' bytes alone.
+def _copied_bytes(
+    edge: Edge,
+    configs: Sequence[Sequence[Config]],
+    axis_sizes: dict[str, int],
+    *,
+    counted: bool,
+) -> IntArray:
+    """Bytes of the copy that an edge's reader keeps, shape (configs, configs).
 
-    Parameters, optimizer state and what is kept are there together; the largest layer's temporaries
-    come on top of them, and when nothing is kept any more, the gradients.
+    None if the reader has the tensor among what it keeps anyway (`counted`). A reader that needs no
+    copy for its gradient, a sum, has one here all the same: without it, a search for little memory
+    would change layouts at every sum, and the copies that this takes meanwhile are in no estimate.
     """
-    chosen = [
-        [int(part[choice]) for part in cost] for cost, choice in zip(costs, choices, strict=True)
-    ]
-    parameter, gradient, optimizer, kept, temporary = zip(*chosen, strict=True)
-    besides = max(sum(kept) + max(temporary), sum(gradient))
-    return int(sum(parameter) + sum(optimizer) + besides)
+    use, sides = edge.use, (configs[edge.source], configs[edge.target])
+    if use.argument or not use.gradient or counted:
+        return np.zeros((len(sides[0]), len(sides[1])), dtype=np.int64)
+    there = [config.layout(use.source_labels) for config in sides[0]]
+    here = [config.layout(use.labels) for config in sides[1]]
+    names = {layout: n for n, layout in enumerate(dict.fromkeys((*there, *here)))}
+    differ = np.not_equal.outer([names[x] for x in there], [names[x] for x in here])
+    num_bytes = [_bytes(use.info, layout, axis_sizes) for layout in here]
+    return differ * np.array(num_bytes, dtype=np.int64)
 
 
 class _Block(NamedTuple):
@@ -296,11 +353,14 @@ class _Block(NamedTuple):
     factor: float
 
 
-def _kept_blocks(graph: ComputationGraph) -> list[list[_Block]]:
+def _kept_blocks(
+    graph: ComputationGraph,
+) -> tuple[list[list[_Block]], dict[int, tuple[int, Labels]]]:
     """What each layer keeps, by the program that is not split.
 
     What is kept for the gradient of a weight is kept by the layer that reads it, in the layout in
-    which that layer reads it: all-gathered, where its channels are split.
+    which that layer reads it: all-gathered, where its channels are split. For these values, that
+    layer and the names of their dimensions there come second.
     """
     whole = (Config(),) * len(graph.layers)
     local = differentiated(Lowered(graph=graph, configs=whole, axis_sizes={"device": 1}))
@@ -321,7 +381,7 @@ def _kept_blocks(graph: ComputationGraph) -> list[list[_Block]]:
         result[place].append(_Block(info, labels, node.num_bytes / max(size, 1)))
     for layer in graph.layers:
         result[layer.index] += [_Block(*filters, 1.0) for filters in _filters(layer)]
-    return result
+    return result, readers
 
 
 def _filters(layer: Layer) -> list[tuple[Value, Labels]]:

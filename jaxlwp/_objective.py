@@ -109,7 +109,7 @@ class MovedBytes:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes of a device at the worst moment of a step, from its layers' bytes (`memory_costs`).
+    """Bytes of a device at the worst moment of a step, by `memory_costs`.
 
     Attributes:
       optimizer_slots: bytes of optimizer state for each byte of a parameter.
@@ -120,10 +120,10 @@ class PeakMemory:
 
     def rows(self, space: SearchSpace) -> Rows:
         """One sum for each layer's temporaries while all is kept, and one for the gradients."""
-        costs = memory_costs(
+        memory = memory_costs(
             space.graph, space.configs, space.devices.axis_sizes, self.optimizer_slots
         )
-        count = len(costs)
+        costs, count = memory.layers, len(memory.layers)
         whole = np.vstack([np.ones((count, count)), np.zeros((1, count))])
         return Rows(
             terms=(
@@ -139,8 +139,13 @@ class PeakMemory:
                 1 - whole,
             ),
             edges=space.tables.edges,
-            tables=space.tables.transfer_s,
-            scale=np.zeros(count + 1),
+            tables=tuple(
+                np.where(np.isinf(seconds), np.inf, copied)
+                for seconds, copied in zip(
+                    space.tables.transfer_s, memory.copied_bytes, strict=True
+                )
+            ),
+            scale=whole[:, 0],
         )
 
 

@@ -103,8 +103,8 @@ def search(
       objective: what to make least: "sum" (the paper's), "overlap" (gradients synchronised behind
         the backward pass), "bytes" (sent by a device), "memory" (of a device), or an `Objective`.
       method: "elimination" (exact, fast) or "exhaustive" (the paper's baseline).
-      memory_bytes: of one device; only strategies that fit count, by `estimated_bytes`, the sum
-        of `memory_costs`. `parallelize(memory_bytes=...)` also looks at the program.
+      memory_bytes: of one device; only strategies that fit count, by `MemoryTables.estimate`,
+        the sum of `memory_costs`. `parallelize(memory_bytes=...)` also looks at the program.
       optimizer_slots: of the optimizer, for the memory, as in `price`.
       time_limit_s: after so many seconds the best strategy so far is returned, with its gap.
 
@@ -274,6 +274,7 @@ class _Limit:
 
     names: tuple[str, ...]
     memory: tuple[LayerBytes, ...]
+    copied: tuple[NDArray[np.int64], ...]
     limit_bytes: float
 
     @classmethod
@@ -293,9 +294,10 @@ class _Limit:
                 gradient=c.gradient_bytes,
                 temporary=c.temporary_bytes,
             )
-            for c in costs
+            for c in costs.layers
         )
-        return cls(tuple(layer.name for layer in space.graph.layers), memory, memory_bytes)
+        names = tuple(layer.name for layer in space.graph.layers)
+        return cls(names, memory, costs.copied_bytes, memory_bytes)
 
     def named(self, error: MemoryLimitError) -> MemoryLimitError:
         """The error, with the layers that hold most of the least memory."""
@@ -321,7 +323,13 @@ def _solved(
         tables = space.tables
         costs = tables.node_costs_s, tables.edges, tables.transfer_s
         try:
-            return solve_limited(*costs, limit.memory, limit.limit_bytes, time_limit_s=time_limit_s)
+            return solve_limited(
+                *costs,
+                limit.memory,
+                limit.limit_bytes,
+                copied=limit.copied,
+                time_limit_s=time_limit_s,
+            )
         except MemoryLimitError as error:
             raise limit.named(error) from None
     rows = objective.rows(space)

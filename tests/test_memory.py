@@ -18,7 +18,6 @@ from jaxlwp import BASELINES, Config, Plan, Rates, parallelize
 from jaxlwp._buffers import COMBINED_BYTES, _Builder, _fuse, _order, predict
 from jaxlwp._memory import (
     differentiated,
-    estimated_bytes,
     memory_costs,
     plan_memory,
     strategy_memory,
@@ -162,6 +161,63 @@ def test_max_pooling_keeps_zeros_and_finds_places() -> None:
     assert {node.num_bytes for node in buffers.live if node.kind == "places"} <= {5 * after}
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_gradient_of_max_pooling_is_scattered_into_what_it_is_added_to(skip: bool) -> None:
+    """Into zeros, which takes an array of them; or into the gradient of a skip connection."""
+
+    def loss(w: Any, x: Any) -> Any:
+        y = _conv(x, w)
+        pooled = lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        return jnp.sum(pooled**2) + (jnp.sum(jnp.sin(y)) if skip else 0)
+
+    arguments = _array(3, 3, 3, 16), _array(4, 32, 32, 3)
+    program = jax.make_jaxpr(jax.value_and_grad(loss))(*arguments)
+    builder = _Builder(flatten(program, derivatives=False))
+    kinds = [node.kind for node in _fuse(builder.root({1: 0}))]
+    assert kinds.count("scatter") == 1
+    assert kinds.count("full") == kinds.count("copy") == (0 if skip else 1)
+
+
+def test_a_piece_is_cut_from_the_whole_not_from_the_first_piece() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        y = x @ w
+        first, second = lax.split(y, (1, 63))
+        return jnp.sum(lax.cumsum(first)) + jnp.sum(jnp.sin(second))
+
+    buffers = _predicted(loss, _array(32, 256), _array(64, 32), trained=1)
+    assert _kept(buffers) == [64 * 256 * F32]
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "rows"),
+    [
+        (1, (1, 1), 1, None),  # as cuDNN pads
+        (2, (1, 1), 1, None),
+        (2, (0, 1), 1, 33),  # "SAME" of an even size
+        (1, (0, 0), 2, 63),  # a transposed convolution
+        (1, (2, 2), 2, 67),
+    ],
+)
+def test_what_the_library_cannot_pad_is_a_padded_copy(
+    stride: int, padding: tuple[int, int], dilation: int, rows: int | None
+) -> None:
+    def loss(w: Any, x: Any) -> Any:
+        y = lax.conv_general_dilated(
+            lax.cumsum(x, axis=1),
+            w,
+            (stride, stride),
+            (padding, padding),
+            lhs_dilation=(dilation, dilation),
+            dimension_numbers=DIMS,
+        )
+        return jnp.sum(jnp.sin(y))
+
+    buffers = _predicted(loss, _array(3, 3, 8, 1), _array(4, 32, 32, 8), trained=1)
+    # For the gradient of the filter: the operand, or its copy alone.
+    assert _kept(buffers)[0] == 4 * (rows or 32) ** 2 * 8 * F32
+    assert sum(_kept(buffers)) < 1.5 * _kept(buffers)[0]
+
+
 def test_half_the_width_of_numbers() -> None:
     """Half the width, half the bytes."""
 
@@ -292,20 +348,22 @@ def test_costs_of_configs_add_up(mesh222: Mesh, name: str) -> None:
     plan = parallelize(work.loss, work.params, *work.batch, mesh=mesh222, rates=RATES)
     space, sizes = plan.space, plan.space.devices.axis_sizes
     costs = memory_costs(plan.graph, space.configs, sizes)
-    for cost, configs in zip(costs, space.configs, strict=True):
+    for cost, configs in zip(costs.layers, space.configs, strict=True):
         assert {part.shape for part in cost} == {(len(configs),)}
         assert all((part >= 0).all() and part.dtype == np.int64 for part in cost)
     for baseline in BASELINES:
         strategy = space.baseline(baseline)
         choices = space.choices(strategy)
         memory = strategy_memory(plan.graph, strategy.for_graph(plan.graph), sizes)
-        parameters = sum(int(c.parameter_bytes[i]) for c, i in zip(costs, choices, strict=True))
+        parameters = sum(
+            int(c.parameter_bytes[i]) for c, i in zip(costs.layers, choices, strict=True)
+        )
         assert parameters == memory.parameter_bytes
         if baseline == "data":
-            kept = sum(int(c.kept_bytes[i]) for c, i in zip(costs, choices, strict=True))
+            kept = sum(int(c.kept_bytes[i]) for c, i in zip(costs.layers, choices, strict=True))
             assert kept == pytest.approx(memory.kept_bytes, rel=0.01)
         peak_bytes = memory.peak_bytes + memory.parameter_bytes  # the momentum
-        estimate = estimated_bytes(costs, choices) + memory.batch_bytes
+        estimate = costs.estimate(choices) + memory.batch_bytes
         assert estimate == pytest.approx(peak_bytes, rel=0.35), baseline
 
 
@@ -313,7 +371,7 @@ def test_splitting_never_adds_parameters(mesh222: Mesh) -> None:
     plan = _plan(mesh222, "search")
     for layer, cost in zip(
         plan.graph.layers,
-        memory_costs(plan.graph, plan.space.configs, plan.space.devices.axis_sizes),
+        memory_costs(plan.graph, plan.space.configs, plan.space.devices.axis_sizes).layers,
         strict=True,
     ):
         whole = plan.space.configs[layer.index].index(Config())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import jaxlwp
 from jaxlwp import _marginals
 from jaxlwp._layout import wire_share
-from jaxlwp._memory import estimated_bytes, memory_costs
+from jaxlwp._memory import memory_costs
 from jaxlwp._minmax import Rows, minimize_max
 from jaxlwp._model import load_workload
 
@@ -148,7 +148,7 @@ def test_memory_is_the_estimate_of_the_layers_bytes(alexnet: jaxlwp.SearchSpace)
     rows = jaxlwp.PeakMemory(optimizer_slots=2).rows(alexnet)
     costs = memory_costs(alexnet.graph, alexnet.configs, alexnet.devices.axis_sizes, 2)
     for choices in random_choices(alexnet, 20):
-        assert math.isclose(float(rows.sums(choices).max()), estimated_bytes(costs, choices))
+        assert math.isclose(float(rows.sums(choices).max()), costs.estimate(choices))
 
 
 # Search ------------------------------------------------------------------------------------------
