@@ -367,6 +367,35 @@ def test_costs_of_configs_add_up(mesh222: Mesh, name: str) -> None:
         assert estimate == pytest.approx(peak_bytes, rel=0.35), baseline
 
 
+def test_what_is_laid_out_anew_is_kept_twice(mesh222: Mesh) -> None:
+    """Copies are zero where layouts agree; with them, the estimate is above what is kept."""
+    plan = _plan(mesh222, "search")
+    space, sizes = plan.space, plan.space.devices.axis_sizes
+    memory = memory_costs(plan.graph, space.configs, sizes)
+    assert memory.edges == space.tables.edges
+    for edge, copied in zip(plan.graph.edges, memory.copied_bytes, strict=True):
+        use = edge.use
+        there = [c.layout(use.source_labels) for c in space.configs[edge.source]]
+        here = [c.layout(use.labels) for c in space.configs[edge.target]]
+        agree = np.array([[a == b for b in here] for a in there])
+        assert copied.shape == agree.shape and (copied[agree] == 0).all()
+        assert use.gradient or not copied.any()
+        if copied.any():
+            whole = np.prod(use.info.shape) * use.info.itemsize
+            assert (copied[~agree] >= whole // 8).all() and copied.max() <= whole
+    assert any(copied.any() for copied in memory.copied_bytes)
+    by_layer = [cost.kept_bytes for cost in memory.layers]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        choices = [int(rng.integers(len(configs))) for configs in space.configs]
+        kept = sum(int(kept[c]) for kept, c in zip(by_layer, choices, strict=True))
+        kept += sum(
+            int(table[choices[i], choices[j]])
+            for (i, j), table in zip(memory.edges, memory.copied_bytes, strict=True)
+        )
+        assert memory.estimate(choices) >= kept
+
+
 def test_splitting_never_adds_parameters(mesh222: Mesh) -> None:
     plan = _plan(mesh222, "search")
     for layer, cost in zip(
