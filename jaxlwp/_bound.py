@@ -333,6 +333,7 @@ def tighten(bounded: Bounded, order: Order, report: Callable[[float], None]) -> 
         gained, gap = bounded.lower_s - before, bounded.upper_s - bounded.lower_s
         hopeless = n == 1 and not bounded.dropped and gap > 0.05 * bounded.upper_s
         stalled = n > 1 and gained < 0.02 * gap
-        if left <= step or spent > 2 * left or (hopeless and left < _PATIENCE * step) or stalled:
+        spent_enough = spent > 2 * left and gained < gap  # a gap that halves soon closes
+        if left <= step or spent_enough or (hopeless and left < _PATIENCE * step) or stalled:
             break
     return order

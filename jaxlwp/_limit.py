@@ -215,12 +215,15 @@ def _checked(
     if copied is None:
         copied = [np.zeros_like(table) for table in problem.edge_costs]
     if len(copied) != len(problem.edges):
-        raise ValueError(f"copied has {len(copied)} entries for {len(problem.edges)} edges")
+        raise ValueError(
+            f"copied has {len(copied)} entries for {len(problem.edges)} edges: give one each"
+        )
     between = [np.asarray(table, dtype=np.float64) for table in copied]
     for n, (values, costs) in enumerate(zip(between, problem.edge_costs, strict=True)):
         if values.shape != costs.shape or not np.all((values >= 0) & np.isfinite(values)):
             raise ValueError(
-                f"copied[{n}] must be {costs.shape} finite numbers of at least 0; it is {values!r}"
+                f"copied[{n}] must be finite numbers of at least 0 of shape {costs.shape}, one for "
+                f"each pair of configs; it is {values!r}"
             )
     held = arrays["held"]
     return _Bytes(

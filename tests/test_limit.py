@@ -152,6 +152,10 @@ def test_errors() -> None:
         solve_limited([[1.0], [1.0]], [], [], [one], 10)
     with pytest.raises(ValueError, match=r"memory\[0\].kept must be 1 finite"):
         solve_limited([[1.0]], [], [], [LayerBytes([1.0], [math.nan], [1.0], [1.0])], 10)
+    with pytest.raises(ValueError, match="1 entries for 0 edges"):
+        solve_limited([[1.0]], [], [], [one], 10, copied=[[[1.0]]])
+    with pytest.raises(ValueError, match=r"copied\[0\] must be finite numbers"):
+        solve_limited([[1.0]] * 2, [(0, 1)], [[[1.0]]], [one, one], 10, copied=[[[-1.0]]])
     with pytest.raises(MemoryLimitError, match="needs 3 bytes; no strategy fits"):
         solve_limited([[1.0]], [], [], [one], 2.9)
 
