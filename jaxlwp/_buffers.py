@@ -320,9 +320,9 @@ class _Builder:
         """
         params = eqn.params
         dilation, padding = params["lhs_dilation"], params["padding"]
-        spread = any(step > 1 for step in dilation) and kernel.kind != "rev"
-        uneven = any(low != high or low < 0 for low, high in padding) and _is_filter(kernel)
-        if not spread and not (uneven and kernel.kind != "rev"):
+        spread = any(step > 1 for step in dilation)
+        uneven = _is_filter(kernel) and any(low != high or low < 0 for low, high in padding)
+        if kernel.kind == "rev" or not (spread or uneven):
             return data if _is_filter(kernel) else self.copies.get(data, data)
         info, dims = eqn.operand_values[0], params["dimension_numbers"].lhs_spec[2:]
         num_bytes = math.prod(info.shape) * info.itemsize
