@@ -34,8 +34,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "costs.json"
 
 MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
-    "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256, 60),
-    "AlexNet": ("models.alexnet:AlexNet", (115, 115, 3), 32, 20),
+    "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256, 20),
+    "AlexNet": ("models.alexnet:AlexNet", (115, 115, 3), 32, 10),
     "VGG-16": ("models.vgg:VGG16", (64, 64, 3), 16, 10),
     "ResNet-18": ("models.resnet:ResNet18", (128, 128, 3), 16, 10),
     "Inception-v3": ("models.inception:InceptionV3", (139, 139, 3), 8, 10),
@@ -43,7 +43,7 @@ MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
 }
 """Module, shape of one example, batch, measured steps: sizes that two cores can run.
 
-The shorter a step, the more it takes of them until medians differ by less than the noise.
+The shorter a step, the more of them, since medians of few differ by noise alone.
 """
 
 BASELINES = ("data", "model", "owt", "spatial")
