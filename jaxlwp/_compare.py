@@ -27,7 +27,6 @@ from jaxlwp._calibrate import (
     device_graph,
     local_devices,
     make_mesh,
-    reference,
 )
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._hlo import bytes_by_kind, compiled_collectives
@@ -55,7 +54,7 @@ class StrategyResult:
 
     Attributes:
       strategy: its name.
-      predicted: predicted seconds of a step at the machine's pace, decomposed.
+      predicted: predicted seconds of a step, decomposed.
       times_s: measured seconds of a step, one for each round.
       predicted_bytes_by_kind: operand bytes per device of a step's collectives, as predicted.
       compiled_bytes_by_kind: the same, counted in the compiled step.
@@ -105,8 +104,6 @@ class Comparison:
       machine: platform, device kind, whether the devices are simulated, processor and system.
       versions: of jaxlwp and what it runs on.
       date: when, in UTC, ISO 8601.
-      pace: how many times slower the machine was than when its rates were measured, by a reference
-        program that took turns with the steps; shared machines change. Predictions allow for it.
       results: one per strategy.
     """
 
@@ -116,7 +113,6 @@ class Comparison:
     machine: dict[str, Any] = field(repr=False)
     versions: dict[str, str] = field(repr=False)
     date: str
-    pace: float = 1.0
     results: tuple[StrategyResult, ...]
 
     def result(self, strategy: str) -> StrategyResult:
@@ -134,7 +130,7 @@ class Comparison:
     def to_json(self) -> str:
         """As JSON text.
 
-        Keys: `format_version`, `model`, `batch`, `devices` (how many), `rounds`, `pace`, `date`,
+        Keys: `format_version`, `model`, `batch`, `devices` (how many), `rounds`, `date`,
         `machine`, `versions`, `rates` (mesh axes and rates of the prediction), and `results`, a
         list with, for each strategy:
 
@@ -153,7 +149,6 @@ class Comparison:
             "batch": self.batch,
             "devices": self.devices.num_devices,
             "rounds": len(self.results[0].times_s),
-            "pace": self.pace,
             "date": self.date,
             "machine": self.machine,
             "versions": self.versions,
@@ -234,7 +229,7 @@ def compare(
         progress("compiling steps", len(steps), len(plans))
         steps.append(_compile(plan, state, batch))
     progress("compiling steps", len(steps), len(plans))
-    times, pace = _measure(steps, state, batch, rounds, progress)
+    times = _measure(steps, state, batch, rounds, progress)
     mesh_devices = list(plans[0].mesh.devices.flat)
     return Comparison(
         model=name or str(getattr(fn, "__qualname__", type(fn).__name__)),
@@ -243,8 +238,7 @@ def compare(
         machine=_machine(mesh_devices),
         versions=_versions(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        pace=pace,
-        results=tuple(_result(step, taken, pace) for step, taken in zip(steps, times, strict=True)),
+        results=tuple(_result(step, taken) for step, taken in zip(steps, times, strict=True)),
     )
 
 
@@ -298,7 +292,7 @@ def fastest(
     for number, each in enumerate(plans):
         progress("compiling steps", number, len(plans))
         steps.append(_compile(each, state, batch, optimizer))
-    taken, _ = _measure(steps, state, batch, rounds, progress)
+    taken = _measure(steps, state, batch, rounds, progress)
     times = [statistics.median(times_s) for times_s in taken]
     if spans_processes(plan.mesh):  # all must keep the same plan
         times = from_first(times)
@@ -321,7 +315,7 @@ def step_times(
     params, *batch = arguments
     state = (params, (optimizer or OPTIMIZER).init(params))
     step = _compile(plan, state, tuple(batch), optimizer)
-    taken, _ = _measure([step], state, tuple(batch), rounds, lambda what, done, total: None)
+    taken = _measure([step], state, tuple(batch), rounds, lambda what, done, total: None)
     return taken[0]
 
 
@@ -387,13 +381,13 @@ def _compile(plan: Plan, state: Any, batch: tuple[Any, ...], optimizer: Any = No
     return _Step(plan=plan, program=program, memory=memory)
 
 
-def _result(step: _Step, times_s: Sequence[float], pace: float) -> StrategyResult:
+def _result(step: _Step, times_s: Sequence[float]) -> StrategyResult:
     predicted: dict[str, int] = {}
     for collective in step.plan.collectives:
         predicted[collective.kind] = predicted.get(collective.kind, 0) + collective.num_bytes
     return StrategyResult(
         strategy=step.plan.strategy.name,
-        predicted=step.plan.cost.scaled(pace),
+        predicted=step.plan.cost,
         times_s=tuple(times_s),
         predicted_bytes_by_kind=predicted,
         compiled_bytes_by_kind=bytes_by_kind(compiled_collectives(step.program.as_text())),
@@ -408,8 +402,8 @@ def _result(step: _Step, times_s: Sequence[float], pace: float) -> StrategyResul
 
 def _measure(
     steps: Sequence[_Step], state: Any, batch: tuple[Any, ...], rounds: int, progress: Progress
-) -> tuple[list[list[float]], float]:
-    """Seconds of every step, `rounds` times, in rotating order; and the pace of the machine.
+) -> list[list[float]]:
+    """Seconds of every step, `rounds` times, in rotating order.
 
     Every turn is two steps, and the second counts. The states of as many steps as memory allows
     stay on the devices; the others are placed anew for every turn.
@@ -417,7 +411,6 @@ def _measure(
     stay = _staying([step.memory for step in steps], _free_bytes(steps[0].plan))
     placed: dict[int, tuple[Any, tuple[Any, ...]]] = {}
     times: list[list[float]] = [[] for _ in steps]
-    run_reference, reference_s = reference(steps[0].plan.mesh), list[float]()
     turns = [(i + shift) % len(steps) for shift in range(rounds) for i in range(len(steps))]
     for turn, number in enumerate(turns):
         progress("timing steps", turn, len(turns))
@@ -430,14 +423,11 @@ def _measure(
         start = time.perf_counter()
         current, _ = _finished(program(current, *data))
         times[number].append(time.perf_counter() - start)
-        reference_s.append(run_reference())
         if number in stay:
             placed[number] = current, data
         del current, data
     progress("timing steps", len(turns), len(turns))
-    rates = steps[0].plan.space.devices
-    pace = statistics.median(reference_s) / rates.reference_s if rates.reference_s else 1.0
-    return times, pace
+    return times
 
 
 def _finished(results: Any) -> Any:

@@ -123,9 +123,6 @@ class DeviceGraph:
       step_s: fixed seconds of a step.
       leaf_s: seconds more for each array that a step reads.
       input_byte_s: seconds for each byte of the batch that is put on a device, all busy at once.
-      reference_s: seconds of a reference program when these rates were measured: on a shared
-        machine, what the same program takes now tells how fast the machine is now. 0 if there is
-        none.
       device_kind: as JAX names it, for reports.
       source: where the rates come from: "measured", "preset NAME" or "given".
     """
@@ -142,7 +139,6 @@ class DeviceGraph:
     step_s: float = 0.0
     leaf_s: float = 0.0
     input_byte_s: float = 0.0
-    reference_s: float = 0.0
     device_kind: str = "unknown"
     source: str = "given"
 
@@ -164,7 +160,6 @@ class DeviceGraph:
             "step_s",
             "leaf_s",
             "input_byte_s",
-            "reference_s",
         ):
             check_seconds("DeviceGraph", name, getattr(self, name))
         for _, byte_s in self.first_touch_byte_s:

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp._calibrate import local_devices, reference
+from jaxlwp._calibrate import local_devices
 from jaxlwp._config import Config
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer
@@ -43,13 +43,10 @@ ENOUGH_S = 0.5
 """A program that has run so long in all, and often enough, is measured."""
 
 COPIES = (2, 16)
-"""Copies of a step in its program: few if that takes long enough, else many."""
+"""Least and most copies of a step in its program; compiling takes longer the more there are."""
 
 LONG_S = 4e-3
 """Seconds of a program that stand out from those of a call."""
-
-SMALL_BYTES = 1 << 16
-"""Operands of a step that takes too short for few copies; no use to compile them."""
 
 STEADY = 0.02
 """Relative standard error of the median at which a program is measured."""
@@ -290,12 +287,15 @@ class _Runner:
         """Compile; more copies of what is short, for its time to stand out from a call's."""
         count = self.step.carried
         self.carried = [self.random(v, n) for n, v in enumerate(self.step.operands[:count])]
-        num_bytes = sum(math.prod(v.shape) * v.itemsize for v in self.step.operands)
-        for copies in COPIES if num_bytes > SMALL_BYTES else COPIES[-1:]:
-            self.copies, self.program = copies, self.compiled(copies)
-            self.once()
-            if min(self.once() for _ in range(2)) > LONG_S:
-                break
+        self.use(COPIES[0])
+        taken_s = min(self.once() for _ in range(2))
+        if taken_s < LONG_S:
+            self.use(min(math.ceil(COPIES[0] * LONG_S / taken_s), COPIES[1]))
+
+    def use(self, copies: int) -> None:
+        """Compile a program of so many copies and run it once."""
+        self.copies, self.program = copies, self.compiled(copies)
+        self.once()
 
     @property
     def sharding(self) -> NamedSharding:
@@ -369,20 +369,19 @@ class _Runner:
         steady = error_s < max(STEADY * timing.seconds, NEGLIGIBLE * self.rates.step_s)
         return steady or samples >= most or sum(self.times_s) > ENOUGH_S
 
-    def timing(self, call_s: float = 0.0, pace: float = 1.0) -> Measurement:
+    def timing(self, call_s: float = 0.0) -> Measurement:
         """Of one copy.
 
         Args:
           call_s: seconds of a call that does next to nothing.
-          pace: how many times slower the machine is than it was when its rates were measured.
         """
-        besides_s = self.besides_s(call_s / pace) * pace
+        besides_s = self.besides_s(call_s)
         # Next to nothing, hidden by noise: a small part of a run stands in for it.
         least_s = 1e-3 * min(self.times_s)
         each = [max(s - besides_s, least_s) / self.copies for s in self.times_s]
         typical_s = statistics.median(each)
         spread = statistics.median(abs(s - typical_s) for s in each) / typical_s
-        return Measurement(seconds=typical_s / pace, spread=spread, samples=len(each))
+        return Measurement(seconds=typical_s, spread=spread, samples=len(each))
 
 
 @functools.lru_cache(maxsize=2)
@@ -404,12 +403,9 @@ def _empty_call(mesh: Mesh) -> Callable[[], float]:
 # A plan may be made while a training step is traced: without this, nothing would run.
 @jax.ensure_compile_time_eval()
 def _time_together(steps: Sequence[LocalStep], mesh: Mesh, rates: DeviceGraph) -> list[Measurement]:
-    """Timings of some steps that take turns, at the machine's speed when its rates were measured.
-
-    A reference program takes turns too.
-    """
-    run_reference, run_empty = reference(mesh), _empty_call(mesh)
-    reference_s, empty_s = [run_reference()], [run_empty()]
+    """Timings of some steps that take turns, with each other and with a call that is empty."""
+    run_empty = _empty_call(mesh)
+    empty_s = [run_empty()]
     runners = [_Runner(step, mesh, rates) for step in steps]
     for runner in runners:
         runner.prepare()
@@ -417,8 +413,6 @@ def _time_together(steps: Sequence[LocalStep], mesh: Mesh, rates: DeviceGraph) -
     while waiting:
         for runner in waiting:
             runner.turn()
-        reference_s.append(run_reference())
         empty_s.append(run_empty())
         waiting = [runner for runner in waiting if not runner.done]
-    pace = statistics.median(reference_s) / rates.reference_s if rates.reference_s else 1.0
-    return [runner.timing(statistics.median(empty_s), pace) for runner in runners]
+    return [runner.timing(statistics.median(empty_s)) for runner in runners]

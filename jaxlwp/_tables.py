@@ -47,15 +47,6 @@ class Cost:
         """The paper's objective: the plain sum, nothing overlaps."""
         return self.compute_s + self.transfer_s + self.sync_s + self.overhead_s
 
-    def scaled(self, factor: float) -> Cost:
-        """The cost on a machine that is so many times slower."""
-        return Cost(
-            compute_s=factor * self.compute_s,
-            transfer_s=factor * self.transfer_s,
-            sync_s=factor * self.sync_s,
-            overhead_s=factor * self.overhead_s,
-        )
-
     def __add__(self, other: Cost) -> Cost:
         if not isinstance(other, Cost):
             return NotImplemented

@@ -99,7 +99,7 @@ class TestCheck:
         from jaxlwp import _compare
 
         for times, kept in (([[3.0], [1.0]], "data"), ([[1.0], [3.0]], "search")):
-            monkeypatch.setattr(_compare, "_measure", lambda *_, t=times: (t, 1.0))
+            monkeypatch.setattr(_compare, "_measure", lambda *_, t=times: t)
             made = jaxlwp.parallelize(loss, *arguments, devices=8, rates=RATES, check="measure")
             assert made.strategy.name == kept
             assert made.checked == {"search": times[0][0], "data": times[1][0]}
