@@ -468,7 +468,7 @@ class AnalyticCostModel:
         collectives = [member_collectives(member, Config(splits), sizes) for splits in parts]
         seconds = [
             sum(map(self.devices.collective_s, every))
-            + self.devices.wait_s * len({collective.backward for collective in every})
+            + self.devices.wait_s * len({c.backward for c in every if c.backward or member.awaited})
             for every in collectives
         ]
         return np.array(seconds, dtype=np.float64)[part_of]
@@ -642,6 +642,7 @@ def layer_key(layer: Layer) -> str:
             m.signature,
             m.gradient,
             m.recomputed,
+            m.awaited,
         )
         for m in layer.members
     ]

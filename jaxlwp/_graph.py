@@ -22,12 +22,14 @@ class Member:
       signature: its signature, in the layer's dimension names.
       gradient: for each operand, whether it has a cotangent.
       recomputed: it is evaluated again in the backward pass (`jax.checkpoint`).
+      awaited: work goes on from its results; not so of the loss, which is only returned.
     """
 
     equation: Equation
     signature: Signature
     gradient: tuple[bool, ...]
     recomputed: bool = False
+    awaited: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

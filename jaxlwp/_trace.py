@@ -374,7 +374,8 @@ def build_graph(
     """
     grouping = _Grouping(program, num_parameters)
     owners: dict[int, tuple[int, Labels]] = {}
-    found = [_Reader(grouping, gradients, owners, i) for i in range(len(grouping.drafts))]
+    awaited = _awaited(program, gradients)
+    found = [_Reader(grouping, gradients, awaited, owners, i) for i in range(len(grouping.drafts))]
     # The first reader of an argument says how it is stored: a layer of the network, rather than
     # a weight penalty that happens to come first.
     for reader in sorted(found, key=lambda reader: grouping.reads_parameters_only(reader.layer)):
@@ -408,6 +409,31 @@ def build_graph(
     )
 
 
+_SUMS = ("add", "add_any", "convert_element_type", "neg", "reduce_sum", "reshape", "sub")
+"""Operators whose derivative needs no value."""
+
+
+def _awaited(program: Program, gradients: frozenset[int]) -> frozenset[int]:
+    """Values from which work goes on: not those of which only scalars are made, as of the loss.
+
+    A scalar that the derivative of another one needs is waited for, too.
+    """
+    found: set[int] = set()
+    for eqn in reversed(program.equations):
+        differentiated = [operand for operand in eqn.operands if operand in gradients]
+        waits = any(result in found for result in eqn.results)
+        waits |= any(math.prod(value.shape) > 1 for value in eqn.result_values)
+        if not waits and any(result in gradients for result in eqn.results):
+            scales = eqn.name == "mul" or (eqn.name == "div" and eqn.operands[1] not in gradients)
+            if scales and len(differentiated) == 1:
+                found.update(set(eqn.operands).difference(differentiated))
+            else:
+                waits = eqn.name not in _SUMS
+        if waits:
+            found.update(eqn.operands)
+    return frozenset(found)
+
+
 class _Reader:
     """Collects a layer's members and uses, following lazy values back to what they are made of."""
 
@@ -415,10 +441,12 @@ class _Reader:
         self,
         grouping: _Grouping,
         gradients: frozenset[int],
+        awaited: frozenset[int],
         owners: dict[int, tuple[int, Labels]],
         layer: int,
     ) -> None:
         self.grouping, self.gradients, self.owners, self.layer = grouping, gradients, owners, layer
+        self.awaited = awaited
         self.recomputed = False  # the operator at hand, and what it pulls
         self.members: list[Member] = []
         self.uses: dict[tuple[int, Labels, frozenset[str]], Use] = {}
@@ -441,6 +469,7 @@ class _Reader:
                 signature=signature,
                 gradient=gradient,
                 recomputed=self.recomputed and any(gradient),
+                awaited=any(result in self.awaited for result in eqn.results),
             )
         )
 

@@ -239,6 +239,26 @@ class TestLazySearch:
         assert costs[1] - costs[0] == pytest.approx(round(costs[1] - costs[0]), abs=1e-6)
         assert costs[1] - costs[0] >= 2
 
+    @pytest.mark.parametrize(
+        ("loss", "waits"),
+        [
+            (lambda y: jnp.mean(y**2), 0),  # returned, no more: the devices meet anyway
+            (lambda y: 0.1 * jnp.sum(y**2) / y.size + 1.0, 0),
+            (lambda y: jnp.sqrt(jnp.sum(y**2)), 1),  # its derivative needs the sum
+            (lambda y: jnp.sum(y**2) ** 2, 1),
+            (lambda y: jnp.sum(jnp.where(y > 0, y, 0)) / jnp.sum(y > 0), 1),  # the divisor
+            (lambda y: jnp.sum(y) * jnp.sum(y**2), 2),
+            (lambda y: jnp.mean((y - jnp.mean(y, axis=0)) ** 2), 2),  # forward and backward
+        ],
+    )
+    def test_nothing_waits_for_the_loss(self, loss: Callable[[Any], Any], waits: int) -> None:
+        graph = jaxlwp.trace(
+            lambda w, x: loss(jnp.tanh(x @ w)), jnp.zeros((4, 8)), jnp.zeros((16, 4))
+        )
+        spaces = [jaxlwp.price(graph, replace(devices(), wait_s=s)) for s in (0.0, 1.0)]
+        without_s, with_s = (s.evaluate(s.baseline("data")).transfer_s for s in spaces)
+        assert with_s - without_s == pytest.approx(waits, abs=1e-6)
+
 
 class TestFit:
     def test_a_line_is_found(self) -> None:

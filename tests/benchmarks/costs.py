@@ -112,6 +112,7 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
         *map(space.baseline, BASELINES),
         *drawn(space, num_random),
     ]
+    run = {str(s.configs): s for s in reversed(strategies)}  # the strategy found may be a baseline
     timer = jaxlwp.LayerTimer(space.graph, space.devices, jax.devices())
     pairs = {timer.key(*p): p for s in strategies for p in space.pairs(s) if not p[0].fused}
     waiting = random.Random(0).sample(list(pairs.values()), len(pairs))
@@ -127,7 +128,7 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
         work.loss,
         work.params,
         *work.batch,
-        strategies=strategies,
+        strategies=list(run.values()),
         rates=space.devices,
         rounds=rounds,
         name=name,
@@ -136,7 +137,8 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
     measured = jaxlwp.measured_space(space, timer)
     rows = []
     for strategy in strategies:
-        cost, times_s = measured.evaluate(strategy), result.result(strategy.name).times_s
+        cost = measured.evaluate(strategy)
+        times_s = result.result(run[str(strategy.configs)].name).times_s
         rows.append(
             {
                 "model": name,
