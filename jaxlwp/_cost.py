@@ -381,9 +381,9 @@ class AnalyticCostModel:
     temporary_bytes: float = 0.0
 
     def step_s(self, graph: ComputationGraph) -> float:
-        """See `CostModel`: dispatch, and every array that the step reads."""
+        """See `CostModel`: dispatch, every array that the step reads, the wait for the last."""
         leaves = len(graph.program.inputs) + self.optimizer_slots * graph.num_parameters
-        return self.devices.step_s + leaves * self.devices.leaf_s
+        return self.devices.step_s + leaves * self.devices.leaf_s + self.devices.wait_s
 
     def layer(self, layer: Layer, configs: Sequence[Config]) -> LayerCosts:
         """See `CostModel`."""
