@@ -86,7 +86,7 @@ def changes(
     forward: int,
     backward: int,
     devices: DeviceGraph,
-    waiting: bool = False,
+    wait_s: float = False,
 ) -> Changes:
     """The changes between layouts.
 
@@ -99,8 +99,8 @@ def changes(
       forward: how many times the moves run.
       backward: how many times their transposes run.
       devices: mesh axes and their rates.
-      waiting: whether layers wait for the value, so that devices wait for one another: once before
-        the moves, once before their transposes.
+      wait_s: seconds that devices wait for one another, once before the moves and once before
+        their transposes; 0 for what no layer waits for.
     """
     rows, columns = np.arange(len(sources)), np.arange(len(targets))
     if every_pair:
@@ -115,7 +115,6 @@ def changes(
     )
     keys, plan_of = np.unique(pairs.keys, axis=0, return_inverse=True)
     plans = [_plan(tuple(key), len(devices.axes)) for key in keys.tolist()]
-    wait_s = devices.wait_s if waiting else 0.0
     return _spread(plans, plan_of.reshape(-1), pairs, (forward, backward), devices, wait_s)
 
 

@@ -5,13 +5,14 @@ Rates are plain numbers, measured by `calibrate`, taken from a preset, or given 
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from jaxlwp._layout import Collective, wire_share
 
@@ -116,10 +117,11 @@ class DeviceGraph:
       links: measured collectives; where there is none for a kind and its axes, ring steps of the
         axes' latency and bytes at the axes' rate.
       first_touch_byte_s: seconds for each byte of temporary memory that a step takes anew, beside
-        reading or writing it: (bytes of all temporaries, seconds per byte), ascending. Operating
-        systems hand out and clear pages; accelerators' allocators keep them.
+        reading or writing it: (least bytes of all temporaries, seconds per byte), ascending.
+        Operating systems hand out and clear pages; accelerators' allocators keep them.
       update_pass_byte_s: seconds for each byte that the optimizer's update reads or writes.
-      wait_s: seconds that devices wait for one another where a layer's work meets a collective.
+      wait_s: seconds that devices wait for one another where a layer's work meets a collective:
+        (seconds of the work, seconds of the wait), ascending.
       step_s: fixed seconds of a step.
       leaf_s: seconds more for each array that a step reads.
       input_byte_s: seconds for each byte of the batch that is put on a device, all busy at once.
@@ -135,7 +137,7 @@ class DeviceGraph:
     links: tuple[LinkFit, ...] = ()
     first_touch_byte_s: tuple[tuple[float, float], ...] = ()
     update_pass_byte_s: float = 0.0
-    wait_s: float = 0.0
+    wait_s: tuple[tuple[float, float], ...] = ()
     step_s: float = 0.0
     leaf_s: float = 0.0
     input_byte_s: float = 0.0
@@ -156,7 +158,6 @@ class DeviceGraph:
         for name in (
             "overhead_s",
             "update_pass_byte_s",
-            "wait_s",
             "step_s",
             "leaf_s",
             "input_byte_s",
@@ -164,6 +165,8 @@ class DeviceGraph:
             check_seconds("DeviceGraph", name, getattr(self, name))
         for _, byte_s in self.first_touch_byte_s:
             check_seconds("DeviceGraph", "first_touch_byte_s", byte_s)
+        for _, wait_s in self.wait_s:
+            check_seconds("DeviceGraph", "wait_s", wait_s)
 
     @property
     def num_devices(self) -> int:
@@ -189,10 +192,18 @@ class DeviceGraph:
 
     def first_touch_s(self, temporary_bytes: float) -> float:
         """Seconds for each byte of a step's temporaries, of which it takes so many in all."""
-        sizes = [size for size, _ in self.first_touch_byte_s]
-        if not sizes:
+        reached = [byte_s for size, byte_s in self.first_touch_byte_s if size <= temporary_bytes]
+        return reached[-1] if reached else 0.0
+
+    def waits_s(self, work_s: float) -> float:
+        """Seconds that devices wait for one another after so many seconds of work.
+
+        Straight lines between the amounts of work that were measured, constant beyond them.
+        """
+        if not self.wait_s:
             return 0.0
-        return self.first_touch_byte_s[max(bisect.bisect_right(sizes, temporary_bytes) - 1, 0)][1]
+        work, wait = np.array(self.wait_s).T
+        return float(np.interp(work_s, work, wait))
 
     def collective_s(self, collective: Collective) -> float:
         """Seconds of one collective."""
@@ -238,7 +249,8 @@ class DeviceGraph:
                 for link in data.get("links", ())
             )
             touch = tuple((size, byte_s) for size, byte_s in data.get("first_touch_byte_s", ()))
-            fields = {"axes": axes, "links": links, "first_touch_byte_s": touch}
+            wait = tuple((work_s, wait_s) for work_s, wait_s in data.get("wait_s", ()))
+            fields = {"axes": axes, "links": links, "first_touch_byte_s": touch, "wait_s": wait}
             return cls(**{**data, **fields})
         except (KeyError, TypeError) as error:
             raise ValueError(

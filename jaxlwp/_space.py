@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from jaxlwp._config import Config
 from jaxlwp._constraints import Constraints
-from jaxlwp._cost import AnalyticCostModel, CostModel, build_tables, layer_configs, temporary_bytes
+from jaxlwp._cost import AnalyticCostModel, CostModel, build_tables, layer_configs
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._strategy import Strategy, baseline, make_strategy
@@ -134,11 +134,7 @@ def price(
     if constraints:
         configs = constraints.apply(graph, configs, devices.axis_sizes)
     configs = tuple(map(tuple, configs))
-    model = model or AnalyticCostModel(
-        devices=devices,
-        optimizer_slots=optimizer_slots,
-        temporary_bytes=temporary_bytes(graph, devices.num_devices),
-    )
+    model = model or AnalyticCostModel.of(graph, devices, optimizer_slots)
     tables = build_tables(graph, configs, model)
     return SearchSpace(
         graph=graph, devices=devices, configs=configs, tables=tables, constraints=constraints

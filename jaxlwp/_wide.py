@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxlwp._config import DIMENSIONS, Config
 from jaxlwp._constraints import Constraints
-from jaxlwp._cost import AnalyticCostModel, layer_key, temporary_bytes
+from jaxlwp._cost import AnalyticCostModel, layer_key
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._floor import floor_s
 from jaxlwp._graph import ComputationGraph, Layer
@@ -129,11 +129,7 @@ class _Growth:
     costs: dict[str, dict[Config, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.model = AnalyticCostModel(
-            devices=self.devices,
-            optimizer_slots=self.optimizer_slots,
-            temporary_bytes=temporary_bytes(self.graph, self.devices.num_devices),
-        )
+        self.model = AnalyticCostModel.of(self.graph, self.devices, self.optimizer_slots)
         self.keys = [layer_key(layer) for layer in self.graph.layers]
         self.near: list[set[int]] = [set() for _ in self.graph.layers]
         for edge in self.graph.edges:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -75,16 +74,12 @@ def many_changes(draw: Callable[..., Any]) -> tuple[Any, ...]:
     forward=st.integers(1, 2),
     backward=st.integers(0, 1),
     wait_s=st.sampled_from((0.0, 1e-3)),
-    waiting=st.booleans(),
 )
-def test_every_pair(
-    case: tuple[Any, ...], forward: int, backward: int, wait_s: float, waiting: bool
-) -> None:
+def test_every_pair(case: tuple[Any, ...], forward: int, backward: int, wait_s: float) -> None:
     """The sum of the collectives, and a wait for the moves and for their transposes."""
     devices, shape, sources, targets = case
-    devices = dataclasses.replace(devices, wait_s=wait_s)
     common = tuple(math.gcd(size, devices.num_devices) for size in shape)
-    table = changes(sources, targets, True, common, forward, backward, devices, waiting)
+    table = changes(sources, targets, True, common, forward, backward, devices, wait_s)
     seconds = table.seconds(shape, itemsize=2).reshape(len(sources), len(targets))
     sizes = devices.axis_sizes
     for row, source in zip(seconds, sources, strict=True):
@@ -95,7 +90,7 @@ def test_every_pair(
             times = (forward, backward)
             collectives = list(move_collectives(shape, 2, source, moves, sizes, gradient=True))
             expected = sum(devices.collective_s(c) * times[c.backward] for c in collectives)
-            if waiting and math.prod(shape):
+            if math.prod(shape):
                 expected += sum(wait_s * times[b] for b in {c.backward for c in collectives})
             assert math.isclose(priced, expected, rel_tol=1e-12), (source, target, active)
 

@@ -230,7 +230,7 @@ class TestLazySearch:
     def test_waits_are_priced_where_layers_wait(self, graph: jaxlwp.ComputationGraph) -> None:
         """Not for gradients: no layer waits for them."""
         plain = jaxlwp.price(graph, devices())
-        waited = jaxlwp.price(graph, replace(devices(), wait_s=1.0))
+        waited = jaxlwp.price(graph, replace(devices(), wait_s=((1.0, 1.0),)))
         data = plain.baseline("data")
         assert waited.evaluate(data).sync_s == plain.evaluate(data).sync_s
         model, costs = plain.baseline("model"), []
@@ -255,7 +255,7 @@ class TestLazySearch:
         graph = jaxlwp.trace(
             lambda w, x: loss(jnp.tanh(x @ w)), jnp.zeros((4, 8)), jnp.zeros((16, 4))
         )
-        spaces = [jaxlwp.price(graph, replace(devices(), wait_s=s)) for s in (0.0, 1.0)]
+        spaces = [jaxlwp.price(graph, replace(devices(), wait_s=((1.0, s),))) for s in (0.0, 1.0)]
         without_s, with_s = (s.evaluate(s.baseline("data")).transfer_s for s in spaces)
         assert with_s - without_s == pytest.approx(waits, abs=1e-6)
 

@@ -11,7 +11,7 @@ import pytest
 
 import jaxlwp
 from jaxlwp import Constraints, _wide
-from jaxlwp._cost import AnalyticCostModel, temporary_bytes
+from jaxlwp._cost import AnalyticCostModel
 from jaxlwp._devices import DeviceGraph, LinkFit, axis_shape
 from jaxlwp._floor import floor_s
 from jaxlwp._model import load_workload
@@ -46,14 +46,12 @@ def graph_of(name: str, devices: int) -> jaxlwp.ComputationGraph:
 
 
 def model_of(graph: jaxlwp.ComputationGraph, devices: DeviceGraph) -> AnalyticCostModel:
-    return AnalyticCostModel(
-        devices=devices, temporary_bytes=temporary_bytes(graph, devices.num_devices)
-    )
+    return AnalyticCostModel.of(graph, devices)
 
 
 MEASURED_LIKE = {
     "overhead_s": 1e-5,
-    "wait_s": 1e-5,
+    "wait_s": ((1e-3, 1e-5),),
     "step_s": 1e-3,
     "update_pass_byte_s": 1e-11,
     "first_touch_byte_s": ((1e6, 1e-11),),

@@ -36,15 +36,17 @@ RESULTS = Path(__file__).parent / "results" / "costs.json"
 
 MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
     "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256, 60),
-    "AlexNet": ("models.alexnet:AlexNet", (115, 115, 3), 32, 10),
-    "VGG-16": ("models.vgg:VGG16", (64, 64, 3), 16, 6),
-    "ResNet-18": ("models.resnet:ResNet18", (128, 128, 3), 16, 6),
-    "Inception-v3": ("models.inception:InceptionV3", (139, 139, 3), 8, 6),
+    "AlexNet": ("models.alexnet:AlexNet", (163, 163, 3), 32, 10),
+    "VGG-16": ("models.vgg:VGG16", (160, 160, 3), 8, 6),
+    "ResNet-18": ("models.resnet:ResNet18", (288, 288, 3), 8, 6),
+    "Inception-v3": ("models.inception:InceptionV3", (203, 203, 3), 8, 6),
     "MobileNetV2": ("models.mobilenet:MobileNetV2", (128, 128, 3), 16, 6),
 }
 """Module, shape of one example, batch, measured steps: sizes that two cores can run.
 
-The shorter a step, the more of them, since medians of few differ by noise alone.
+The shorter a step, the more of them, since medians of few differ by noise alone. Maps stay larger
+than the windows over them, split as well: else XLA swaps kernel and operand of a convolution, which
+on processors then runs as plain loops, many times slower, and takes what its context makes of them.
 """
 
 BASELINES = ("data", "model", "owt", "spatial")
@@ -94,6 +96,19 @@ def drawn(space: Any, count: int) -> list[Any]:
     ]
 
 
+def phases() -> Any:
+    """Progress for standard error: a line for each phase, since runs take minutes to hours."""
+    start = time.perf_counter()
+    last: list[str] = []
+
+    def tell(what: str, done: int, total: int) -> None:
+        if [what] != last:
+            print(f"{time.perf_counter() - start:7.1f} s  {what}: {total}", file=sys.stderr)
+            last[:] = [what]
+
+    return tell
+
+
 def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of one model: every strategy, predicted and measured.
 
@@ -105,7 +120,8 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
     import jaxlwp
 
     work = workload(name)
-    found = jaxlwp.parallelize(work.loss, work.params, *work.batch, measure=True)
+    tell = phases()
+    found = jaxlwp.parallelize(work.loss, work.params, *work.batch, measure=True, on_progress=tell)
     space = found.space
     strategies = [
         dataclasses.replace(found.strategy, name="found"),
@@ -119,6 +135,7 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
 
     def between(what: str, done: int, total: int) -> None:
         """Measure as large a share of the layers as there are steps done."""
+        tell(what, done, total)
         if what == "timing steps":
             due = len(pairs) * (total - done) // total
             while len(waiting) > due:
