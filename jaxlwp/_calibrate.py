@@ -318,7 +318,14 @@ def _input_rate(mesh: Mesh) -> float:
 
 
 LINK_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 23)
-"""Bytes of a device's operand in the sweep of collectives."""
+"""Bytes of a device's operand in the sweep of collectives, about."""
+
+CHANNELS = 64
+"""Size of the operand's last dimension, or the next multiple of the devices.
+
+That is the one that is gathered and scattered, as channels are and, but for their longer rows,
+height and width: what is sent must be put together before and taken apart after.
+"""
 
 
 def _collective(kind: str, axes: tuple[str, ...], parts: int) -> Callable[..., Any]:
@@ -328,12 +335,13 @@ def _collective(kind: str, axes: tuple[str, ...], parts: int) -> Callable[..., A
         if kind == "all-reduce":
             return lax.pcast(lax.psum(x, axes), axes, to="varying") * 0.5
         if kind == "all-gather":
-            every = lax.all_gather(x, axes, tiled=True)
-            return every[: x.shape[0]] + every[-x.shape[0] :]
+            every = lax.all_gather(x, axes, axis=1, tiled=True)
+            return every[:, : x.shape[1]] + every[:, -x.shape[1] :]
         if kind == "reduce-scatter":
-            return jnp.tile(lax.psum_scatter(x, axes, tiled=True), parts)
+            mine = lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True)
+            return jnp.tile(mine, (1, parts))
         if kind == "all-to-all":
-            return lax.all_to_all(x, axes, 0, 0, tiled=True)
+            return lax.all_to_all(x, axes, 1, 0, tiled=True).reshape(x.shape)
         return lax.ppermute(x, axes, [(i, (i + 1) % parts) for i in range(parts)])
 
     return run
@@ -371,31 +379,31 @@ def _link_fit(mesh: Mesh, kind: str, axes: tuple[str, ...], counts: tuple[int, .
 
         return chain
 
-    seconds = []
+    sizes, seconds = [], []
+    columns = -(-CHANNELS // parts) * parts
     for num_bytes in LINK_BYTES:
-        elements = -(-num_bytes // (4 * parts)) * parts
+        rows = -(-num_bytes // (4 * columns))
         copies = (2, 10) if num_bytes <= 1 << 16 else (1, 4)
-        seconds.append(_in_place_s(mesh, body, _spread(mesh, (elements,)), copies, 2 * REPEATS))
-    return fit_link(kind, counts, LINK_BYTES, seconds)
+        x = _spread(mesh, (rows, columns))
+        sizes.append(4 * rows * columns)
+        seconds.append(_in_place_s(mesh, body, x, copies, 2 * REPEATS))
+    return fit_link(kind, counts, sizes, seconds)
 
 
-WAIT_SHAPES = ((1, 14, 14, 64), (4, 28, 28, 64), (16, 28, 28, 64))
-"""Blocks of the work between which devices wait for one another."""
-
-
-def _waits(mesh: Mesh) -> tuple[tuple[float, float], ...]:
-    """(seconds of a piece of work, seconds that an all-reduce of next to nothing adds to it).
+def _wait(mesh: Mesh, fits: Sequence[LinkFit]) -> float:
+    """Seconds that an all-reduce of next to nothing adds to a piece of work beyond its latency.
 
     A device that is done with its piece waits for the others. Where simulated devices share cores,
-    and take turns on them, that is much longer than the exchange itself, and the longer the work
-    the more; up to the time that the operating system leaves a core to one of them.
+    and take turns on them, that is much longer than the exchange itself. It grows with the work,
+    but hardly beyond the time that the operating system leaves a core to one of them: pieces of
+    some milliseconds, as here, stand for all.
     """
-    return tuple(_wait(mesh, shape) for shape in WAIT_SHAPES)
-
-
-def _wait(mesh: Mesh, shape: tuple[int, ...]) -> tuple[float, float]:
+    sums = [fit for fit in fits if fit.kind == "all-reduce"]
+    if not sums:
+        return 0.0
+    latency_s = max(sums, key=lambda fit: sum(fit.axes_per_group)).latency_s
     axes, copies = tuple(mesh.axis_names), 6
-    x, w = _spread(mesh, shape), _spread(mesh, (3, 3, 64, 64))
+    x, w = _spread(mesh, (4, 28, 28, 64)), _spread(mesh, (3, 3, 64, 64))
     spec = PartitionSpec(axes)
 
     def layer(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -404,38 +412,31 @@ def _wait(mesh: Mesh, shape: tuple[int, ...]) -> tuple[float, float]:
         )
         window = (1, 2, 2, 1)
         pooled: jax.Array = lax.reduce_window(y, -jnp.inf, lax.max, window, (1, 1, 1, 1), "SAME")
-        return pooled
+        return 0.1 * pooled
 
-    def program(works: bool, meets: bool) -> Any:
-        def met(x: jax.Array) -> jax.Array:
-            part = x[:1, :1]
-            if meets:
-                part = lax.pcast(lax.psum(part, axes), axes, to="varying")
-            return x + 1e-6 * part
-
+    def program(meets: bool) -> Any:
         def chain(x: jax.Array, w: jax.Array) -> jax.Array:
             for _ in range(copies):
-                if works:
-                    x = layer(x, w)
-                x = met(0.1 * x)
+                x = layer(x, w)
+                part = x[:1, :1]
+                if meets:
+                    part = lax.pcast(lax.psum(part, axes), axes, to="varying")
+                x = x + 1e-6 * part
             return x
 
         mapped = jax.shard_map(chain, mesh=mesh, in_specs=spec, out_specs=spec)
         return jax.jit(mapped).lower(x, w).compile()
 
-    kinds = ((True, True), (True, False), (False, True), (False, False))
-    programs = [program(*kind) for kind in kinds]
-    works, waits = [], []
-    for _ in range(4 * REPEATS + 1):
+    programs = program(False), program(True)
+    waits = []
+    for _ in range(6 * REPEATS + 1):
         times = []
         for run in programs:
             start = time.perf_counter()
             jax.block_until_ready(run(x, w))
             times.append(time.perf_counter() - start)
-        both, work, exchange, nothing = times
-        works.append(work / copies)
-        waits.append((both - work - exchange + nothing) / copies)
-    return statistics.median(works[1:]), max(statistics.median(waits[1:]), 0.0)
+        waits.append((times[1] - times[0]) / copies - latency_s)
+    return max(statistics.median(waits[1:]), 0.0)
 
 
 def fit_link(
@@ -509,7 +510,7 @@ def measure(mesh: Mesh) -> DeviceGraph:
         links=fits,
         first_touch_byte_s=_first_touch(mesh),
         update_pass_byte_s=1 / memory_bytes_per_s,
-        wait_s=_waits(mesh) if mesh.size > 1 else (),
+        wait_s=_wait(mesh, fits),
         step_s=step_s,
         leaf_s=leaf_s,
         input_byte_s=_input_rate(mesh),

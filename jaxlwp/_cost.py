@@ -374,37 +374,27 @@ class AnalyticCostModel:
       optimizer_slots: arrays like the parameters that the optimizer keeps: 1 for SGD with momentum,
         2 for Adam, 0 for an evaluation or plain SGD.
       temporary_bytes: of memory that a step takes anew on each device, in all, about.
-      wait_s: seconds that devices wait for one another where a layer's work meets a collective.
     """
 
     devices: DeviceGraph
     optimizer_slots: float = 1.0
     temporary_bytes: float = 0.0
-    wait_s: float = 0.0
 
     @classmethod
     def of(
         cls, graph: ComputationGraph, devices: DeviceGraph, optimizer_slots: float = 1.0
     ) -> AnalyticCostModel:
-        """The model of one graph's training step.
-
-        How long devices wait depends on how long they work in between: here a layer's forward or
-        backward pass, the mean of all layers, shared by all devices.
-        """
-        plain = cls(devices=devices, optimizer_slots=optimizer_slots)
-        layers = [layer for layer in graph.layers if not layer.fused]
-        works_s = [float(plain.layer(layer, (Config(),)).compute_s[0]) for layer in layers]
-        work_s = sum(works_s) / (2 * max(len(layers), 1) * devices.num_devices)
-        return replace(
-            plain,
+        """The model of one graph's training step."""
+        return cls(
+            devices=devices,
+            optimizer_slots=optimizer_slots,
             temporary_bytes=temporary_bytes(graph, devices.num_devices),
-            wait_s=devices.waits_s(work_s),
         )
 
     def step_s(self, graph: ComputationGraph) -> float:
         """See `CostModel`: dispatch, every array that the step reads, the wait for the last."""
         leaves = len(graph.program.inputs) + self.optimizer_slots * graph.num_parameters
-        return self.devices.step_s + leaves * self.devices.leaf_s + self.wait_s
+        return self.devices.step_s + leaves * self.devices.leaf_s + self.devices.wait_s
 
     def layer(self, layer: Layer, configs: Sequence[Config]) -> LayerCosts:
         """See `CostModel`."""
@@ -448,7 +438,19 @@ class AnalyticCostModel:
         rows, row_of = _distinct(_source_layouts(use, sources, self.devices.axis_sizes))
         columns, column_of = _distinct(_wanted(use, targets))
         table = self._changes_s(use, rows, columns, every_pair=True)
-        return table.reshape(len(rows), len(columns))[np.ix_(row_of, column_of)]
+        table = table.reshape(len(rows), len(columns)) + self._copies_s(use, rows, columns)
+        return table[np.ix_(row_of, column_of)]
+
+    def _copies_s(
+        self, use: Use, sources: Sequence[Layout], targets: Sequence[Wanted]
+    ) -> FloatArray:
+        """Seconds of the new memory that what is laid out anew takes, shape (sources, targets)."""
+        wanted = [layout for layout, _ in targets]
+        numbers = {layout: n for n, layout in enumerate(dict.fromkeys((*sources, *wanted)))}
+        differ = np.not_equal.outer([numbers[x] for x in sources], [numbers[x] for x in wanted])
+        blocks = [local_shape(use.info.shape, x, self.devices.axis_sizes) for x in wanted]
+        num_bytes = use.info.itemsize * np.array([math.prod(block) for block in blocks])
+        return self.devices.first_touch_s(self.temporary_bytes) * num_bytes * differ
 
     def _own_use_s(self, use: Use, configs: Sequence[Config]) -> FloatArray:
         """Seconds of a change of layout inside a layer, for each of its configs."""
@@ -469,7 +471,7 @@ class AnalyticCostModel:
             forward=1 + use.recomputed,
             backward=int(use.gradient),
             devices=self.devices,
-            wait_s=0.0 if use.argument else self.wait_s,
+            wait_s=0.0 if use.argument else self.devices.wait_s,
         )
         return table.seconds(use.info.shape, use.info.itemsize)
 
@@ -489,7 +491,7 @@ class AnalyticCostModel:
         collectives = [member_collectives(member, Config(splits), sizes) for splits in parts]
         seconds = [
             sum(map(self.devices.collective_s, every))
-            + self.wait_s * len({c.backward for c in every if c.backward or member.awaited})
+            + self.devices.wait_s * len({c.backward for c in every if c.backward or member.awaited})
             for every in collectives
         ]
         return np.array(seconds, dtype=np.float64)[part_of]

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from jaxlwp._layout import Collective, wire_share
 
 
@@ -120,8 +118,7 @@ class DeviceGraph:
         reading or writing it: (least bytes of all temporaries, seconds per byte), ascending.
         Operating systems hand out and clear pages; accelerators' allocators keep them.
       update_pass_byte_s: seconds for each byte that the optimizer's update reads or writes.
-      wait_s: seconds that devices wait for one another where a layer's work meets a collective:
-        (seconds of the work, seconds of the wait), ascending.
+      wait_s: seconds that devices wait for one another where a layer's work meets a collective.
       step_s: fixed seconds of a step.
       leaf_s: seconds more for each array that a step reads.
       input_byte_s: seconds for each byte of the batch that is put on a device, all busy at once.
@@ -137,7 +134,7 @@ class DeviceGraph:
     links: tuple[LinkFit, ...] = ()
     first_touch_byte_s: tuple[tuple[float, float], ...] = ()
     update_pass_byte_s: float = 0.0
-    wait_s: tuple[tuple[float, float], ...] = ()
+    wait_s: float = 0.0
     step_s: float = 0.0
     leaf_s: float = 0.0
     input_byte_s: float = 0.0
@@ -158,6 +155,7 @@ class DeviceGraph:
         for name in (
             "overhead_s",
             "update_pass_byte_s",
+            "wait_s",
             "step_s",
             "leaf_s",
             "input_byte_s",
@@ -165,8 +163,6 @@ class DeviceGraph:
             check_seconds("DeviceGraph", name, getattr(self, name))
         for _, byte_s in self.first_touch_byte_s:
             check_seconds("DeviceGraph", "first_touch_byte_s", byte_s)
-        for _, wait_s in self.wait_s:
-            check_seconds("DeviceGraph", "wait_s", wait_s)
 
     @property
     def num_devices(self) -> int:
@@ -194,16 +190,6 @@ class DeviceGraph:
         """Seconds for each byte of a step's temporaries, of which it takes so many in all."""
         reached = [byte_s for size, byte_s in self.first_touch_byte_s if size <= temporary_bytes]
         return reached[-1] if reached else 0.0
-
-    def waits_s(self, work_s: float) -> float:
-        """Seconds that devices wait for one another after so many seconds of work.
-
-        Straight lines between the amounts of work that were measured, constant beyond them.
-        """
-        if not self.wait_s:
-            return 0.0
-        work, wait = np.array(self.wait_s).T
-        return float(np.interp(work_s, work, wait))
 
     def collective_s(self, collective: Collective) -> float:
         """Seconds of one collective."""
@@ -249,8 +235,7 @@ class DeviceGraph:
                 for link in data.get("links", ())
             )
             touch = tuple((size, byte_s) for size, byte_s in data.get("first_touch_byte_s", ()))
-            wait = tuple((work_s, wait_s) for work_s, wait_s in data.get("wait_s", ()))
-            fields = {"axes": axes, "links": links, "first_touch_byte_s": touch, "wait_s": wait}
+            fields = {"axes": axes, "links": links, "first_touch_byte_s": touch}
             return cls(**{**data, **fields})
         except (KeyError, TypeError) as error:
             raise ValueError(

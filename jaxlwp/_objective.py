@@ -100,7 +100,7 @@ class MovedBytes:
                 replace(axis, latency_s=0.0, bytes_per_s=1.0) for axis in space.devices.axes
             ),
             links=(),
-            wait_s=(),
+            wait_s=0.0,
         )
         tables = build_tables(space.graph, space.configs, AnalyticCostModel(devices=devices))
         nodes = tuple(a + b for a, b in zip(tables.exchange_s, tables.sync_s, strict=True))

@@ -7,6 +7,7 @@ optimum of the full table.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,9 @@ import pytest
 import jaxlwp
 from jaxlwp._calibrate import _ring, fit_link
 from jaxlwp._config import Config
+from jaxlwp._cost import temporary_bytes, use_source_layout
 from jaxlwp._graph import Layer
+from jaxlwp._layout import local_shape
 from jaxlwp._local import local_step
 from jaxlwp._measure import LayerTimer, TimingCache
 from jaxlwp._search import measured_space, search_measured
@@ -230,7 +233,7 @@ class TestLazySearch:
     def test_waits_are_priced_where_layers_wait(self, graph: jaxlwp.ComputationGraph) -> None:
         """Not for gradients: no layer waits for them."""
         plain = jaxlwp.price(graph, devices())
-        waited = jaxlwp.price(graph, replace(devices(), wait_s=((1.0, 1.0),)))
+        waited = jaxlwp.price(graph, replace(devices(), wait_s=1.0))
         data = plain.baseline("data")
         assert waited.evaluate(data).sync_s == plain.evaluate(data).sync_s
         model, costs = plain.baseline("model"), []
@@ -238,6 +241,27 @@ class TestLazySearch:
             costs.append(space.evaluate(model).transfer_s)
         assert costs[1] - costs[0] == pytest.approx(round(costs[1] - costs[0]), abs=1e-6)
         assert costs[1] - costs[0] >= 2
+
+    def test_new_memory_counts_above_a_size_and_for_copies(
+        self, graph: jaxlwp.ComputationGraph
+    ) -> None:
+        """A tensor in another layout is new memory; one that stays where it is takes none."""
+        needed = temporary_bytes(graph, devices().num_devices)
+        spaces = [
+            jaxlwp.price(graph, replace(devices(), first_touch_byte_s=((least_bytes, 1.0),)))
+            for least_bytes in (2 * needed, needed)
+        ]
+        fits, grows = (space.tables.transfer_s for space in spaces)
+        assert max(map(np.max, spaces[0].tables.overhead_s)) < 1
+        sizes = devices().axis_sizes
+        for edge, less, more in zip(graph.edges, fits, grows, strict=True):
+            for i, source in enumerate(spaces[0].configs[edge.source]):
+                for j, target in enumerate(spaces[0].configs[edge.target]):
+                    layout = target.layout(edge.use.labels)
+                    block = local_shape(edge.use.info.shape, layout, sizes)
+                    stays = use_source_layout(edge.use, source, sizes) == layout
+                    copied = 0 if stays else math.prod(block) * edge.use.info.itemsize
+                    assert more[i, j] - less[i, j] == pytest.approx(copied, abs=1e-6)
 
     @pytest.mark.parametrize(
         ("loss", "waits"),
@@ -255,7 +279,7 @@ class TestLazySearch:
         graph = jaxlwp.trace(
             lambda w, x: loss(jnp.tanh(x @ w)), jnp.zeros((4, 8)), jnp.zeros((16, 4))
         )
-        spaces = [jaxlwp.price(graph, replace(devices(), wait_s=((1.0, s),))) for s in (0.0, 1.0)]
+        spaces = [jaxlwp.price(graph, replace(devices(), wait_s=s)) for s in (0.0, 1.0)]
         without_s, with_s = (s.evaluate(s.baseline("data")).transfer_s for s in spaces)
         assert with_s - without_s == pytest.approx(waits, abs=1e-6)
 
