@@ -39,7 +39,7 @@ def main() -> None:
     from jaxlwp import _calibrate
 
     _calibrate.LINK_BYTES = (1 << 10, 1 << 20)  # every kind of measurement, but quickly
-    _calibrate.FIRST_TOUCH_BYTES = (1 << 20,)
+    _calibrate.FIRST_TOUCH_BYTES = 1 << 20, 1 << 20
     params, batch = network()
     plan = jaxlwp.parallelize(loss, params, *batch, check="measure")
     assert plan.mesh.size == 4
