@@ -177,12 +177,13 @@ def median_s(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def _spread(mesh: Mesh, shape: tuple[int, ...]) -> jax.Array:
-    """Random array with one block of `shape` per device."""
+    """Array with one block of `shape` per device, of the same random values on all."""
     spec = PartitionSpec(tuple(mesh.axis_names))
     full = (mesh.size * shape[0], *shape[1:])
-    values = np.random.default_rng(0).normal(size=full).astype(np.float32)
+    # One block for all: the whole array of many devices may be more than a host has memory for.
+    block = np.random.default_rng(0).standard_normal(shape, np.float32)
     # device_put would compare the values across processes.
-    return jax.make_array_from_callback(full, NamedSharding(mesh, spec), lambda i: values[i])
+    return jax.make_array_from_callback(full, NamedSharding(mesh, spec), lambda _: block)
 
 
 def _on_every_device(mesh: Mesh, body: Callable[..., Any], count: int) -> Any:

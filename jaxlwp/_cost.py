@@ -23,6 +23,7 @@ from jaxlwp._graph import ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp._halo import hops, plan_halo
 from jaxlwp._layout import (
     Collective,
+    copied_bytes,
     degree,
     even_layout,
     layout_axes,
@@ -446,11 +447,9 @@ class AnalyticCostModel:
     ) -> FloatArray:
         """Seconds of the new memory that what is laid out anew takes, shape (sources, targets)."""
         wanted = [layout for layout, _ in targets]
-        numbers = {layout: n for n, layout in enumerate(dict.fromkeys((*sources, *wanted)))}
-        differ = np.not_equal.outer([numbers[x] for x in sources], [numbers[x] for x in wanted])
-        blocks = [local_shape(use.info.shape, x, self.devices.axis_sizes) for x in wanted]
-        num_bytes = use.info.itemsize * np.array([math.prod(block) for block in blocks])
-        return self.devices.first_touch_s(self.temporary_bytes) * num_bytes * differ
+        sizes = self.devices.axis_sizes
+        num_bytes = copied_bytes(use.info.shape, use.info.itemsize, sources, wanted, sizes)
+        return self.devices.first_touch_s(self.temporary_bytes) * num_bytes.astype(np.float64)
 
     def _own_use_s(self, use: Use, configs: Sequence[Config]) -> FloatArray:
         """Seconds of a change of layout inside a layer, for each of its configs."""

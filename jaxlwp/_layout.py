@@ -23,6 +23,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxlwp._config import Layout
 
 MoveKind = Literal["slice", "cast", "all_to_all", "all_gather", "permute"]
@@ -92,6 +95,20 @@ def local_shape(
 ) -> tuple[int, ...]:
     """Shape of each device's block, padding included."""
     return tuple(cdiv(s, degree(axes, axis_sizes)) for s, axes in zip(shape, layout, strict=True))
+
+
+def copied_bytes(
+    shape: Sequence[int],
+    itemsize: int,
+    sources: Sequence[Layout],
+    targets: Sequence[Layout],
+    axis_sizes: dict[str, int],
+) -> NDArray[np.int64]:
+    """Bytes per device of what is laid out anew, shape (sources, targets): 0 where it stays."""
+    numbers = {layout: n for n, layout in enumerate(dict.fromkeys((*sources, *targets)))}
+    differ = np.not_equal.outer([numbers[x] for x in sources], [numbers[x] for x in targets])
+    num_bytes = [itemsize * math.prod(local_shape(shape, x, axis_sizes)) for x in targets]
+    return differ * np.array(num_bytes, dtype=np.int64)
 
 
 def even_layout(shape: Sequence[int], layout: Layout, axis_sizes: Mapping[str, int]) -> Layout:

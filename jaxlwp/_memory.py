@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxlwp._buffers import LIBRARY, Buffers, predict
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Edge, Layer, Use
-from jaxlwp._layout import even_layout, local_shape
+from jaxlwp._layout import copied_bytes, even_layout, local_shape
 from jaxlwp._lower import Lowered, Placed, Run
 from jaxlwp._program import Equation, Program, Value, flatten
 from jaxlwp.ops import Labels, Signature
@@ -339,10 +339,7 @@ def _copied_bytes(
         return np.zeros((len(sides[0]), len(sides[1])), dtype=np.int64)
     there = [config.layout(use.source_labels) for config in sides[0]]
     here = [config.layout(use.labels) for config in sides[1]]
-    names = {layout: n for n, layout in enumerate(dict.fromkeys((*there, *here)))}
-    differ = np.not_equal.outer([names[x] for x in there], [names[x] for x in here])
-    num_bytes = [_bytes(use.info, layout, axis_sizes) for layout in here]
-    return differ * np.array(num_bytes, dtype=np.int64)
+    return copied_bytes(use.info.shape, use.info.itemsize, there, here, axis_sizes)
 
 
 class _Block(NamedTuple):

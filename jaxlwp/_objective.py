@@ -101,6 +101,7 @@ class MovedBytes:
             ),
             links=(),
             wait_s=0.0,
+            first_touch_byte_s=(),
         )
         tables = build_tables(space.graph, space.configs, AnalyticCostModel(devices=devices))
         nodes = tuple(a + b for a, b in zip(tables.exchange_s, tables.sync_s, strict=True))

@@ -253,6 +253,8 @@ class TestLazySearch:
         ]
         fits, grows = (space.tables.transfer_s for space in spaces)
         assert max(map(np.max, spaces[0].tables.overhead_s)) < 1
+        assert max(map(np.max, spaces[1].tables.overhead_s)) > 1
+        assert any(np.any(more > less) for less, more in zip(fits, grows, strict=True))
         sizes = devices().axis_sizes
         for edge, less, more in zip(graph.edges, fits, grows, strict=True):
             for i, source in enumerate(spaces[0].configs[edge.source]):

@@ -44,9 +44,10 @@ MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
 }
 """Module, shape of one example, batch, measured steps: sizes that two cores can run.
 
-The shorter a step, the more of them, since medians of few differ by noise alone. Maps stay larger
-than the windows over them, split as well: else XLA swaps kernel and operand of a convolution, which
-on processors then runs as plain loops, many times slower, and takes what its context makes of them.
+The shorter a step, the more of them, since medians of few differ by noise alone. Maps stay,
+but for a few splits by eight, larger than the windows over them: else XLA swaps kernel and operand
+of a convolution, which on processors then runs as plain loops, many times slower, and takes what
+its context makes of them.
 """
 
 BASELINES = ("data", "model", "owt", "spatial")
