@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -134,7 +135,10 @@ def test_overlap_is_the_step_event_by_event(alexnet: jaxlwp.SearchSpace) -> None
 
 
 def test_bytes_are_those_of_the_collectives(alexnet: jaxlwp.SearchSpace) -> None:
-    rows, sizes = jaxlwp.MovedBytes().rows(alexnet), alexnet.devices.axis_sizes
+    """Whatever else takes time on the devices: waits, and new memory however little it is."""
+    slow = dataclasses.replace(alexnet.devices, wait_s=1e9, first_touch_byte_s=((0.0, 1e3),))
+    rows = jaxlwp.MovedBytes().rows(dataclasses.replace(alexnet, devices=slow))
+    sizes = alexnet.devices.axis_sizes
     for choices in random_choices(alexnet, 20):
         configs = [known[c] for known, c in zip(alexnet.configs, choices, strict=True)]
         sent = sum(
