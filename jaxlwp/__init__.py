@@ -6,10 +6,11 @@ Every step is public on its own: `trace`, `device_graph`, `price`, `search`, `bi
 """
 
 from jaxlwp._calibrate import Rates, device_graph, make_mesh, measure
+from jaxlwp._collectives import strategy_collectives
 from jaxlwp._compare import Comparison, StrategyResult, compare
 from jaxlwp._config import Config
 from jaxlwp._constraints import Constraints
-from jaxlwp._cost import AnalyticCostModel, CostModel, strategy_collectives
+from jaxlwp._cost import AnalyticCostModel, CostModel
 from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis
 from jaxlwp._explain import Alternative, Explanation, RankedStrategy, explain, runners_up
 from jaxlwp._graph import ComputationGraph, Edge, Layer

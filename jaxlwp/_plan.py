@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlwp._collectives import strategy_collectives
 from jaxlwp._config import Layout
-from jaxlwp._cost import layer_configs, strategy_collectives
+from jaxlwp._cost import layer_configs
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._layout import Collective

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from jaxlwp._collectives import argument_collectives, layer_collectives, use_collectives
 from jaxlwp._config import Config
-from jaxlwp._cost import argument_collectives, layer_collectives, use_collectives
 from jaxlwp._search import search
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 
 import optax
 
-from jaxlwp._cost import collectives_by_layer
+from jaxlwp._collectives import collectives_by_layer
 from jaxlwp._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp._layout import Collective
 from jaxlwp._lower import LAYER_SCOPE

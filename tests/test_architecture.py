@@ -26,6 +26,7 @@ COST_FREE = (
     "ops",
 )
 COSTS = (
+    "_collectives",
     "_cost",
     "_changes",
     *SOLVER,

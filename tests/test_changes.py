@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import jaxlwp
 from jaxlwp._changes import changes
+from jaxlwp._collectives import argument_collectives, layer_collectives, use_collectives
 from jaxlwp._config import Layout
-from jaxlwp._cost import argument_collectives, layer_collectives, use_collectives
 from jaxlwp._layout import layout_axes, move_collectives, plan_moves
 from jaxlwp._model import load_workload
 

@@ -21,8 +21,9 @@ import pytest
 
 import jaxlwp
 from jaxlwp._calibrate import _ring, fit_link
+from jaxlwp._collectives import use_source_layout
 from jaxlwp._config import Config
-from jaxlwp._cost import temporary_bytes, use_source_layout
+from jaxlwp._cost import temporary_bytes
 from jaxlwp._graph import Layer
 from jaxlwp._layout import local_shape
 from jaxlwp._local import local_step

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxlwp
-from jaxlwp import _cost
+from jaxlwp import _collectives
 
 RATES = jaxlwp.Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)
 
@@ -67,13 +67,13 @@ def test_axes_are_named(arguments: tuple[Any, Any]) -> None:
 
 def test_a_wrong_price_shows(arguments: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     made = plan(arguments, "spatial")
-    right = _cost.halo_pieces
+    right = _collectives.halo_pieces
 
     def wrong(member: Any, config: Any, axis_sizes: Any) -> Any:
         for piece in right(member, config, axis_sizes):
             yield dataclasses.replace(piece, num_bytes=piece.num_bytes + 4)
 
-    monkeypatch.setattr(_cost, "halo_pieces", wrong)
+    monkeypatch.setattr(_collectives, "halo_pieces", wrong)
     check = made.verify()
     assert {layer.name for layer in check.disagreeing} >= {"conv0", "conv1"}
     assert check.bytes_error > 0

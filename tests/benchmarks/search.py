@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxlwp
-from jaxlwp import _changes, _cost, _layout, _space
+from jaxlwp import _changes, _collectives, _cost, _layout, _space
 from jaxlwp._devices import axis_shape
 from jaxlwp._model import load_workload
 from jaxlwp._wide import is_large
@@ -68,7 +68,7 @@ ROWS = (
 CACHES = (
     _changes.changes,
     _changes._plan,
-    _cost.layout_collectives,
+    _collectives.layout_collectives,
     _layout.plan_options,
 )
 PHASES: tuple[tuple[Any, str, str], ...] = (
