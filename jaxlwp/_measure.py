@@ -48,6 +48,9 @@ COPIES = (2, 16)
 LONG_S = 4e-3
 """Seconds of a program that stand out from those of a call."""
 
+COLD = 10
+"""The first run of a program may take so many times as long as the next."""
+
 STEADY = 0.02
 """Relative standard error of the median at which a program is measured."""
 
@@ -287,15 +290,16 @@ class _Runner:
         """Compile; more copies of what is short, for its time to stand out from a call's."""
         count = self.step.carried
         self.carried = [self.random(v, n) for n, v in enumerate(self.step.operands[:count])]
-        self.use(COPIES[0])
+        if self.use(COPIES[0]) > COLD * LONG_S:
+            return
         taken_s = min(self.once() for _ in range(2))
         if taken_s < LONG_S:
             self.use(min(math.ceil(COPIES[0] * LONG_S / taken_s), COPIES[1]))
 
-    def use(self, copies: int) -> None:
-        """Compile a program of so many copies and run it once."""
+    def use(self, copies: int) -> float:
+        """Compile a program of so many copies; seconds of its first run."""
         self.copies, self.program = copies, self.compiled(copies)
-        self.once()
+        return self.once()
 
     @property
     def sharding(self) -> NamedSharding:
