@@ -48,6 +48,9 @@ COPIES = (2, 16)
 LONG_S = 4e-3
 """Seconds of a program that stand out from those of a call."""
 
+RANDOM_VALUES = 1 << 20
+"""Different values of an operand: making them anew takes longer than the work on them."""
+
 COLD = 10
 """The first run of a program may take so many times as long as the next."""
 
@@ -306,17 +309,17 @@ class _Runner:
         return NamedSharding(self.mesh, PartitionSpec("device"))
 
     def random(self, value: Value, seed: int) -> Any:
-        """One block for each device, stacked."""
+        """One block for each device, stacked: the same on all, and large ones repeat themselves."""
         shape = (self.mesh.size, *value.shape)
-        generator = np.random.default_rng(seed)
         if not isinstance(value.dtype, np.dtype):  # random keys
             keys = jax.random.split(jax.random.key(seed), shape)
             return jax.device_put(keys, self.sharding)
+        values = np.zeros(1, np.float32)
         if value.differentiable:
-            values = generator.standard_normal(shape, np.float32) * np.float32(0.1)
-        else:
-            values = np.zeros(shape, np.float32)
-        return jax.device_put(values.astype(value.dtype), self.sharding)
+            count = min(math.prod(value.shape), RANDOM_VALUES)
+            values = np.random.default_rng(seed).standard_normal(count, np.float32) * 0.1
+        block = np.resize(values.astype(value.dtype), value.shape)
+        return jax.device_put(np.broadcast_to(block, shape), self.sharding)
 
     def compiled(self, copies: int) -> Any:
         """A program of so many copies.
