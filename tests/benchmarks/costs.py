@@ -317,30 +317,40 @@ def checked_regret(rows: list[dict[str, Any]]) -> tuple[float, float]:
     return second[kept] / min(second.values()), second[kept] / second["data"]
 
 
+def of_model(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of one model on so many devices."""
+    errors = [abs(r["predicted_s"] / r["measured_s"] - 1) for r in rows]
+    measured_s = {r["strategy"]: r["measured_s"] for r in rows}
+    regret_checked, over_data_checked = checked_regret(rows)
+    return {
+        "model": rows[0]["model"],
+        "devices": rows[0]["devices"],
+        "strategies": len(rows),
+        "median_abs_error": statistics.median(errors),
+        "abs_error_max": max(errors),
+        "kendall_tau": tau([r["predicted_s"] for r in rows], list(measured_s.values())),
+        "regret": measured_s["found"] / min(measured_s.values()),
+        "over_data": measured_s["found"] / measured_s["data"],
+        "regret_checked": regret_checked,
+        "over_data_checked": over_data_checked,
+    }
+
+
 def summary(content: dict[str, Any]) -> dict[str, Any]:
     """The figures that the rows come to."""
     rows = content.get("accuracy", [])
-    errors = sorted(abs(r["predicted_s"] / r["measured_s"] - 1) for r in rows)
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for r in rows:
         groups.setdefault((r["model"], r["devices"]), []).append(r)
-    tried = [f"{name}, {n} devices: {len(g)} strategies" for (name, n), g in groups.items()]
-    result: dict[str, Any] = {"models": tried}
-    if errors:
+    models = [of_model(groups[key]) for key in sorted(groups)]
+    result: dict[str, Any] = {"models": models}
+    if rows:
+        errors = sorted(abs(r["predicted_s"] / r["measured_s"] - 1) for r in rows)
         result["median_abs_error"] = statistics.median(errors)
         result["p90_abs_error"] = errors[min(int(0.9 * len(errors)), len(errors) - 1)]
-        result["kendall_tau_min"] = min(
-            tau([r["predicted_s"] for r in g], [r["measured_s"] for r in g])
-            for g in groups.values()
-        )
-        result["regret_max"] = max(
-            g[0]["measured_s"] / min(r["measured_s"] for r in g) for g in groups.values()
-        )
-        found = [{r["strategy"]: r["measured_s"] for r in g} for g in groups.values()]
-        result["over_data_max"] = max(times["found"] / times["data"] for times in found)
-        checked = [checked_regret(g) for g in groups.values()]
-        result["regret_checked_max"] = max(regret for regret, _ in checked)
-        result["over_data_checked_max"] = max(over for _, over in checked)
+        result["kendall_tau_min"] = min(m["kendall_tau"] for m in models)
+        for figure in ("regret", "over_data", "regret_checked", "over_data_checked"):
+            result[f"{figure}_max"] = max(m[figure] for m in models)
     if content.get("lazy"):
         result["measured_share"] = max(r["share"] for r in content["lazy"])
         result["same_optimum"] = all(r["same_optimum"] for r in content["lazy"])
@@ -351,6 +361,16 @@ def summary(content: dict[str, Any]) -> dict[str, Any]:
         errors = [abs(r["error"]) for r in json.loads(memory.read_text())["rows"]]
         result["memory_abs_error_max"] = max(errors)
     return result
+
+
+def show_models(models: list[dict[str, Any]]) -> None:
+    """Print a line for each model."""
+    for m in models:
+        print(
+            f"{m['model']:13}{m['devices']:2} devices: {m['strategies']} strategies, error "
+            f"{m['median_abs_error']:.1%} (largest {m['abs_error_max']:.0%}), tau "
+            f"{m['kendall_tau']:.2f}, regret {m['regret']:.3f}, over data {m['over_data']:.2f}"
+        )
 
 
 def main() -> None:
@@ -382,7 +402,9 @@ def main() -> None:
             ]
             content[part] = others + rows
             write(content)
-    print(json.dumps(summary(content), indent=1))
+    figures = summary(content)
+    show_models(figures.pop("models"))
+    print(json.dumps(figures, indent=1))
 
 
 def write(content: dict[str, Any]) -> None:
