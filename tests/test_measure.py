@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import jaxlwp
+from jaxlwp import _measure
 from jaxlwp._calibrate import _ring, fit_link
 from jaxlwp._collectives import use_source_layout
 from jaxlwp._config import Config
@@ -28,6 +30,7 @@ from jaxlwp._graph import Layer
 from jaxlwp._layout import local_shape
 from jaxlwp._local import local_step
 from jaxlwp._measure import LayerTimer, TimingCache
+from jaxlwp._program import Value
 from jaxlwp._search import measured_space, search_measured
 from jaxlwp._store import Measurement
 
@@ -154,6 +157,25 @@ class TestLayerTimer:
         timer.cache.put({"another": Measurement(seconds=1.25, program=program)})
         assert timer.measure([(conv, config)]) == 0
         assert timer.known_s(conv, config) == 1.25
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "key"])
+    def test_large_operands_repeat_few_random_values(
+        self, graph: jaxlwp.ComputationGraph, dtype: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_measure, "RANDOM_VALUES", 5)
+        mesh = Mesh(np.array(jax.devices()[:2]), ("device",))
+        step = local_step(graph, layer(graph, "conv"), Config(), AXES)
+        value = Value((3, 4), jax.random.key(0).dtype if dtype == "key" else jnp.dtype(dtype))
+        array = _measure._Runner(step, mesh, devices()).random(value, 1)
+        assert (array.shape, array.dtype) == ((2, *value.shape), value.dtype)
+        assert {shard.data.shape for shard in array.addressable_shards} == {(1, *value.shape)}
+        if dtype == "int32":
+            assert not np.any(array)
+        elif dtype != "key":
+            first, second = np.asarray(array, np.float32).reshape(2, -1)
+            np.testing.assert_array_equal(first, second)
+            np.testing.assert_array_equal(first[5:], first[:7])
+            assert len(set(first)) == 5
 
 
 class Table:
