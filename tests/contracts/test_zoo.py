@@ -2,8 +2,8 @@
 
 Loss, outputs, running statistics and gradients equal one device's to 1e-4. As in `test_networks`,
 each program gets several random inputs: a rounding that moves one activation across zero changes
-gradients by far more, but not for every input. In bfloat16 a strategy is no further from float32
-than one device is, times 1.5. Predicted bytes are within 2 % of the compiled program's.
+gradients by far more, but not for every input. In bfloat16 a strategy is, over all inputs, no
+further from float32 than one device is, times 1.5. Predicted bytes are within 2 % of compiled ones.
 """
 
 from __future__ import annotations
@@ -110,12 +110,18 @@ def distance(actual: Any, expected: Any) -> float:
     [pytest.param(n, marks=() if n in FAST_BFLOAT16 else pytest.mark.slow) for n in ZOO],
 )
 def test_bfloat16(name: str) -> None:
-    """The found strategy in bfloat16: as near to float32 as one device in bfloat16, times 1.5."""
+    """The found strategy in bfloat16: as near to float32 as one device in bfloat16, times 1.5.
+
+    Of all inputs together: on a single one, both distances vary by a fifth by chance.
+    """
     this = case(name, SEED, "bfloat16")
     compiled = compile_step(this, plan_for(this, "search"))
-    batch = random_batch(name, SEED)
-    exact = one_device(name, SEED)(this.params, this.stats, *batch)
-    alone = one_device(name, SEED, "bfloat16")(this.params, this.stats, *batch)
-    split = compiled.step(this.params, this.stats, *batch)
+    exact, alone, split = [], [], []
+    for draw in range(DRAWS):
+        arguments = (this.params, this.stats, *random_batch(name, SEED + draw))
+        exact.append(one_device(name, SEED)(*arguments))
+        alone.append(one_device(name, SEED, "bfloat16")(*arguments))
+        split.append(compiled.step(*arguments))
     for part in (0, 1):  # values, gradients
-        assert distance(split[part], exact[part]) <= 1.5 * distance(alone[part], exact[part])
+        expected, one, many = ([run[part] for run in runs] for runs in (exact, alone, split))
+        assert distance(many, expected) <= 1.5 * distance(one, expected), f"{name} {SEED=}"
