@@ -58,6 +58,11 @@ POOL = 4
 TOGETHER = 8
 """Layers that are measured in turns, between two steps."""
 
+MAPS = Path("/proc/sys/vm/max_map_count")
+MAPS_NEEDED = {"Inception-v3": 200_000}
+"""Memory maps of a process that holds all steps of a model: XLA for processors takes three for
+every kernel, and aborts when the kernel gives no more (Linux by default allows 65,530)."""
+
 
 def workload(name: str) -> Any:
     """The model's loss, parameters and batch."""
@@ -373,6 +378,20 @@ def show_models(models: list[dict[str, Any]]) -> None:
         )
 
 
+def too_few_maps(names: list[str]) -> str | None:
+    """What to do where the steps of a model would not all fit into one process."""
+    allowed = int(MAPS.read_text()) if MAPS.exists() else None
+    for name in names:
+        needed = MAPS_NEEDED.get(name, 0)
+        if allowed is not None and allowed < needed:
+            return (
+                f"{name}: vm.max_map_count is {allowed:,}; all its steps compiled in one process "
+                f"need up to {needed:,} memory maps: sudo sysctl -w vm.max_map_count=262144, or "
+                "leave the model out with --models"
+            )
+    return None
+
+
 def main() -> None:
     """Run, print and write; with --inside, one part of one model in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -388,6 +407,8 @@ def main() -> None:
         extra = (options.random, options.rounds) if part == "accuracy" else ()
         print(json.dumps(PARTS[part](name, *extra)))
         return
+    if "accuracy" in options.parts and (reason := too_few_maps(options.models)):
+        parser.error(reason)  # now, not after hours
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     lazy_models = ("LeNet-5", "AlexNet", "ResNet-18")
     chosen = {"accuracy": options.models, "lazy": lazy_models, "warm": ("AlexNet",)}
