@@ -30,7 +30,7 @@ from .zoo import (
 )
 
 SEED = int(os.environ.get("JAXLWP_SWEEP_SEED") or time.time_ns() % 2**31)
-DRAWS = 20  # each costs a second at most, and is needed rarely
+DRAWS = 20  # each costs a second at most
 TOLERANCE = 1e-4
 RANDOM = 20
 LARGE = ("inception_v3", "resnet101", "densenet121", "efficientnet_b0")  # in `make test-all`
