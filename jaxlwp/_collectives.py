@@ -183,6 +183,55 @@ def layer_collectives(
     return tuple(inside)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpareSums:
+    """All-reduces of a layer that do not run, since compilers let them join another one.
+
+    Sums that are ready together, as those of a normalisation's mean and mean square, are one
+    all-reduce: it sends the bytes of all of them, but starts, and is waited for, once.
+
+    Attributes:
+      names: dimensions over which the sums run; there are none where these are not split.
+      count: all-reduces that join another one, in a step.
+      awaited: see `Member`.
+    """
+
+    names: frozenset[str]
+    count: int
+    awaited: bool
+
+
+def spare_sums(layer: Layer) -> tuple[SpareSums, ...]:
+    """What a layer's all-reduces, as `layer_collectives` lists them, are too many.
+
+    Sums are ready together if equally many other sums of the layer come before them. Those of
+    gradients, where a value that is whole on every device meets split ones, run the other way
+    around, and come in as many turns.
+    """
+    turns: dict[int, int] = {}  # of a value: the sums before it, one after the other
+    groups: dict[tuple[object, ...], list[SpareSums]] = {}
+    for member in layer.members:
+        eqn, signature = member.equation, member.signature
+        turn = max((turns.get(operand, 0) for operand in eqn.operands), default=0)
+        turn += bool(signature.reduced)
+        turns |= dict.fromkeys(eqn.results, turn)
+        if signature.reduced and not signature.windows and not RULES[eqn.name].combines:
+            names, dtype = frozenset(signature.reduced), eqn.result_values[0].dtype
+            one = SpareSums(names=names, count=1 + member.recomputed, awaited=member.awaited)
+            groups.setdefault((False, turn, dtype, one), []).append(one)
+    for use in layer.uses:
+        inside = use.source == layer.index and not use.argument
+        if inside and use.gradient and use.labels == use.source_labels:
+            names = use.active.difference(name for name in use.labels if name)
+            one = SpareSums(names=names, count=1, awaited=True)
+            groups.setdefault((True, turns.get(use.value, 0), use.info.dtype, one), []).append(one)
+    return tuple(
+        replace(group[0], count=(len(group) - 1) * group[0].count)
+        for group in groups.values()
+        if len(group) > 1
+    )
+
+
 def argument_collectives(
     layer: Layer, config: Config, axis_sizes: dict[str, int]
 ) -> tuple[Collective, ...]:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from jaxlwp._changes import IntArray, Wanted, changes
-from jaxlwp._collectives import member_collectives
+from jaxlwp._collectives import SpareSums, member_collectives, spare_sums
 from jaxlwp._config import Config, Layout, enumerate_configs
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Edge, Layer, Member, Use
@@ -111,6 +111,8 @@ class AnalyticCostModel:
             if use.source == layer.index:
                 total_s = sync_s if use.argument else exchange_s
                 total_s += self._own_use_s(use, configs)
+        for spare in spare_sums(layer):
+            exchange_s -= self._spare_s(spare, configs)
         return LayerCosts(compute_s, exchange_s, sync_s, self._overhead_s(layer, configs, blocks))
 
     def _overhead_s(self, layer: Layer, configs: Sequence[Config], blocks: _Blocks) -> FloatArray:
@@ -197,6 +199,15 @@ class AnalyticCostModel:
             for every in collectives
         ]
         return np.array(seconds, dtype=np.float64)[part_of]
+
+    def _spare_s(self, spare: SpareSums, configs: Sequence[Config]) -> FloatArray:
+        """Seconds of starting all-reduces, and waiting, that do not run, for each config."""
+        sums, sum_of = _distinct([tuple(a for n in spare.names for a in c.axes(n)) for c in configs])
+        wait_s = self.devices.wait_s if spare.awaited else 0.0
+        once_s = [
+            self.devices.link_rate("all-reduce", axes)[0] + wait_s if axes else 0.0 for axes in sums
+        ]
+        return spare.count * np.array(once_s, dtype=np.float64)[sum_of]
 
     def _operator_s(self, member: Member, blocks: _Blocks) -> FloatArray:
         """Forward and backward seconds of one operator on its local shapes, for each config."""
@@ -376,7 +387,7 @@ def layer_key(layer: Layer) -> str:
         for use in layer.uses
         if use.source == layer.index
     ]
-    return repr((members, own, layer.outputs))
+    return repr((members, own, layer.outputs, spare_sums(layer)))
 
 
 def _use_key(use: Use) -> tuple[object, ...]:

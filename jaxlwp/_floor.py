@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jaxlwp._collectives import spare_sums
 from jaxlwp._config import dimension_order
 from jaxlwp._cost import AnalyticCostModel, layer_key
 from jaxlwp._devices import DeviceGraph, MeshAxis
@@ -184,6 +185,9 @@ def _classes(
     for use in layer.uses:
         if use.source == layer.index and use.gradient:
             least_s = least_s + _own_use_s(use, degrees, model, links)
+    for spare in spare_sums(layer):
+        parts = _product(degrees, spare.names)
+        least_s = least_s - spare.count * links.seconds("all-reduce", parts, 0 * parts)
     columns = []
     for edge, out in ends:
         labels = edge.use.source_labels if out else edge.use.labels
