@@ -185,10 +185,10 @@ def layer_collectives(
 
 @dataclass(frozen=True, kw_only=True)
 class SpareSums:
-    """All-reduces of a layer that do not run, since compilers let them join another one.
+    """All-reduces of a layer that do not start of their own: compilers let them join another one.
 
     Sums that are ready together, as those of a normalisation's mean and mean square, are one
-    all-reduce: it sends the bytes of all of them, but starts, and is waited for, once.
+    all-reduce. It sends the bytes of all of them, but starts, and is waited for, once.
 
     Attributes:
       names: dimensions over which the sums run; there are none where these are not split.
@@ -202,11 +202,11 @@ class SpareSums:
 
 
 def spare_sums(layer: Layer) -> tuple[SpareSums, ...]:
-    """What a layer's all-reduces, as `layer_collectives` lists them, are too many.
+    """The all-reduces among a layer's own (`layer_collectives`) that join another one.
 
-    Sums are ready together if equally many other sums of the layer come before them. Those of
-    gradients, where a value that is whole on every device meets split ones, run the other way
-    around, and come in as many turns.
+    Sums are ready together if equally many sums of the layer come one after the other before them.
+    So it is with those of gradients, where a value that is whole on every device meets split
+    ones: they run in the order of these values, backward.
     """
     turns: dict[int, int] = {}  # of a value: the sums before it, one after the other
     groups: dict[tuple[object, ...], list[SpareSums]] = {}

@@ -202,7 +202,8 @@ class AnalyticCostModel:
 
     def _spare_s(self, spare: SpareSums, configs: Sequence[Config]) -> FloatArray:
         """Seconds of starting all-reduces, and waiting, that do not run, for each config."""
-        sums, sum_of = _distinct([tuple(a for n in spare.names for a in c.axes(n)) for c in configs])
+        every = [tuple(a for name in spare.names for a in c.axes(name)) for c in configs]
+        sums, sum_of = _distinct(every)
         wait_s = self.devices.wait_s if spare.awaited else 0.0
         once_s = [
             self.devices.link_rate("all-reduce", axes)[0] + wait_s if axes else 0.0 for axes in sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -117,3 +118,36 @@ class TestCheck:
     def test_unknown(self, arguments: tuple[Any, Any]) -> None:
         with pytest.raises(ValueError, match="give 'measure'"):
             jaxlwp.parallelize(loss, *arguments, devices=4, rates=RATES, check="yes")
+
+
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_sums_that_are_ready_together_start_once(two_passes: bool) -> None:
+    """As many all-reduces of statistics and their gradients are priced as XLA leaves."""
+
+    def normalised(params: Any, x: jax.Array) -> jax.Array:
+        for kernel in params:
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            mean = x.mean((0, 1, 2))
+            if two_passes:
+                variance = ((x - mean) ** 2).mean((0, 1, 2))
+            else:
+                variance = (x**2).mean((0, 1, 2)) - mean**2
+            x = jax.nn.relu((x - mean) * jax.lax.rsqrt(variance + 1e-3))
+        return jnp.mean(x**2)
+
+    params = [jnp.ones((3, 3, channels, 24)) for channels in (4, 24)]
+    x = jnp.ones((8, 6, 6, 4))
+    made = jaxlwp.parallelize(normalised, params, x, devices=8, strategy="data", rates=RATES)
+    text = jax.jit(jax.grad(made)).lower(params, x).compile().as_text()
+    results = re.findall(r" = (.*) all-reduce\(", text)
+    compiled = sum("f32[24]" in result or "f32[1,1,1,24]" in result for result in results)
+    space = made.space
+    priced = 0
+    for layer in space.graph.layers:
+        config = made.strategy.configs[layer.name]
+        inside = _collectives.layer_collectives(layer, config, space.devices.axis_sizes)
+        priced += sum(c.kind == "all-reduce" and c.num_bytes == 4 * 24 for c in inside)
+        priced -= sum(spare.count for spare in _collectives.spare_sums(layer))
+    assert priced == compiled == 4 * (1 + two_passes)
