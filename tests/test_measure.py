@@ -296,7 +296,7 @@ class TestLazySearch:
             (lambda y: jnp.sqrt(jnp.sum(y**2)), 1),  # its derivative needs the sum
             (lambda y: jnp.sum(y**2) ** 2, 1),
             (lambda y: jnp.sum(jnp.where(y > 0, y, 0)) / jnp.sum(y > 0), 1),  # the divisor
-            (lambda y: jnp.sum(y) * jnp.sum(y**2), 2),
+            (lambda y: jnp.sum(y) * jnp.sum(y**2), 1),  # both at once: XLA joins them
             (lambda y: jnp.mean((y - jnp.mean(y, axis=0)) ** 2), 2),  # forward and backward
         ],
     )
