@@ -27,11 +27,11 @@ from jax import lax
 
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph
+from jaxlwp._group import pull, whole
 from jaxlwp._halo import dilate, exchange, plan_halo
 from jaxlwp._layout import degree, even_layout, layout_axes, local_shape
 from jaxlwp._program import Checkpoint, Equation
 from jaxlwp._reshard import reshard
-from jaxlwp._trace import pull, whole
 from jaxlwp.ops import RULES, Labels, Local, Signature, rule_of
 
 LAYER_SCOPE = "jaxlwp.layer"
