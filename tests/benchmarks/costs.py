@@ -218,12 +218,25 @@ def lazy(name: str) -> list[dict[str, Any]]:
     pairs = [(layer, c) for layer in work_layers for c in space.configs[layer.index]]
     every = {timer.key(layer, config) for layer, config in pairs}
     known = sum(timer.key(layer, config) in asked.keys for layer, config in pairs)
+    missed = [
+        {
+            "layer": layer.name,
+            "config": str(config),
+            "analytic_s": float(space.tables.compute_s[layer.index][choice]),
+            "estimated_s": float(found.space.tables.compute_s[layer.index][choice]),
+            "measured_s": timer.known_s(layer, config),
+        }
+        for layer, choice in zip(graph.layers, full.solution.choices, strict=True)
+        for config in (space.configs[layer.index][choice],)
+        if not layer.fused and timer.key(layer, config) not in asked.keys
+    ]
     return [
         {
             "model": name,
             "devices": len(jax.devices()),
             "same_optimum": found.solution.choices == full.solution.choices,
             "cost_over_full": full.space.evaluate(found.strategy).total_s / full.cost.total_s,
+            "missed": missed,
             "pairs_measured": known,
             "pairs": len(pairs),
             "share": known / len(pairs),
