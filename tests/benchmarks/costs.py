@@ -218,6 +218,10 @@ def lazy(name: str) -> list[dict[str, Any]]:
     pairs = [(layer, c) for layer in work_layers for c in space.configs[layer.index]]
     every = {timer.key(layer, config) for layer, config in pairs}
     known = sum(timer.key(layer, config) in asked.keys for layer, config in pairs)
+    optimum = [
+        (layer, space.configs[layer.index][choice], choice)
+        for layer, choice in zip(graph.layers, full.solution.choices, strict=True)
+    ]
     missed = [
         {
             "layer": layer.name,
@@ -226,8 +230,7 @@ def lazy(name: str) -> list[dict[str, Any]]:
             "estimated_s": float(found.space.tables.compute_s[layer.index][choice]),
             "measured_s": timer.known_s(layer, config),
         }
-        for layer, choice in zip(graph.layers, full.solution.choices, strict=True)
-        for config in (space.configs[layer.index][choice],)
+        for layer, config, choice in optimum
         if not layer.fused and timer.key(layer, config) not in asked.keys
     ]
     return [
