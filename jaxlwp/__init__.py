@@ -16,6 +16,7 @@ from jaxlwp._explain import Alternative, Explanation, RankedStrategy, explain, r
 from jaxlwp._graph import ComputationGraph, Edge, Layer
 from jaxlwp._hlo import CompiledCollective, compiled_collectives
 from jaxlwp._layout import Collective
+from jaxlwp._lazy import measured_space, search_measured
 from jaxlwp._limit import MemoryLimitError
 from jaxlwp._marginals import RankedChoices, k_best, min_marginals
 from jaxlwp._measure import LayerTimer, layer_timer
@@ -25,7 +26,7 @@ from jaxlwp._parallelize import parallelize
 from jaxlwp._pareto import ParetoCurve, ParetoPoint, pareto
 from jaxlwp._plan import Plan, bind
 from jaxlwp._profile import Profile, load_profile
-from jaxlwp._search import SearchResult, measured_space, search, search_measured
+from jaxlwp._search import SearchResult, search
 from jaxlwp._solve import Solution, solve
 from jaxlwp._space import SearchSpace, price, restrict
 from jaxlwp._strategy import BASELINES, Strategy

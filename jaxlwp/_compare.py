@@ -30,12 +30,12 @@ from jaxlwp._calibrate import (
 )
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._hlo import bytes_by_kind, compiled_collectives
+from jaxlwp._lazy import measured_space
 from jaxlwp._measure import layer_timer
 from jaxlwp._memory import OPTIMIZER
 from jaxlwp._parallelize import parallelize
 from jaxlwp._plan import Plan, bind
 from jaxlwp._processes import from_first, spans_processes
-from jaxlwp._search import measured_space
 from jaxlwp._step import ProgramMemory, lower_step, program_memory
 from jaxlwp._strategy import BASELINES, Strategy
 from jaxlwp._tables import Cost

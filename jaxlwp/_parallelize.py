@@ -13,13 +13,14 @@ from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
 from jaxlwp._constraints import Constraints
 from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph
+from jaxlwp._lazy import measured_space, search_measured
 from jaxlwp._limit import MemoryLimitError
 from jaxlwp._measure import layer_timer
 from jaxlwp._memory import plan_memory
 from jaxlwp._objective import Objective, PeakMemory
 from jaxlwp._plan import Plan, bind, is_loss, output_shapes
 from jaxlwp._profile import Profile
-from jaxlwp._search import measured_space, search, search_measured
+from jaxlwp._search import search
 from jaxlwp._space import SearchSpace, check_mesh, price
 from jaxlwp._strategy import Strategy
 from jaxlwp._trace import trace

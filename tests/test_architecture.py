@@ -32,6 +32,7 @@ COSTS = (
     *SOLVER,
     "_space",
     "_search",
+    "_lazy",
     "_wide",
     "_devices",
 )

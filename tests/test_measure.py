@@ -28,10 +28,10 @@ from jaxlwp._config import Config
 from jaxlwp._cost import temporary_bytes
 from jaxlwp._graph import Layer
 from jaxlwp._layout import local_shape
+from jaxlwp._lazy import measured_space, search_measured
 from jaxlwp._local import local_step
 from jaxlwp._measure import LayerTimer, TimingCache
 from jaxlwp._program import Value
-from jaxlwp._search import measured_space, search_measured
 from jaxlwp._store import Measurement
 
 AXES = {"a": 2, "b": 2}
@@ -184,6 +184,9 @@ class Table:
     def __init__(self, seconds: Callable[[Layer, Config], float]) -> None:
         self.seconds, self.asked = seconds, set[tuple[int, Config]]()
 
+    def key(self, layer: Layer, config: Config) -> tuple[int, Config]:
+        return layer.index, config
+
     def known_s(self, layer: Layer, config: Config) -> float | None:
         return self.seconds(layer, config) if (layer.index, config) in self.asked else None
 
@@ -244,6 +247,9 @@ class TestLazySearch:
 
     def test_a_timer_that_does_not_measure_is_named(self, graph: jaxlwp.ComputationGraph) -> None:
         class Idle:
+            def key(self, layer: Layer, config: Config) -> int:
+                return layer.index
+
             def known_s(self, layer: Layer, config: Config) -> None:
                 return None
 

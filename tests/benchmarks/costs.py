@@ -186,8 +186,8 @@ def lazy(name: str) -> list[dict[str, Any]]:
     import jax
 
     import jaxlwp
+    from jaxlwp._lazy import measured_space, search_measured
     from jaxlwp._measure import layer_timer
-    from jaxlwp._search import measured_space, search_measured
 
     work = workload(name)
     mesh = jaxlwp.make_mesh(jax.devices())
@@ -204,6 +204,9 @@ def lazy(name: str) -> list[dict[str, Any]]:
 
         def __init__(self) -> None:
             self.keys: set[str] = set()
+
+        def key(self, layer: Any, config: Any) -> str:
+            return timer.key(layer, config)
 
         def known_s(self, layer: Any, config: Any) -> float | None:
             known = timer.key(layer, config) in self.keys

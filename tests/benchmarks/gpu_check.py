@@ -37,9 +37,9 @@ import numpy as np
 import jaxlwp
 from jaxlwp._compare import step_times
 from jaxlwp._devices import axis_shape
+from jaxlwp._lazy import measured_space
 from jaxlwp._measure import LayerTimer, TimingCache
 from jaxlwp._model import load_workload
-from jaxlwp._search import measured_space
 from jaxlwp._store import Store, environment_of
 
 MODELS = {

@@ -1,0 +1,247 @@
+"""Search with measured times that measures no more than it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlwp._config import Config
+from jaxlwp._graph import Layer
+from jaxlwp._marginals import DenseGraphError, min_marginals
+from jaxlwp._objective import Objective
+from jaxlwp._search import AnySolution, Goal, SearchResult
+from jaxlwp._solve import solve
+from jaxlwp._space import SearchSpace
+from jaxlwp._tables import FloatArray
+
+
+class Timer(Protocol):
+    """Measures layers under configs; `jaxlwp.LayerTimer` on the devices at hand."""
+
+    def key(self, layer: Layer, config: Config) -> Hashable:
+        """What the time depends on: pairs of one key have one time, and one measurement."""
+        ...
+
+    def known_s(self, layer: Layer, config: Config) -> float | None:
+        """Measured seconds of forward and backward work, or None."""
+        ...
+
+    def measure(
+        self,
+        pairs: Sequence[tuple[Layer, Config]],
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> int:
+        """Measure what is not known yet; returns how many programs were run."""
+        ...
+
+
+OPTIMISM = 0.7
+"""What an unmeasured program may take for the search to ask: a share of its analytic time, times
+the lowest ratio of measured to analytic time of its layer, where fewer than `KNOWN` are known."""
+
+KNOWN = 3
+"""Measured configs of a layer whose lowest ratio is trusted as it is."""
+
+SURE = 0.87
+"""The share of its estimate that an unmeasured program may take at most, then."""
+
+_FEW = 4
+"""Programs that are measured at once, at least: the more, the fewer searches."""
+
+
+def search_measured(
+    space: SearchSpace,
+    timer: Timer,
+    *,
+    tolerance: float = 0.0,
+    objective: str | Objective = "sum",
+    memory_bytes: float | None = None,
+    optimizer_slots: float = 1.0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> SearchResult:
+    """Find the strategy of least cost under measured times, measuring what may be part of it.
+
+    What is not measured is estimated from what is. The strategy that is then the cheapest is
+    measured, and the search repeated, until it rests on measured times alone. Then every program is
+    measured with which some strategy would be cheaper still if it took as little as can be hoped
+    (`OPTIMISM`, `SURE`), in all layers that run it at once; those that promise most first, until
+    there is none left. (Under a memory limit, or for objectives of several sums, only what the
+    search picks is measured.)
+
+    Args:
+      space: from `price`, or with measured times already.
+      timer: measures.
+      tolerance: share of the cost that a program must promise to save, to measure less.
+      objective: as for `search`.
+      memory_bytes: as for `search`.
+      optimizer_slots: as for `search`.
+      progress: called as `progress(what, done, total)`.
+
+    Returns:
+      The result; its space holds the measured times, and estimates for the rest.
+
+    Raises:
+      ValueError: the timer does not measure what it is asked to.
+      MemoryLimitError: nothing fits.
+    """
+    goal = Goal.of(space, objective, memory_bytes, optimizer_slots)
+    while True:
+        found = measured_space(space, timer)
+        solution = goal.solve(found)
+        missing = [
+            (n, choice)
+            for n, choice in enumerate(solution.choices)
+            if not found.measured[n][choice]
+        ]
+        if not missing and goal.plain:
+            enough_s = solution.cost_s * (1 - tolerance)
+            hopes = _hopes(found, timer, solution.cost_s, enough_s)
+            missing = [hope.pair for hope in hopes if hope.cost_s < enough_s]
+            if hopes and not missing:
+                solution = _with_gap(solution, hopes[0].cost_s)
+        if not missing:
+            return goal.result(found, solution)
+        pairs = [(space.graph.layers[n], space.configs[n][choice]) for n, choice in missing]
+        timer.measure(pairs, progress)
+        if all(timer.known_s(layer, config) is None for layer, config in pairs):
+            raise ValueError(
+                f"search_measured: {type(timer).__name__} was asked to measure layer "
+                f"{pairs[0][0].name} and knows no time of it; give a timer that measures, or "
+                "use measured_space for what is known"
+            )
+
+
+@dataclass(frozen=True, order=True)
+class _Hope:
+    """What a strategy costs if a program that is not measured takes what can be hoped for.
+
+    Attributes:
+      cost_s: the cost, or a lower bound of it.
+      pair: a layer and a config that run the program.
+    """
+
+    cost_s: float
+    pair: tuple[int, int]
+
+
+def _hopes(space: SearchSpace, timer: Timer, cost_s: float, enough_s: float) -> list[_Hope]:
+    """Programs that are not measured and may save something, the best first.
+
+    They are looked at in the order of what they may save at most. Those that save enough are few:
+    what these will take tells of the others. If none does, all have been looked at.
+
+    One program is thought to be faster than estimated, in all layers that run it (blocks of one
+    shape change their splits together or not at all, since every change of layout costs). That
+    several are at once is as unlikely as it would be long to find out.
+    """
+    tables = space.tables
+    try:
+        best_s = min_marginals(tables.node_costs_s, tables.edges, tables.transfer_s)
+    except DenseGraphError:  # what the search picks is measured, no more
+        return []
+    saved_s = [(1 - _hoped_share(space, n)) * c for n, c in enumerate(tables.compute_s)]
+    bounds = [
+        (_bound_s(pairs, best_s, saved_s), pairs)
+        for pairs in _unmeasured(space, timer, best_s).values()
+    ]
+    few, hopes = max(_FEW, len(space.configs) // 4), list[_Hope]()
+    for bound_s, pairs in sorted(bounds):
+        if bound_s >= cost_s or sum(hope.cost_s < enough_s for hope in hopes) >= few:
+            break
+        hoped_s = bound_s if len(pairs) == 1 else _cost_with(space, pairs, saved_s)
+        if hoped_s < cost_s:
+            hopes.append(_Hope(hoped_s, pairs[0]))
+    return sorted(hopes)
+
+
+def _unmeasured(
+    space: SearchSpace, timer: Timer, best_s: Sequence[FloatArray]
+) -> dict[Hashable, list[tuple[int, int]]]:
+    """Layers and configs of every program that is not measured, as far as they are allowed."""
+    programs: dict[Hashable, list[tuple[int, int]]] = {}
+    for n, measured in enumerate(space.measured):
+        for choice in np.flatnonzero(~measured & np.isfinite(best_s[n])):
+            key = timer.key(space.graph.layers[n], space.configs[n][choice])
+            programs.setdefault(key, []).append((n, int(choice)))
+    return programs
+
+
+def _bound_s(
+    pairs: Sequence[tuple[int, int]],
+    best_s: Sequence[FloatArray],
+    saved_s: Sequence[FloatArray],
+) -> float:
+    """A lower bound of the least cost if a program saves what it may; the cost, for one pair."""
+    at_most_s: dict[int, float] = {}
+    for n, choice in pairs:
+        at_most_s[n] = max(at_most_s.get(n, 0.0), float(saved_s[n][choice]))
+    return min(float(best_s[n][choice]) for n, choice in pairs) - sum(at_most_s.values())
+
+
+def _cost_with(
+    space: SearchSpace, pairs: Sequence[tuple[int, int]], saved_s: Sequence[FloatArray]
+) -> float:
+    """The least cost if all these layers save what they may under these configs."""
+    tables = space.tables
+    costs_s = [np.array(costs) for costs in tables.node_costs_s]
+    for n, choice in pairs:
+        costs_s[n][choice] -= saved_s[n][choice]
+    return solve(costs_s, tables.edges, tables.transfer_s).cost_s
+
+
+def _hoped_share(space: SearchSpace, layer: int) -> float:
+    """Share of its estimate that a program of the layer may be hoped to take."""
+    measured = space.measured[layer]
+    if not measured.any():
+        return OPTIMISM
+    ratios = space.tables.compute_s[layer][measured] / space.analytic_s[layer][measured]
+    lowest = float(ratios.min() / np.median(ratios))
+    return lowest * OPTIMISM if measured.sum() < KNOWN else min(lowest, SURE)
+
+
+def _with_gap(solution: AnySolution, hoped_s: float) -> AnySolution:
+    """The solution with what a program that was not measured might save as its gap."""
+    return replace(solution, lower_bound_s=max(0.0, hoped_s), optimal=False)
+
+
+def measured_space(space: SearchSpace, timer: Timer) -> SearchSpace:
+    """The space with measured times where there are any, the others scaled to match them.
+
+    Args:
+      space: from `price`, or with measured times already.
+      timer: knows the measured times.
+    """
+    work = [_Work.of(space, timer, n) for n in range(len(space.configs))]
+    return replace(
+        space,
+        tables=replace(space.tables, compute_s=tuple(w.estimate_s for w in work)),
+        measured=tuple(w.measured for w in work),
+        analytic_s=space.analytic_s or space.tables.compute_s,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Times of one layer's work under each of its configs; every array has shape (configs,)."""
+
+    measured: NDArray[np.bool_]
+    estimate_s: FloatArray
+
+    @classmethod
+    def of(cls, space: SearchSpace, timer: Timer, number: int) -> _Work:
+        """Measured times of a layer where there are any, else from its analytic ones."""
+        layer, configs = space.graph.layers[number], space.configs[number]
+        analytic_s = np.maximum((space.analytic_s or space.tables.compute_s)[number], 1e-9)
+        if layer.fused:  # there is nothing to measure alone: passes over memory, as priced
+            return cls(np.ones(len(configs), dtype=bool), analytic_s)
+        known = [timer.known_s(layer, config) for config in configs]
+        measured = np.array([seconds is not None for seconds in known])
+        if not measured.any():  # the first guess; what it picks will be measured
+            return cls(measured, analytic_s)
+        known_s = np.array([seconds or 0.0 for seconds in known])
+        ratios = (known_s / analytic_s)[measured]
+        return cls(measured, np.where(measured, known_s, float(np.median(ratios)) * analytic_s))
