@@ -99,7 +99,7 @@ def search_measured(
         ]
         if not missing and goal.plain:
             enough_s = solution.cost_s * (1 - tolerance)
-            hopes = _hopes(found, timer, solution.cost_s, enough_s)
+            hopes = _hopes(found, timer, solution.cost_s)
             missing = [hope.pair for hope in hopes if hope.cost_s < enough_s]
             if hopes and not missing:
                 solution = _with_gap(solution, hopes[0].cost_s)
@@ -128,13 +128,10 @@ class _Hope:
     pair: tuple[int, int]
 
 
-def _hopes(space: SearchSpace, timer: Timer, cost_s: float, enough_s: float) -> list[_Hope]:
-    """Programs that are not measured and may save something, the best first.
+def _hopes(space: SearchSpace, timer: Timer, cost_s: float) -> list[_Hope]:
+    """The programs that are not measured and may save most, the best first.
 
-    They are looked at in the order of what they may save at most. Those that save enough are few:
-    what these will take tells of the others. If none does, all have been looked at.
-
-    One program is thought to be faster than estimated, in all layers that run it (blocks of one
+    They are few: what these will take tells of the others. One program is thought to be faster than estimated, in all layers that run it (blocks of one
     shape change their splits together or not at all, since every change of layout costs). That
     several are at once is as unlikely as it would be long to find out.
     """
@@ -150,12 +147,13 @@ def _hopes(space: SearchSpace, timer: Timer, cost_s: float, enough_s: float) -> 
     ]
     few, hopes = max(_FEW, len(space.configs) // 4), list[_Hope]()
     for bound_s, pairs in sorted(bounds):
-        if bound_s >= cost_s or sum(hope.cost_s < enough_s for hope in hopes) >= few:
+        worst_s = cost_s if len(hopes) < few else hopes[-1].cost_s
+        if bound_s >= worst_s:
             break
         hoped_s = bound_s if len(pairs) == 1 else _cost_with(space, pairs, saved_s)
-        if hoped_s < cost_s:
-            hopes.append(_Hope(hoped_s, pairs[0]))
-    return sorted(hopes)
+        if hoped_s < worst_s:
+            hopes = sorted([*hopes, _Hope(hoped_s, pairs[0])])[:few]
+    return hopes
 
 
 def _unmeasured(
