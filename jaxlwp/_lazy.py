@@ -131,9 +131,10 @@ class _Hope:
 def _hopes(space: SearchSpace, timer: Timer, cost_s: float) -> list[_Hope]:
     """The programs that are not measured and may save most, the best first.
 
-    They are few: what these will take tells of the others. One program is thought to be faster than estimated, in all layers that run it (blocks of one
-    shape change their splits together or not at all, since every change of layout costs). That
-    several are at once is as unlikely as it would be long to find out.
+    They are few: what these will take tells of the others. One program is thought to be faster than
+    estimated, in all layers that run it (blocks of one shape change their splits together or not at
+    all, since every change of layout costs). That several are at once is as unlikely as it would be
+    long to find out.
     """
     tables = space.tables
     try:

@@ -6,7 +6,8 @@ Three parts, each with a table and its rows in results/costs.json:
   strategies, from layers measured between the steps; median and 90th percentile of the absolute
   error, Kendall's tau of the order, regret of the strategy found (its measured time over the best
   of all), and of what `check="measure"` keeps of it and data parallelism.
-- lazy: the search that measures what it picks against the fully measured table.
+- lazy: the search that measures what it picks against the fully measured table, and on copies of
+  this table with noise.
 - warm: a second `parallelize` of AlexNet with a warm cache.
 
 Every model runs in a process of its own, with its number of simulated devices. The strategies of a
@@ -21,6 +22,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -55,6 +57,9 @@ BASELINES = ("data", "model", "owt", "spatial")
 
 POOL = 4
 """Configs that random strategies take of layers that are alike: each is to be measured."""
+
+COPIES, NOISE = 40, 0.05
+"""Copies of a full table, and the standard deviation of the logarithm of their times from it."""
 
 TOGETHER = 8
 """Layers that are measured in turns, between two steps."""
@@ -181,12 +186,29 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+class Known:
+    """A timer of times that are all known, which gives away those that it was asked to measure."""
+
+    def __init__(self, timer: Any, times: dict[str, float]) -> None:
+        self.key, self.times, self.asked = timer.key, times, set[str]()
+
+    def known_s(self, layer: Any, config: Any) -> float | None:
+        key = self.key(layer, config)
+        return self.times[key] if key in self.asked else None
+
+    def measure(self, pairs: Any, progress: Any = None) -> int:
+        self.asked.update(self.key(layer, config) for layer, config in pairs)
+        return len(pairs)
+
+
 def lazy(name: str) -> list[dict[str, Any]]:
-    """The search that measures what it picks, on times that are all known, and the full search."""
+    """The search that measures what it picks, on times that are all known, and the full search.
+
+    And on copies of these times with noise, which other days may show.
+    """
     import jax
 
     import jaxlwp
-    from jaxlwp._lazy import measured_space, search_measured
     from jaxlwp._measure import layer_timer
 
     work = workload(name)
@@ -195,35 +217,45 @@ def lazy(name: str) -> list[dict[str, Any]]:
     graph = jaxlwp.trace(work.loss, work.params, *work.batch)
     space = jaxlwp.price(graph, devices)
     timer = layer_timer(graph, devices, mesh)
-    work_layers = [layer for layer in graph.layers if not layer.fused]
-    timer.measure([(layer, c) for layer in work_layers for c in space.configs[layer.index]])
-    full = jaxlwp.search(measured_space(space, timer))
+    pairs = [(n, c) for n in graph.layers if not n.fused for c in space.configs[n.index]]
+    timer.measure(pairs)
+    times = {timer.key(layer, config): timer.known_s(layer, config) for layer, config in pairs}
+    row = searched(space, Known(timer, times), pairs)
+    generator = random.Random(0)
+    copies = [
+        searched(
+            space,
+            Known(timer, {k: s * math.exp(generator.gauss(0, NOISE)) for k, s in times.items()}),
+            pairs,
+        )
+        for _ in range(COPIES)
+    ]
+    return [
+        {
+            "model": name,
+            "devices": len(jax.devices()),
+            **row,
+            "copies": COPIES,
+            "copies_same_optimum": sum(copy["same_optimum"] for copy in copies),
+            "copies_cost_over_full_max": max(copy["cost_over_full"] for copy in copies),
+            "copies_share": statistics.median(copy["share"] for copy in copies),
+            "copies_share_max": max(copy["share"] for copy in copies),
+        }
+    ]
 
-    class Asked:
-        """Gives away a time only after it was asked to measure it."""
 
-        def __init__(self) -> None:
-            self.keys: set[str] = set()
+def searched(space: Any, timer: Known, pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """The search that asks the timer for what it needs against the one that knows all."""
+    import jaxlwp
 
-        def key(self, layer: Any, config: Any) -> str:
-            return timer.key(layer, config)
-
-        def known_s(self, layer: Any, config: Any) -> float | None:
-            known = timer.key(layer, config) in self.keys
-            return timer.known_s(layer, config) if known else None
-
-        def measure(self, pairs: Any, progress: Any = None) -> int:
-            self.keys.update(timer.key(layer, config) for layer, config in pairs)
-            return len(pairs)
-
-    asked = Asked()
-    found = search_measured(space, asked)
-    pairs = [(layer, c) for layer in work_layers for c in space.configs[layer.index]]
-    every = {timer.key(layer, config) for layer, config in pairs}
-    known = sum(timer.key(layer, config) in asked.keys for layer, config in pairs)
+    layers = space.graph.layers
+    found = jaxlwp.search_measured(space, timer)
+    asked = set(timer.asked)
+    timer.measure(pairs)
+    full = jaxlwp.search(jaxlwp.measured_space(space, timer))
     optimum = [
         (layer, space.configs[layer.index][choice], choice)
-        for layer, choice in zip(graph.layers, full.solution.choices, strict=True)
+        for layer, choice in zip(layers, full.solution.choices, strict=True)
     ]
     missed = [
         {
@@ -234,22 +266,19 @@ def lazy(name: str) -> list[dict[str, Any]]:
             "measured_s": timer.known_s(layer, config),
         }
         for layer, config, choice in optimum
-        if not layer.fused and timer.key(layer, config) not in asked.keys
+        if not layer.fused and timer.key(layer, config) not in asked
     ]
-    return [
-        {
-            "model": name,
-            "devices": len(jax.devices()),
-            "same_optimum": found.solution.choices == full.solution.choices,
-            "cost_over_full": full.space.evaluate(found.strategy).total_s / full.cost.total_s,
-            "missed": missed,
-            "pairs_measured": known,
-            "pairs": len(pairs),
-            "share": known / len(pairs),
-            "programs_measured": len(asked.keys),
-            "programs": len(every),
-        }
-    ]
+    known = sum(timer.key(layer, config) in asked for layer, config in pairs)
+    return {
+        "same_optimum": found.solution.choices == full.solution.choices,
+        "cost_over_full": full.space.evaluate(found.strategy).total_s / full.cost.total_s,
+        "missed": missed,
+        "pairs_measured": known,
+        "pairs": len(pairs),
+        "share": known / len(pairs),
+        "programs_measured": len(asked),
+        "programs": len(timer.times),
+    }
 
 
 def warm(name: str) -> list[dict[str, Any]]:
@@ -322,7 +351,10 @@ def show(part: str, rows: list[dict[str, Any]]) -> None:
             print(
                 f"{where} measured {r['pairs_measured']} of {r['pairs']} pairs ({r['share']:.0%}), "
                 f"same optimum: {r['same_optimum']}, cost over the full table's "
-                f"{r['cost_over_full']:.4f}"
+                f"{r['cost_over_full']:.4f}; of {r['copies']} noisy copies "
+                f"{r['copies_same_optimum']} the same, cost at most "
+                f"{r['copies_cost_over_full_max']:.4f}, {r['copies_share']:.0%} of the pairs "
+                f"(at most {r['copies_share_max']:.0%})"
             )
         else:
             print(f"{where} parallelize with a warm cache {r['warm_s']:.2f} s")
