@@ -57,6 +57,10 @@ COLD = 10
 STEADY = 0.02
 """Relative standard error of the median at which a program is measured."""
 
+TOUCHED = 0.75
+"""Share of a run that new memory may take at most. Its price is an average of pages; where it would
+take more, that price is off, and the layer must not come out free."""
+
 NEGLIGIBLE = 0.02
 """Standard error at which a program is measured, too, over what a step that does nothing takes."""
 
@@ -357,12 +361,15 @@ class _Runner:
         """Run it, and keep the time."""
         self.times_s.append(self.once())
 
-    def besides_s(self, call_s: float) -> float:
-        """Seconds of a run that are not the step's: the call, its arrays, new memory."""
+    def work_s(self, run_s: float, call_s: float) -> float:
+        """Seconds of a run without what is not the step's: the call, its arrays, new memory."""
         arrays = len(self.step.operands) + (self.copies - 1) * len(self.fixed[0])
+        called_s = call_s + self.rates.leaf_s * arrays
+        # Next to nothing, hidden by noise: a small part of a run stands in for it.
+        rest_s = max(run_s - called_s, 1e-3 * min(self.times_s))
         num_bytes = self.program.memory_analysis().temp_size_in_bytes
         touch_s = float(self.rates.first_touch_s(num_bytes) * num_bytes)
-        return call_s + self.rates.leaf_s * arrays + touch_s
+        return rest_s - min(touch_s, TOUCHED * rest_s)
 
     @property
     def done(self) -> bool:
@@ -382,10 +389,7 @@ class _Runner:
         Args:
           call_s: seconds of a call that does next to nothing.
         """
-        besides_s = self.besides_s(call_s)
-        # Next to nothing, hidden by noise: a small part of a run stands in for it.
-        least_s = 1e-3 * min(self.times_s)
-        each = [max(s - besides_s, least_s) / self.copies for s in self.times_s]
+        each = [self.work_s(run_s, call_s) / self.copies for run_s in self.times_s]
         typical_s = statistics.median(each)
         spread = statistics.median(abs(s - typical_s) for s in each) / typical_s
         return Measurement(seconds=typical_s, spread=spread, samples=len(each))

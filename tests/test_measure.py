@@ -177,6 +177,19 @@ class TestLayerTimer:
             np.testing.assert_array_equal(first[5:], first[:7])
             assert len(set(first)) == 5
 
+    def test_new_memory_never_makes_a_layer_free(self, graph: jaxlwp.ComputationGraph) -> None:
+        """A price of new memory that is too high for a program leaves it a quarter of its time."""
+        mesh = Mesh(np.array(jax.devices()[:2]), ("device",))
+        step = local_step(graph, layer(graph, "conv"), Config(), AXES)
+        seconds = []
+        for byte_s in (0.0, 1.0):
+            rates = replace(devices(), first_touch_byte_s=((0, byte_s),), leaf_s=0.0)
+            runner = _measure._Runner(step, mesh, rates)
+            runner.prepare()
+            runner.times_s = [1.0, 1.2, 1.4]
+            seconds.append(runner.timing(call_s=0.2).seconds * runner.copies)
+        assert seconds == pytest.approx([1.0, 0.25])
+
 
 class Table:
     """Times by rule, given away when asked to measure."""
