@@ -120,7 +120,7 @@ class _Hope:
     """What a strategy costs if a program that is not measured takes what can be hoped for.
 
     Attributes:
-      cost_s: the cost, or a lower bound of it.
+      cost_s: the cost.
       pair: a layer and a config that run the program.
     """
 
