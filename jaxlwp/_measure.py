@@ -3,9 +3,9 @@
 A call of its own would over-count: dispatch, and output buffers that are new each time. So the work
 is unrolled inside one compiled program, each copy fed with what the one before has made. The first
 copy finds caches cold, the others warm; a training step is somewhere in between, and so is their
-mean. What an empty call takes, and memory that is taken anew, is left out. All simulated devices
-work at once, since they share the machine's cores. Programs take turns, so that whatever else the
-machine does meets all of them alike.
+mean. What an empty call takes is left out, and so is memory that is taken anew. All simulated
+devices work at once, since they share the machine's cores. Programs take turns, so that whatever
+else the machine does meets all of them alike.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlwp import _pages
 from jaxlwp._calibrate import local_devices
 from jaxlwp._config import Config
 from jaxlwp._devices import DeviceGraph
@@ -292,6 +293,7 @@ class _Runner:
     carried: list[Any] = field(default_factory=list)
     fixed: list[Any] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
 
     def prepare(self) -> None:
         """Compile; more copies of what is short, for its time to stand out from a call's."""
@@ -358,18 +360,31 @@ class _Runner:
         return time.perf_counter() - start
 
     def turn(self) -> None:
-        """Run it, and keep the time."""
+        """Run it, and keep the time, and how many pages of memory it took anew."""
+        before = _pages.taken()
         self.times_s.append(self.once())
+        self.pages.append(_pages.taken() - before)
 
-    def work_s(self, run_s: float, call_s: float) -> float:
+    def work_s(self, run_s: float, pages: int, call_s: float) -> float:
         """Seconds of a run without what is not the step's: the call, its arrays, new memory."""
         arrays = len(self.step.operands) + (self.copies - 1) * len(self.fixed[0])
         called_s = call_s + self.rates.leaf_s * arrays
         # Next to nothing, hidden by noise: a small part of a run stands in for it.
         rest_s = max(run_s - called_s, 1e-3 * min(self.times_s))
-        num_bytes = self.program.memory_analysis().temp_size_in_bytes
-        touch_s = float(self.rates.first_touch_s(num_bytes) * num_bytes)
+        # Whether the C library has kept a block from the run before depends on what ran between.
+        new_bytes = min(pages * _pages.page_bytes() / self.mesh.size, self.allocated_bytes)
+        touch_s = self.rates.first_touch_s(math.inf) * new_bytes
         return rest_s - min(touch_s, TOUCHED * rest_s)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of a run's temporaries and results on one device, without what is donated.
+
+        A kernel's own scratch memory is not among them: it costs a training step just as much.
+        """
+        memory = self.program.memory_analysis()
+        made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return int(memory.temp_size_in_bytes + max(made, 0))
 
     @property
     def done(self) -> bool:
@@ -389,7 +404,8 @@ class _Runner:
         Args:
           call_s: seconds of a call that does next to nothing.
         """
-        each = [self.work_s(run_s, call_s) / self.copies for run_s in self.times_s]
+        runs = zip(self.times_s, self.pages, strict=True)
+        each = [self.work_s(run_s, pages, call_s) / self.copies for run_s, pages in runs]
         typical_s = statistics.median(each)
         spread = statistics.median(abs(s - typical_s) for s in each) / typical_s
         return Measurement(seconds=typical_s, spread=spread, samples=len(each))

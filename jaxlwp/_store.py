@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 import platformdirs
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """In the file's name: an older jaxlwp leaves a newer one's file alone."""
 
 APPLICATION_ID = 0x6A6C7770

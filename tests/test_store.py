@@ -324,8 +324,9 @@ class TestExport:
             "no json",
             "[]",
             '{"format_version": 99, "environments": []}',
-            '{"format_version": 1}',
-            '{"format_version": 1, "environments": [{"entries": []}]}',
+            '{"format_version": 2}',
+            '{"format_version": 2, "environments": [{"entries": []}]}',
+            '{"format_version": 1, "environments": []}',
             "nan",
             "negative",
             "text",
@@ -338,7 +339,7 @@ class TestExport:
             sound = {"kind": "layer", "key": "sound", "seconds": 1.0}
             bad = {"kind": "layer", "key": "bad", "seconds": wrong[text]}
             group = {"environment": vars(HERE), "entries": [sound, bad]}
-            path.write_text(json.dumps({"format_version": 1, "environments": [group]}))
+            path.write_text(json.dumps({"format_version": 2, "environments": [group]}))
         elif text is not None:
             path.write_text(text)
         entries = filled(tmp_path / "s", 3)
