@@ -49,6 +49,10 @@ KNOWN = 3
 SURE = 0.87
 """The share of its estimate that an unmeasured program may take at most, then."""
 
+TOGETHER = 0.15
+"""Share of layers and configs that are measured up to which the search hopes for all others at
+once. It is affordable where there are few layers, of many configs."""
+
 _FEW = 4
 """Programs that are measured at once, at least: the more, the fewer searches."""
 
@@ -101,6 +105,7 @@ def search_measured(
             enough_s = solution.cost_s * (1 - tolerance)
             hopes = _hopes(found, timer, solution.cost_s)
             missing = [hope.pair for hope in hopes if hope.cost_s < enough_s]
+            missing = missing or _hoped_together(found, enough_s)
             if hopes and not missing:
                 solution = _with_gap(solution, hopes[0].cost_s)
         if not missing:
@@ -155,6 +160,29 @@ def _hopes(space: SearchSpace, timer: Timer, cost_s: float) -> list[_Hope]:
         if hoped_s < worst_s:
             hopes = sorted([*hopes, _Hope(hoped_s, pairs[0])])[:few]
     return hopes
+
+
+def _hoped_together(space: SearchSpace, enough_s: float) -> list[tuple[int, int]]:
+    """What is not measured of the cheapest strategy if every program saves what it may.
+
+    Nothing, if it saves too little, or if much is measured already (`TOGETHER`).
+    """
+    layers = space.graph.layers
+    work = [each for each, layer in zip(space.measured, layers, strict=True) if not layer.fused]
+    if np.mean(np.concatenate(work)) > TOGETHER:
+        return []
+    tables = space.tables
+    costs_s = [
+        costs - np.where(measured, 0.0, (1 - _hoped_share(space, n)) * compute_s)
+        for n, (costs, measured, compute_s) in enumerate(
+            zip(tables.node_costs_s, space.measured, tables.compute_s, strict=True)
+        )
+    ]
+    solution = solve(costs_s, tables.edges, tables.transfer_s)
+    if solution.cost_s >= enough_s:
+        return []
+    chosen = enumerate(solution.choices)
+    return [(n, choice) for n, choice in chosen if not space.measured[n][choice]]
 
 
 def _unmeasured(

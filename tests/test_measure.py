@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jaxlwp
-from jaxlwp import _measure, _pages
+from jaxlwp import _lazy, _measure, _pages
 from jaxlwp._calibrate import _ring, fit_link
 from jaxlwp._collectives import use_source_layout
 from jaxlwp._config import Config
@@ -301,12 +301,17 @@ class TestLazySearch:
         assert all(each.fused or (each.index, config) in table.asked for each, config in chosen)
         assert found.space.num_measured < found.space.num_pairs
 
-    @pytest.mark.parametrize("shared", [True, False])
-    def test_blocks_of_one_shape_are_hoped_for_together(self, shared: bool) -> None:
+    @pytest.mark.parametrize(
+        ("shared", "together", "same"), [(True, 0.0, True), (False, 0.0, False), (False, 0.5, True)]
+    )
+    def test_blocks_are_hoped_for_together(
+        self, monkeypatch: pytest.MonkeyPatch, shared: bool, together: float, same: bool
+    ) -> None:
         """One block alone in another layout does not pay for the change, and all of them do.
 
-        A timer that keeps blocks of one shape apart shows that it is their program that counts.
+        Blocks of one program are hoped for together, and everything is while little is measured.
         """
+        monkeypatch.setattr(_lazy, "TOGETHER", together)
         space = chain_space(num_layers=8)
         fast = Config.of({"height": ("a", "b")})
 
@@ -324,7 +329,7 @@ class TestLazySearch:
         full = jaxlwp.search(measured_space(space, every))
         optimum = zip(space.graph.layers, full.strategy.for_graph(space.graph), strict=True)
         assert {config for each, config in optimum if each.kind == "conv"} == {fast}
-        assert (found.solution.choices == full.solution.choices) == shared
+        assert (found.solution.choices == full.solution.choices) == same
 
     def test_tolerance_measures_less_and_states_the_gap(
         self, graph: jaxlwp.ComputationGraph
