@@ -73,7 +73,8 @@ def search_measured(
     measured, and the search repeated, until it rests on measured times alone. Then every program is
     measured with which some strategy would be cheaper still if it took as little as can be hoped
     (`OPTIMISM`, `SURE`), in all layers that run it at once; those that promise most first, until
-    there is none left. (Under a memory limit, or for objectives of several sums, only what the
+    there is none left. While little is measured (`TOGETHER`), so is what would be picked if all
+    programs took as little. (Under a memory limit, or for objectives of several sums, only what the
     search picks is measured.)
 
     Args:
@@ -169,7 +170,7 @@ def _hoped_together(space: SearchSpace, enough_s: float) -> list[tuple[int, int]
     """
     layers = space.graph.layers
     work = [each for each, layer in zip(space.measured, layers, strict=True) if not layer.fused]
-    if np.mean(np.concatenate(work)) > TOGETHER:
+    if sum(each.sum() for each in work) > TOGETHER * sum(each.size for each in work):
         return []
     tables = space.tables
     costs_s = [
