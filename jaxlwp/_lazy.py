@@ -147,7 +147,7 @@ def _hopes(space: SearchSpace, timer: Timer, cost_s: float) -> list[_Hope]:
         best_s = min_marginals(tables.node_costs_s, tables.edges, tables.transfer_s)
     except DenseGraphError:  # what the search picks is measured, no more
         return []
-    saved_s = [(1 - _hoped_share(space, n)) * c for n, c in enumerate(tables.compute_s)]
+    saved_s = _saved_s(space)
     bounds = [
         (_bound_s(pairs, best_s, saved_s), pairs)
         for pairs in _unmeasured(space, timer, best_s).values()
@@ -173,12 +173,8 @@ def _hoped_together(space: SearchSpace, enough_s: float) -> list[tuple[int, int]
     if sum(each.sum() for each in work) > TOGETHER * sum(each.size for each in work):
         return []
     tables = space.tables
-    costs_s = [
-        costs - np.where(measured, 0.0, (1 - _hoped_share(space, n)) * compute_s)
-        for n, (costs, measured, compute_s) in enumerate(
-            zip(tables.node_costs_s, space.measured, tables.compute_s, strict=True)
-        )
-    ]
+    every = zip(tables.node_costs_s, _saved_s(space), space.measured, strict=True)
+    costs_s = [costs - np.where(measured, 0.0, saved) for costs, saved, measured in every]
     solution = solve(costs_s, tables.edges, tables.transfer_s)
     if solution.cost_s >= enough_s:
         return []
@@ -219,6 +215,12 @@ def _cost_with(
     for n, choice in pairs:
         costs_s[n][choice] -= saved_s[n][choice]
     return solve(costs_s, tables.edges, tables.transfer_s).cost_s
+
+
+def _saved_s(space: SearchSpace) -> list[FloatArray]:
+    """Seconds that each layer may be hoped to save of its estimate; arrays of shape (configs,)."""
+    every = enumerate(space.tables.compute_s)
+    return [(1 - _hoped_share(space, n)) * compute_s for n, compute_s in every]
 
 
 def _hoped_share(space: SearchSpace, layer: int) -> float:
