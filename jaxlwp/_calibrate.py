@@ -25,7 +25,7 @@ from jaxlwp._layout import COLLECTIVES, wire_share
 from jaxlwp._processes import from_first, spans_processes
 from jaxlwp._store import Measurement, Store, environment_of, now
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 REPEATS = 5
 
 
@@ -391,20 +391,24 @@ def _link_fit(mesh: Mesh, kind: str, axes: tuple[str, ...], counts: tuple[int, .
     return fit_link(kind, counts, sizes, seconds)
 
 
-def _wait(mesh: Mesh, fits: Sequence[LinkFit]) -> float:
-    """Seconds that an all-reduce of next to nothing adds to a piece of work beyond its latency.
+WAIT_SHAPES = ((1, 14, 14, 64), (1, 28, 28, 64), (2, 28, 28, 64), (4, 28, 28, 64), (8, 28, 28, 64))
+"""Operands of the pieces of work behind which devices meet: fractions of a millisecond to some tens
+on a core that several devices share."""
+
+
+def _wait(mesh: Mesh, fits: Sequence[LinkFit]) -> tuple[float, float]:
+    """Seconds that an all-reduce of next to nothing adds to work beyond its latency: `fit_wait`.
 
     A device that is done with its piece waits for the others. Where simulated devices share cores,
     and take turns on them, that is much longer than the exchange itself. It grows with the work,
-    but hardly beyond the time that the operating system leaves a core to one of them: pieces of
-    some milliseconds, as here, stand for all.
+    but hardly beyond the time that the operating system leaves a core to one of them.
     """
     sums = [fit for fit in fits if fit.kind == "all-reduce"]
     if not sums:
-        return 0.0
+        return 0.0, 0.0
     latency_s = max(sums, key=lambda fit: sum(fit.axes_per_group)).latency_s
     axes, copies = tuple(mesh.axis_names), 6
-    x, w = _spread(mesh, (4, 28, 28, 64)), _spread(mesh, (3, 3, 64, 64))
+    w = _spread(mesh, (3, 3, 64, 64))
     spec = PartitionSpec(axes)
 
     def layer(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -415,7 +419,7 @@ def _wait(mesh: Mesh, fits: Sequence[LinkFit]) -> float:
         pooled: jax.Array = lax.reduce_window(y, -jnp.inf, lax.max, window, (1, 1, 1, 1), "SAME")
         return 0.1 * pooled
 
-    def program(meets: bool) -> Any:
+    def program(x: jax.Array, meets: bool) -> Any:
         def chain(x: jax.Array, w: jax.Array) -> jax.Array:
             for _ in range(copies):
                 x = layer(x, w)
@@ -428,16 +432,37 @@ def _wait(mesh: Mesh, fits: Sequence[LinkFit]) -> float:
         mapped = jax.shard_map(chain, mesh=mesh, in_specs=spec, out_specs=spec)
         return jax.jit(mapped).lower(x, w).compile()
 
-    programs = program(False), program(True)
-    waits = []
-    for _ in range(6 * REPEATS + 1):
-        times = []
-        for run in programs:
-            start = time.perf_counter()
-            jax.block_until_ready(run(x, w))
-            times.append(time.perf_counter() - start)
-        waits.append((times[1] - times[0]) / copies - latency_s)
-    return max(statistics.median(waits[1:]), 0.0)
+    operands = [_spread(mesh, shape) for shape in WAIT_SHAPES]
+    programs = [(x, program(x, False), program(x, True)) for x in operands]
+    taken = np.empty((4 * REPEATS + 1, len(programs), 2))
+    for times in taken:
+        for pair, (x, *runs) in zip(times, programs, strict=True):
+            for n, run in enumerate(runs):
+                start = time.perf_counter()
+                jax.block_until_ready(run(x, w))
+                pair[n] = (time.perf_counter() - start) / copies
+    alone, together = np.moveaxis(taken[1:], -1, 0)
+    waits_s = np.median(together - alone, axis=0) - latency_s
+    return fit_wait(np.median(alone, axis=0), waits_s)
+
+
+def fit_wait(work_s: np.ndarray, waits_s: np.ndarray) -> tuple[float, float]:
+    """The curve `wait * work / (work + half)` of least squared distance through what was measured.
+
+    Args:
+      work_s: seconds of the pieces of work.
+      waits_s: seconds waited behind each.
+
+    Returns:
+      `wait` and `half`, seconds, neither negative.
+    """
+    best = (math.inf, 0.0, 0.0)
+    for half_s in np.geomspace(0.1 * work_s.min(), 10 * work_s.max(), 100):
+        share = work_s / (work_s + half_s)
+        wait_s = max(float(share @ waits_s / (share @ share)), 0.0)
+        error = float(np.sum((wait_s * share - waits_s) ** 2))
+        best = min(best, (error, wait_s, float(half_s)))
+    return best[1:]
 
 
 def fit_link(
@@ -503,6 +528,7 @@ def measure(mesh: Mesh) -> DeviceGraph:
         )
     memory_bytes_per_s = _memory_rate(mesh)
     step_s, leaf_s = _step_overhead(mesh)
+    wait_s, wait_work_s = _wait(mesh, fits)
     return DeviceGraph(
         axes=tuple(axes),
         conv_flops_per_s=_conv_rate(mesh),
@@ -511,7 +537,8 @@ def measure(mesh: Mesh) -> DeviceGraph:
         links=fits,
         first_touch_byte_s=_first_touch(mesh),
         update_pass_byte_s=1 / memory_bytes_per_s,
-        wait_s=_wait(mesh, fits),
+        wait_s=wait_s,
+        wait_work_s=wait_work_s,
         step_s=step_s,
         leaf_s=leaf_s,
         input_byte_s=_input_rate(mesh),

@@ -7,8 +7,9 @@ tensor cost. `build_tables` asks them for every layer and edge.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -78,27 +79,45 @@ class AnalyticCostModel:
       optimizer_slots: arrays like the parameters that the optimizer keeps: 1 for SGD with momentum,
         2 for Adam, 0 for an evaluation or plain SGD.
       temporary_bytes: of memory that a step takes anew on each device, in all, about.
+      wait_s: seconds that devices wait for one another where a layer's work meets a collective.
     """
 
     devices: DeviceGraph
     optimizer_slots: float = 1.0
     temporary_bytes: float = 0.0
+    wait_s: float = 0.0
 
     @classmethod
     def of(
         cls, graph: ComputationGraph, devices: DeviceGraph, optimizer_slots: float = 1.0
     ) -> AnalyticCostModel:
         """The model of one graph's training step."""
-        return cls(
+        model = cls(
             devices=devices,
             optimizer_slots=optimizer_slots,
             temporary_bytes=temporary_bytes(graph, devices.num_devices),
         )
+        return replace(model, wait_s=model.mean_wait_s(graph))
+
+    def mean_wait_s(self, graph: ComputationGraph) -> float:
+        """Seconds that devices wait for one another behind a layer of the graph, about.
+
+        As if each were split over all devices, and met a collective on the way forward and another
+        on the way back. What ran since the last one depends on the strategy; its mean hardly does.
+        """
+        whole = _Blocks([Config()], self.devices.axis_sizes)
+        share = 1 / (2 * self.devices.num_devices)
+        waits = [
+            self.devices.wait_after_s(share * sum(self._operator_s(m, whole)[0] for m in n.members))
+            for n in graph.layers
+            if not n.fused
+        ]
+        return statistics.fmean(waits) if waits else 0.0
 
     def step_s(self, graph: ComputationGraph) -> float:
         """See `CostModel`: dispatch, every array that the step reads, the wait for the last."""
         leaves = len(graph.program.inputs) + self.optimizer_slots * graph.num_parameters
-        return self.devices.step_s + leaves * self.devices.leaf_s + self.devices.wait_s
+        return self.devices.step_s + leaves * self.devices.leaf_s + self.wait_s
 
     def layer(self, layer: Layer, configs: Sequence[Config]) -> LayerCosts:
         """See `CostModel`."""
@@ -175,7 +194,7 @@ class AnalyticCostModel:
             forward=1 + use.recomputed,
             backward=int(use.gradient),
             devices=self.devices,
-            wait_s=0.0 if use.argument else self.devices.wait_s,
+            wait_s=0.0 if use.argument else self.wait_s,
         )
         return table.seconds(use.info.shape, use.info.itemsize)
 
@@ -195,7 +214,7 @@ class AnalyticCostModel:
         collectives = [member_collectives(member, Config(splits), sizes) for splits in parts]
         seconds = [
             sum(map(self.devices.collective_s, every))
-            + self.devices.wait_s * len({c.backward for c in every if c.backward or member.awaited})
+            + self.wait_s * len({c.backward for c in every if c.backward or member.awaited})
             for every in collectives
         ]
         return np.array(seconds, dtype=np.float64)[part_of]
@@ -204,7 +223,7 @@ class AnalyticCostModel:
         """Seconds of starting all-reduces, and waiting, that do not run, for each config."""
         every = [tuple(a for name in spare.names for a in c.axes(name)) for c in configs]
         sums, sum_of = _distinct(every)
-        wait_s = self.devices.wait_s if spare.awaited else 0.0
+        wait_s = self.wait_s if spare.awaited else 0.0
         once_s = [
             self.devices.link_rate("all-reduce", axes)[0] + wait_s if axes else 0.0 for axes in sums
         ]

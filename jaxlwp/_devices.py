@@ -118,7 +118,8 @@ class DeviceGraph:
         reading or writing it: (least bytes of all temporaries, seconds per byte), ascending.
         Operating systems hand out and clear pages; accelerators' allocators keep them.
       update_pass_byte_s: seconds for each byte that the optimizer's update reads or writes.
-      wait_s: seconds that devices wait for one another where a layer's work meets a collective.
+      wait_s: seconds that devices wait for one another where long work meets a collective.
+      wait_work_s: seconds of work behind which they wait half as long.
       step_s: fixed seconds of a step.
       leaf_s: seconds more for each array that a step reads.
       input_byte_s: seconds for each byte of the batch that is put on a device, all busy at once.
@@ -135,6 +136,7 @@ class DeviceGraph:
     first_touch_byte_s: tuple[tuple[float, float], ...] = ()
     update_pass_byte_s: float = 0.0
     wait_s: float = 0.0
+    wait_work_s: float = 0.0
     step_s: float = 0.0
     leaf_s: float = 0.0
     input_byte_s: float = 0.0
@@ -156,6 +158,7 @@ class DeviceGraph:
             "overhead_s",
             "update_pass_byte_s",
             "wait_s",
+            "wait_work_s",
             "step_s",
             "leaf_s",
             "input_byte_s",
@@ -190,6 +193,12 @@ class DeviceGraph:
         """Seconds for each byte of a step's temporaries, of which it takes so many in all."""
         reached = [byte_s for size, byte_s in self.first_touch_byte_s if size <= temporary_bytes]
         return reached[-1] if reached else 0.0
+
+    def wait_after_s(self, work_s: float) -> float:
+        """Seconds that devices wait for one another at a collective behind so much work of each."""
+        if self.wait_work_s == 0:
+            return self.wait_s
+        return self.wait_s * work_s / (work_s + self.wait_work_s)
 
     def collective_s(self, collective: Collective) -> float:
         """Seconds of one collective."""

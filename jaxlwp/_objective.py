@@ -100,7 +100,6 @@ class MovedBytes:
                 replace(axis, latency_s=0.0, bytes_per_s=1.0) for axis in space.devices.axes
             ),
             links=(),
-            wait_s=0.0,
             first_touch_byte_s=(),
         )
         tables = build_tables(space.graph, space.configs, AnalyticCostModel(devices=devices))

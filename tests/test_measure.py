@@ -22,10 +22,10 @@ from jax.sharding import Mesh
 
 import jaxlwp
 from jaxlwp import _lazy, _measure, _pages
-from jaxlwp._calibrate import _ring, fit_link
+from jaxlwp._calibrate import _ring, fit_link, fit_wait
 from jaxlwp._collectives import use_source_layout
 from jaxlwp._config import Config
-from jaxlwp._cost import temporary_bytes
+from jaxlwp._cost import AnalyticCostModel, temporary_bytes
 from jaxlwp._graph import Layer
 from jaxlwp._layout import local_shape
 from jaxlwp._lazy import measured_space, search_measured
@@ -375,6 +375,21 @@ class TestLazySearch:
         assert costs[1] - costs[0] == pytest.approx(round(costs[1] - costs[0]), abs=1e-6)
         assert costs[1] - costs[0] >= 2
 
+    def test_devices_wait_less_behind_short_work(self, graph: jaxlwp.ComputationGraph) -> None:
+        """Next to nothing behind work of no length, and at most as long as behind long work."""
+        fast, slow = (replace(devices(), conv_flops_per_s=r, dense_flops_per_s=r,
+                              memory_bytes_per_s=r) for r in (1e15, 1e3))  # fmt: skip
+        waits = [
+            AnalyticCostModel.of(graph, replace(rates, wait_s=2.0, wait_work_s=1e-3)).wait_s
+            for rates in (fast, slow)
+        ]
+        assert 0 < waits[0] < 1e-4
+        assert waits[1] == pytest.approx(2.0, rel=1e-2)
+        curve = replace(devices(), wait_s=2.0, wait_work_s=1e-3)
+        assert curve.wait_after_s(0.0) == 0.0
+        assert curve.wait_after_s(1e-3) == pytest.approx(1.0)
+        assert replace(devices(), wait_s=2.0).wait_after_s(0.0) == 2.0  # no curve known
+
     def test_new_memory_counts_above_a_size_and_for_copies(
         self, graph: jaxlwp.ComputationGraph
     ) -> None:
@@ -426,6 +441,17 @@ class TestFit:
         assert fit.latency_s == pytest.approx(2e-5)
         assert fit.byte_s == pytest.approx(3e-10)
         assert fit.residual < 1e-9
+
+    @pytest.mark.parametrize("half_s", [1e-3, 8e-3])
+    def test_a_curve_is_found(self, half_s: float) -> None:
+        work_s = np.array([5e-4, 2e-3, 5e-3, 1e-2, 2e-2])
+        found = fit_wait(work_s, 2e-3 * work_s / (work_s + half_s))
+        assert found == pytest.approx((2e-3, half_s), rel=0.1)
+
+    def test_nobody_waits_less_than_nothing(self) -> None:
+        wait_s, half_s = fit_wait(np.array([1e-3, 1e-2]), np.array([-1e-4, -2e-4]))
+        assert wait_s == 0.0
+        assert half_s > 0
 
     def test_terms_are_never_negative(self) -> None:
         falling = fit_link("all-reduce", (1,), [1e3, 1e6], [2e-3, 1e-3])

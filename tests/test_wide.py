@@ -52,6 +52,7 @@ def model_of(graph: jaxlwp.ComputationGraph, devices: DeviceGraph) -> AnalyticCo
 MEASURED_LIKE = {
     "overhead_s": 1e-5,
     "wait_s": 1e-5,
+    "wait_work_s": 1e-3,
     "step_s": 1e-3,
     "update_pass_byte_s": 1e-11,
     "first_touch_byte_s": ((1e6, 1e-11),),
