@@ -94,7 +94,7 @@ def device_graph(mesh: Mesh, *, rates: Rates | None = None, again: bool = False)
 
     Args:
       mesh: any mesh; its axes keep their names and order.
-      rates: rates by hand; None measures (about 30 s) and caches. Several processes use what the
+      rates: rates by hand; None measures (30 to 60 s) and caches. Several processes use what the
         first one has.
       again: measure even if there are cached rates: they were taken while the machine was busy.
 
@@ -507,7 +507,7 @@ def _ring(fits: Sequence[LinkFit], number: int, parts: int) -> tuple[float, floa
 def measure(mesh: Mesh) -> DeviceGraph:
     """Measure the rates of a mesh's devices and links now, all devices at once.
 
-    Takes about half a minute. Axes of one level and size are measured once.
+    Takes 30 to 60 seconds. Axes of one level and size are measured once.
     """
     levels = _levels(mesh)
     fits = _link_fits(mesh, levels)

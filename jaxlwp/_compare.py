@@ -207,7 +207,7 @@ def compare(
       strategies: what to compare with: names of baselines, or strategies of this model and mesh;
         every baseline by default.
       rounds: measured steps of each strategy, after one to warm up.
-      rates: rates by hand; by default they are measured (about 30 s, cached), and the layers too
+      rates: rates by hand; by default they are measured (30 to 60 s, cached), and the layers too
         (about a second for each layer and config, cached).
       name: of the model, for the report; the function's by default.
       on_progress: called as `on_progress(what, done, total)`.

@@ -54,7 +54,7 @@ def parallelize(
       mesh: a mesh of the user's own, in place of `devices`; its axes keep their names.
       strategy: "search", "data", "model", "owt", "spatial", or a `Strategy`.
       rates: rates of devices and links by hand, or a profile of another machine (`load_profile`);
-        measured (about 30 s, cached) by default.
+        measured (30 to 60 s, cached) by default.
       measure: measure the layers that the search picks on these devices (about a second each,
         cached). By default if no rates are given; False prices layers by the devices' rates.
       optimizer: the optax transformation of the training step, for the time and memory of its

@@ -104,9 +104,10 @@ def test_rates_are_measured_while_a_step_is_traced(monkeypatch: pytest.MonkeyPat
     def rate(*_: Any) -> float:
         return float(jax.jit(jnp.sum)(jnp.ones(3)))  # raises if it was traced, not run
 
-    for name in ("_dense_rate", "_memory_rate", "_input_rate", "_wait"):
+    for name in ("_dense_rate", "_memory_rate", "_input_rate"):
         monkeypatch.setattr(_calibrate, name, rate)
-    monkeypatch.setattr(_calibrate, "_step_overhead", lambda *_: (rate(), rate()))
+    for name in ("_step_overhead", "_wait"):
+        monkeypatch.setattr(_calibrate, name, lambda *_: (rate(), rate()))
     monkeypatch.setattr(_calibrate, "_link_fits", lambda *_: ())
     monkeypatch.setattr(_calibrate, "_first_touch", lambda *_: ((rate(), rate()),))
     measured = []
