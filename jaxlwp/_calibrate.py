@@ -457,7 +457,8 @@ def fit_wait(work_s: np.ndarray, waits_s: np.ndarray) -> tuple[float, float]:
       `wait` and `half`, seconds, neither negative.
     """
     best = (math.inf, 0.0, 0.0)
-    for half_s in np.geomspace(0.1 * work_s.min(), 10 * work_s.max(), 100):
+    # Half of the wait is within what was measured: no more than twice the longest is made up.
+    for half_s in np.geomspace(0.1 * work_s.min(), work_s.max(), 100):
         share = work_s / (work_s + half_s)
         wait_s = max(float(share @ waits_s / (share @ share)), 0.0)
         error = float(np.sum((wait_s * share - waits_s) ** 2))

@@ -103,7 +103,8 @@ class AnalyticCostModel:
         """Seconds that devices wait for one another behind a layer of the graph, about.
 
         As if each were split over all devices, and met a collective on the way forward and another
-        on the way back. What ran since the last one depends on the strategy; its mean hardly does.
+        on the way back. What ran since the last one depends on the strategy: costs of pairs cannot
+        see it.
         """
         whole = _Blocks([Config()], self.devices.axis_sizes)
         share = 1 / (2 * self.devices.num_devices)

@@ -377,15 +377,14 @@ class TestLazySearch:
 
     def test_devices_wait_less_behind_short_work(self, graph: jaxlwp.ComputationGraph) -> None:
         """Next to nothing behind work of no length, and at most as long as behind long work."""
-        fast, slow = (replace(devices(), conv_flops_per_s=r, dense_flops_per_s=r,
-                              memory_bytes_per_s=r) for r in (1e15, 1e3))  # fmt: skip
-        waits = [
-            AnalyticCostModel.of(graph, replace(rates, wait_s=2.0, wait_work_s=1e-3)).wait_s
-            for rates in (fast, slow)
-        ]
-        assert 0 < waits[0] < 1e-4
-        assert waits[1] == pytest.approx(2.0, rel=1e-2)
+        names = ("conv_flops_per_s", "dense_flops_per_s", "memory_bytes_per_s")
         curve = replace(devices(), wait_s=2.0, wait_work_s=1e-3)
+        short_s, long_s = (
+            AnalyticCostModel.of(graph, replace(curve, **dict.fromkeys(names, rate))).wait_s
+            for rate in (1e15, 1e3)
+        )
+        assert 0 < short_s < 1e-4
+        assert long_s == pytest.approx(2.0, rel=1e-2)
         assert curve.wait_after_s(0.0) == 0.0
         assert curve.wait_after_s(1e-3) == pytest.approx(1.0)
         assert replace(devices(), wait_s=2.0).wait_after_s(0.0) == 2.0  # no curve known
@@ -447,6 +446,11 @@ class TestFit:
         work_s = np.array([5e-4, 2e-3, 5e-3, 1e-2, 2e-2])
         found = fit_wait(work_s, 2e-3 * work_s / (work_s + half_s))
         assert found == pytest.approx((2e-3, half_s), rel=0.1)
+
+    def test_no_more_is_made_up_than_was_measured(self) -> None:
+        """Of waits that have not levelled off, how long they get is unknown."""
+        wait_s, _ = fit_wait(np.array([1e-3, 5e-3, 1e-2]), np.array([1e-4, 5e-4, 1e-3]))
+        assert 1e-3 < wait_s < 2.5e-3
 
     def test_nobody_waits_less_than_nothing(self) -> None:
         wait_s, half_s = fit_wait(np.array([1e-3, 1e-2]), np.array([-1e-4, -2e-4]))
