@@ -69,6 +69,15 @@ class CostModel(Protocol):
         """
         ...
 
+    def behind(self, work_s: Sequence[float]) -> CostModel:
+        """The model as it is where layers take so long; itself if nothing depends on that.
+
+        Args:
+          work_s: forward and backward seconds of each layer that is not fused, in its fastest
+            config.
+        """
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyticCostModel:
@@ -97,23 +106,22 @@ class AnalyticCostModel:
             optimizer_slots=optimizer_slots,
             temporary_bytes=temporary_bytes(graph, devices.num_devices),
         )
-        return replace(model, wait_s=model.mean_wait_s(graph))
-
-    def mean_wait_s(self, graph: ComputationGraph) -> float:
-        """Seconds that devices wait for one another behind a layer of the graph, about.
-
-        As if each were split over all devices, and met a collective on the way forward and another
-        on the way back. What ran since the last one depends on the strategy: costs of pairs cannot
-        see it.
-        """
-        whole = _Blocks([Config()], self.devices.axis_sizes)
-        share = 1 / (2 * self.devices.num_devices)
-        waits = [
-            self.devices.wait_after_s(share * sum(self._operator_s(m, whole)[0] for m in n.members))
-            for n in graph.layers
-            if not n.fused
+        blocks = _Blocks([Config()], devices.axis_sizes)
+        whole_s = [
+            sum(float(model._operator_s(member, blocks)[0]) for member in layer.members)
+            for layer in graph.layers
+            if not layer.fused
         ]
-        return statistics.fmean(waits) if waits else 0.0
+        return model.behind([seconds / devices.num_devices for seconds in whole_s])
+
+    def behind(self, work_s: Sequence[float]) -> AnalyticCostModel:
+        """See `CostModel`: devices wait for one another about so long as behind a layer.
+
+        As if each layer met a collective on the way forward and another on the way back. What ran
+        since the last one depends on the strategy: costs of pairs cannot see it.
+        """
+        waits = [self.devices.wait_after_s(seconds / 2) for seconds in work_s]
+        return replace(self, wait_s=statistics.fmean(waits) if waits else 0.0)
 
     def step_s(self, graph: ComputationGraph) -> float:
         """See `CostModel`: dispatch, every array that the step reads, the wait for the last."""

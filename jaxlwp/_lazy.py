@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlwp._config import Config
+from jaxlwp._cost import build_tables
 from jaxlwp._graph import Layer
 from jaxlwp._marginals import DenseGraphError, min_marginals
 from jaxlwp._objective import Objective
@@ -241,15 +242,28 @@ def _with_gap(solution: AnySolution, hoped_s: float) -> AnySolution:
 def measured_space(space: SearchSpace, timer: Timer) -> SearchSpace:
     """The space with measured times where there are any, the others scaled to match them.
 
+    What else depends on how long layers take (`CostModel.behind`) is priced again.
+
     Args:
       space: from `price`, or with measured times already.
       timer: knows the measured times.
     """
-    work = [_Work.of(space, timer, n) for n in range(len(space.configs))]
+    layers = space.graph.layers
+    work = [_Work.of(space, timer, n) for n in range(len(layers))]
+    fastest_s = [
+        float(each.estimate_s.min())
+        for each, layer in zip(work, layers, strict=True)
+        if not layer.fused
+    ]
+    model = space.model.behind(fastest_s) if space.model else None
+    tables = space.tables
+    if model is not None and model != space.model:
+        tables = build_tables(space.graph, space.configs, model)
     return replace(
         space,
-        tables=replace(space.tables, compute_s=tuple(w.estimate_s for w in work)),
-        measured=tuple(w.measured for w in work),
+        tables=replace(tables, compute_s=tuple(each.estimate_s for each in work)),
+        model=model,
+        measured=tuple(each.measured for each in work),
         analytic_s=space.analytic_s or space.tables.compute_s,
     )
 

@@ -27,6 +27,7 @@ class SearchSpace:
       devices: the device graph.
       configs: the configs of each layer.
       tables: their costs.
+      model: what they were priced with; None for tables of another origin.
       measured: for each layer, shape (configs,), whether `tables.compute_s` is measured; empty if
         all times are analytic.
       analytic_s: for each layer, shape (configs,), the analytic times that measured ones replaced.
@@ -40,6 +41,7 @@ class SearchSpace:
     devices: DeviceGraph
     configs: tuple[tuple[Config, ...], ...] = field(repr=False)
     tables: CostTables = field(repr=False)
+    model: CostModel | None = field(default=None, repr=False)
     measured: tuple[NDArray[np.bool_], ...] = field(default=(), repr=False)
     analytic_s: tuple[FloatArray, ...] = field(default=(), repr=False)
     constraints: Constraints | None = field(default=None, repr=False)
@@ -137,7 +139,12 @@ def price(
     model = model or AnalyticCostModel.of(graph, devices, optimizer_slots)
     tables = build_tables(graph, configs, model)
     return SearchSpace(
-        graph=graph, devices=devices, configs=configs, tables=tables, constraints=constraints
+        graph=graph,
+        devices=devices,
+        configs=configs,
+        tables=tables,
+        model=model,
+        constraints=constraints,
     )
 
 

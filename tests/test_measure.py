@@ -268,7 +268,7 @@ def chain_space(num_layers: int) -> jaxlwp.SearchSpace:
             for i, j in space.tables.edges
         ),
     )
-    return replace(space, tables=tables)
+    return replace(space, tables=tables, model=None)
 
 
 class TestLazySearch:
@@ -388,6 +388,24 @@ class TestLazySearch:
         assert curve.wait_after_s(0.0) == 0.0
         assert curve.wait_after_s(1e-3) == pytest.approx(1.0)
         assert replace(devices(), wait_s=2.0).wait_after_s(0.0) == 2.0  # no curve known
+
+    def test_waits_are_those_behind_measured_work(self, graph: jaxlwp.ComputationGraph) -> None:
+        """Devices wait half as long as they can behind layers of twice `wait_work_s`."""
+        curve = replace(devices(), wait_s=2.0, wait_work_s=1e-3)
+        space = jaxlwp.price(graph, curve)
+        table = Table(lambda layer, config: 2e-3)
+        for layer, configs in zip(graph.layers, space.configs, strict=True):
+            table.measure([(layer, config) for config in configs])
+        found = measured_space(space, table)
+        waited = jaxlwp.price(graph, replace(devices(), wait_s=1.0)).tables
+        assert found.tables.step_s == pytest.approx(waited.step_s)
+        for kind in ("exchange_s", "sync_s", "transfer_s"):
+            for costs, expected in zip(
+                getattr(found.tables, kind), getattr(waited, kind), strict=True
+            ):
+                np.testing.assert_allclose(costs, expected, rtol=1e-9)
+        again = measured_space(found, Table(lambda layer, config: 1.0))  # nothing is known now
+        assert again.tables.step_s < found.tables.step_s
 
     def test_new_memory_counts_above_a_size_and_for_copies(
         self, graph: jaxlwp.ComputationGraph

@@ -13,6 +13,9 @@ Three parts, each with a table and its rows in results/costs.json:
 Every model runs in a process of its own, with its number of simulated devices. The strategies of a
 model take turns, and medians count. `--models`, `--devices` and `--parts` redo a part and keep the
 rest of the file.
+
+What accuracy measured of layers and links is kept in results/accuracy/: `--parts repriced` prices
+the strategies of those rows again, after a change of what costs are made of, in minutes.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "costs.json"
+
+RECORDINGS = RESULTS.parent / "accuracy"
 
 MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
     "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256, 60),
@@ -164,26 +169,96 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
         on_progress=between,
     )
     measured = jaxlwp.measured_space(space, timer)
+    record(name, space, strategies, {key: timer.known_s(*pair) for key, pair in pairs.items()})
     rows = []
     for strategy in strategies:
-        cost = measured.evaluate(strategy)
         times_s = result.result(run[str(strategy.configs)].name).times_s
         rows.append(
             {
                 "model": name,
                 "devices": len(jax.devices()),
                 "strategy": strategy.name,
-                "predicted_s": cost.total_s,
-                "compute_s": cost.compute_s,
-                "transfer_s": cost.transfer_s,
-                "sync_s": cost.sync_s,
-                "overhead_s": cost.overhead_s,
+                **predicted(measured, strategy),
                 "measured_s": statistics.median(times_s),
                 "times_s": times_s,
+                "date": datetime.date.today().isoformat(),
             }
         )
     rows[0]["promised_s"] = found.cost.total_s
     return rows
+
+
+def predicted(space: Any, strategy: Any) -> dict[str, float]:
+    """What a step is priced, and its parts."""
+    cost = space.evaluate(strategy)
+    return {
+        "predicted_s": cost.total_s,
+        "compute_s": cost.compute_s,
+        "transfer_s": cost.transfer_s,
+        "sync_s": cost.sync_s,
+        "overhead_s": cost.overhead_s,
+    }
+
+
+def recording(name: str) -> Path:
+    """The file of what was measured of a model's layers on as many devices as there are."""
+    import jax
+
+    return RECORDINGS / f"{name}-{len(jax.devices())}.json"
+
+
+def record(name: str, space: Any, strategies: list[Any], times_s: dict[str, float]) -> None:
+    """Keep all that prices are made of. Strategies are lists of numbers of configs."""
+    configs: dict[Any, int] = {}
+    numbers = {
+        strategy.name: [
+            configs.setdefault(config, len(configs)) for config in strategy.for_graph(space.graph)
+        ]
+        for strategy in strategies
+    }
+    content = {
+        "rates": space.devices.to_json(),
+        "times_s": {key: float(f"{seconds:.5g}") for key, seconds in times_s.items()},
+        "configs": [dict(config.splits) for config in configs],
+        "strategies": numbers,
+    }
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    path = recording(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def repriced(name: str) -> list[dict[str, Any]]:
+    """Rows of earlier steps, priced as of today from what was measured of layers and links then."""
+    import jax
+
+    import jaxlwp
+
+    content = json.loads(recording(name).read_text())
+    rates = jaxlwp.DeviceGraph.from_json(content["rates"])
+    work = workload(name)
+    graph = jaxlwp.trace(work.loss, work.params, *work.batch)
+    space = jaxlwp.price(graph, rates)
+    known = Known(jaxlwp.LayerTimer(graph, rates, jax.devices()), content["times_s"])
+    known.asked.update(known.times)
+    measured = jaxlwp.measured_space(space, known)
+    configs = [jaxlwp.Config.of(splits) for splits in content["configs"]]
+    strategies = {
+        label: space.strategy(
+            label,
+            [
+                choices.index(configs[number])
+                for choices, number in zip(space.configs, numbers, strict=True)
+            ],
+        )
+        for label, numbers in content["strategies"].items()
+    }
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["accuracy"]
+    return [
+        row | predicted(measured, strategies[row["strategy"]])
+        for row in rows
+        if (row["model"], row["devices"]) == (name, len(jax.devices()))
+    ]
 
 
 class Known:
@@ -194,7 +269,7 @@ class Known:
 
     def known_s(self, layer: Any, config: Any) -> float | None:
         key = self.key(layer, config)
-        return self.times[key] if key in self.asked else None
+        return self.times.get(key) if key in self.asked else None
 
     def measure(self, pairs: Any, progress: Any = None) -> int:
         self.asked.update(self.key(layer, config) for layer, config in pairs)
@@ -308,7 +383,7 @@ def time_parallelize() -> None:
     print(json.dumps({"trace_s": traced - start, "warm_s": time.perf_counter() - traced}))
 
 
-PARTS = {"accuracy": accuracy, "lazy": lazy, "warm": warm}
+PARTS = {"accuracy": accuracy, "lazy": lazy, "warm": warm, "repriced": repriced}
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -467,7 +542,7 @@ def main() -> None:
     """Run, print and write; with --inside, one part of one model in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inside", nargs=2, metavar=("PART", "MODEL"), help=argparse.SUPPRESS)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS)[:3])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--devices", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--random", type=int, default=10, help="random strategies of each model")
@@ -482,17 +557,18 @@ def main() -> None:
         parser.error(reason)  # now, not after hours
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     lazy_models = ("LeNet-5", "AlexNet", "ResNet-18")
-    chosen = {"accuracy": options.models, "lazy": lazy_models, "warm": ("AlexNet",)}
+    chosen = {"lazy": lazy_models, "warm": ("AlexNet",)}
     for part, devices in itertools.product(options.parts, options.devices):
-        for name in (name for name in chosen[part] if name in options.models):
+        for name in (n for n in options.models if n in chosen.get(part, options.models)):
             rounds = options.rounds or MODELS[name][-1]
             extra = ["--random", str(options.random), "--rounds", str(rounds)]
             rows = run(part, name, devices, extra)
-            show(part, rows)
+            kind = "accuracy" if part == "repriced" else part
+            show(kind, rows)
             others = [
-                r for r in content.get(part, []) if (r["model"], r["devices"]) != (name, devices)
+                r for r in content.get(kind, []) if (r["model"], r["devices"]) != (name, devices)
             ]
-            content[part] = others + rows
+            content[kind] = others + rows
             write(content)
     figures = summary(content)
     show_models(figures.pop("models"))
