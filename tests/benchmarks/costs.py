@@ -200,15 +200,15 @@ def predicted(space: Any, strategy: Any) -> dict[str, float]:
     }
 
 
-def recording(name: str) -> Path:
-    """The file of what was measured of a model's layers on as many devices as there are."""
-    import jax
-
-    return RECORDINGS / f"{name}-{len(jax.devices())}.json"
+def recording(name: str, devices: int) -> Path:
+    """The file of what was measured of a model's layers on so many devices."""
+    return RECORDINGS / f"{name}-{devices}.json"
 
 
 def record(name: str, space: Any, strategies: list[Any], times_s: dict[str, float]) -> None:
     """Keep all that prices are made of. Strategies are lists of numbers of configs."""
+    import jax
+
     configs: dict[Any, int] = {}
     numbers = {
         strategy.name: [
@@ -223,7 +223,7 @@ def record(name: str, space: Any, strategies: list[Any], times_s: dict[str, floa
         "strategies": numbers,
     }
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-    path = recording(name)
+    path = recording(name, len(jax.devices()))
     path.parent.mkdir(exist_ok=True)
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -234,7 +234,7 @@ def repriced(name: str) -> list[dict[str, Any]]:
 
     import jaxlwp
 
-    content = json.loads(recording(name).read_text())
+    content = json.loads(recording(name, len(jax.devices())).read_text())
     rates = jaxlwp.DeviceGraph.from_json(content["rates"])
     work = workload(name)
     graph = jaxlwp.trace(work.loss, work.params, *work.batch)
@@ -555,6 +555,13 @@ def main() -> None:
         return
     if "accuracy" in options.parts and (reason := too_few_maps(options.models)):
         parser.error(reason)  # now, not after hours
+    if "repriced" in options.parts:
+        for name, devices in itertools.product(options.models, options.devices):
+            if not recording(name, devices).exists():
+                parser.error(
+                    f"nothing is kept of {name} on {devices} devices in {RECORDINGS}: leave it "
+                    "out (--models, --devices), or measure it first (--parts accuracy)"
+                )
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     lazy_models = ("LeNet-5", "AlexNet", "ResNet-18")
     chosen = {"lazy": lazy_models, "warm": ("AlexNet",)}
