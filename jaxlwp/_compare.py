@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -32,8 +33,8 @@ from jaxlwp._devices import DeviceGraph
 from jaxlwp._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp._lazy import measured_space
 from jaxlwp._measure import layer_timer
-from jaxlwp._memory import OPTIMIZER
-from jaxlwp._parallelize import parallelize
+from jaxlwp._memory import OPTIMIZER, plan_memory
+from jaxlwp._parallelize import MEMORY_MARGIN, parallelize
 from jaxlwp._plan import Plan, bind
 from jaxlwp._processes import from_first, spans_processes
 from jaxlwp._step import ProgramMemory, lower_step, program_memory
@@ -249,6 +250,7 @@ def fastest(
     *,
     against: Sequence[str] = ("data",),
     optimizer: Any = None,
+    memory_bytes: float | None = None,
     rounds: int = ROUNDS,
     progress: Progress | None = None,
 ) -> Plan:
@@ -261,6 +263,8 @@ def fastest(
       against: names of baselines; one that does not apply (a batch that the devices do not divide)
         is left out.
       optimizer: optax transformation of the step; SGD with momentum by default.
+      memory_bytes: what a baseline may take of a device, as for `parallelize`; one that is
+        predicted to take more than that, or than the device has left, is not run.
       rounds: measured steps of each, in turns.
       progress: called as `progress(what, done, total)`.
 
@@ -275,19 +279,18 @@ def fastest(
             "check='measure': the parameters or the batch are shapes only, but steps are to be "
             "run; pass arrays, or leave the check out"
         )
-    progress = progress or (lambda what, done, total: None)
-    plans = [plan]
-    for name in against:
-        try:
-            other = plan.space.baseline(name)
-        except ValueError:
-            continue
-        if all(other.configs != known.strategy.configs for known in plans):
-            arguments = (params, *batch)
-            plans.append(
-                bind(plan.space, other, plan.mesh, arguments, plan.out_tree, None, plan.function)
-            )
-    state = (params, (optimizer or OPTIMIZER).init(params))
+    progress, optimizer = progress or (lambda what, done, total: None), optimizer or OPTIMIZER
+    others = _applicable(plan, against, (params, *batch))
+    limit_bytes = _limit_bytes(plan, memory_bytes)
+    plans = [
+        plan,
+        *(
+            other
+            for other in others
+            if MEMORY_MARGIN * plan_memory(other, optimizer).peak_bytes <= limit_bytes
+        ),
+    ]
+    state = (params, optimizer.init(params))
     steps = []
     for number, each in enumerate(plans):
         progress("compiling steps", number, len(plans))
@@ -297,8 +300,37 @@ def fastest(
     if spans_processes(plan.mesh):  # all must keep the same plan
         times = from_first(times)
     checked = {each.strategy.name: s for each, s in zip(plans, times, strict=True)}
+    for other in others:
+        checked.setdefault(other.strategy.name, math.inf)
     best = min(range(len(plans)), key=times.__getitem__)
     return dataclasses.replace(plans[best], checked=checked)
+
+
+def _applicable(plan: Plan, against: Sequence[str], arguments: tuple[Any, ...]) -> list[Plan]:
+    """Plans of the baselines that apply and differ from the plan and from each other."""
+    plans = [plan]
+    for name in against:
+        try:
+            other = plan.space.baseline(name)
+        except ValueError:
+            continue
+        if all(other.configs != known.strategy.configs for known in plans):
+            plans.append(
+                bind(plan.space, other, plan.mesh, arguments, plan.out_tree, None, plan.function)
+            )
+    return plans[1:]
+
+
+def _limit_bytes(plan: Plan, memory_bytes: float | None) -> float:
+    """Bytes of a device that a baseline may take: those allowed, and those that there are.
+
+    Of simulated devices there is no telling: what they take is not what GPUs would.
+    """
+    free_bytes = _accelerator_bytes(local_devices(plan.mesh))
+    if spans_processes(plan.mesh):  # all must run the same programs
+        free_bytes = from_first(free_bytes)
+    limits = [limit for limit in (memory_bytes, free_bytes) if limit is not None]
+    return min(limits, default=math.inf)
 
 
 def step_times(
@@ -455,14 +487,22 @@ def _free_bytes(plan: Plan) -> float:
 
 
 def _free_here(devices: Sequence[Any]) -> float:
-    stats = devices[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return 0.9 * float(stats["bytes_limit"] - stats["bytes_in_use"])
+    free_bytes = _accelerator_bytes(devices)
+    if free_bytes is not None:
+        return free_bytes
     if "SC_AVPHYS_PAGES" in os.sysconf_names:
         # Simulated devices share the host's memory, and others want some of it.
         free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return 0.5 * free_bytes / len(devices)
     return 0.0
+
+
+def _accelerator_bytes(devices: Sequence[Any]) -> float | None:
+    """Bytes that a device with memory of its own has left, but for a tenth; None for others."""
+    stats = devices[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return 0.9 * float(stats["bytes_limit"] - stats["bytes_in_use"])
+    return None
 
 
 def _machine(devices: Sequence[Any]) -> dict[str, Any]:

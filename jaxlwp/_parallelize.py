@@ -22,7 +22,7 @@ from jaxlwp._plan import Plan, bind, is_loss, output_shapes
 from jaxlwp._profile import Profile
 from jaxlwp._search import search
 from jaxlwp._space import SearchSpace, check_mesh, price
-from jaxlwp._strategy import Strategy
+from jaxlwp._strategy import BASELINES, Strategy
 from jaxlwp._trace import trace
 from jaxlwp._wide import ROUNDS, is_large, price_around
 
@@ -40,7 +40,7 @@ def parallelize(
     memory_bytes: float | None = None,
     constraints: Constraints | None = None,
     objective: str | Objective = "sum",
-    check: str | None = None,
+    check: str | Sequence[str] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """Trace, price, search and bind: from a loss function to a sharded one.
@@ -65,7 +65,9 @@ def parallelize(
       objective: what the search makes least: "sum", "overlap", "bytes", "memory", or an
         `Objective`; see `search`.
       check: "measure" runs a few training steps of the plan and of data parallelism and returns
-        the faster; `params` and `batch` must be arrays then.
+        the faster; names of baselines run those besides, `jaxlwp.BASELINES` all of them. One that
+        needs more memory than there is, or than `memory_bytes`, is not run. `params` and `batch`
+        must be arrays then.
       on_progress: called as `on_progress(what, done, total)`.
 
     Returns:
@@ -82,8 +84,7 @@ def parallelize(
             f"strategy: {strategy!r} is a {type(strategy).__name__}; give 'search', a baseline's "
             "name, or a Strategy"
         )
-    if check not in (None, "measure"):
-        raise ValueError(f"check: {check!r} is unknown; give 'measure', or None for no check")
+    against = _against(check)
     mesh = mesh if mesh is not None else make_mesh(choose_devices(devices))
     graph = trace(fn, params, *batch)
     out_tree = _check_loss(fn, params, *batch)
@@ -137,11 +138,33 @@ def parallelize(
         plan = planned(None)
     else:
         plan = _fitting(planned, memory_bytes, optimizer, slots)
-    if check is None:
+    if not against:
         return plan
     from jaxlwp._compare import fastest
 
-    return fastest(plan, params, batch, optimizer=optimizer, progress=on_progress)
+    return fastest(
+        plan,
+        params,
+        batch,
+        against=against,
+        optimizer=optimizer,
+        memory_bytes=memory_bytes,
+        progress=on_progress,
+    )
+
+
+def _against(check: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The baselines that a check runs: data parallelism always, others if they are named."""
+    if check is None:
+        return ()
+    names = () if check == "measure" else check
+    listed = isinstance(names, Sequence) and not isinstance(names, str)
+    if not listed or not all(name in BASELINES for name in names):
+        raise ValueError(
+            f"check: {check!r} is unknown; give 'measure', a list of baselines to run besides data "
+            f"parallelism, of {BASELINES}, or None for no check"
+        )
+    return tuple(dict.fromkeys(("data", *names)))
 
 
 MEMORY_MARGIN = 1.15

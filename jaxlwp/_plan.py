@@ -45,7 +45,7 @@ class Plan:
       in_tree: structure of (params, *batch).
       out_tree: structure of the function's output.
       checked: measured seconds of a step by name of the strategy, if `parallelize` was asked to
-        check; the plan's is the least.
+        check; the plan's is the least. Infinite for one that needs more memory than there is.
     """
 
     space: SearchSpace

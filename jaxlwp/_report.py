@@ -126,7 +126,10 @@ def _measured_notes(plan: Plan) -> str:
     if space.measured:
         notes += f"; layers measured: {space.num_measured:,} of {space.num_pairs:,} (layer, config)"
     if plan.checked:
-        steps = ", ".join(f"{name} {seconds(s)} ms" for name, s in plan.checked.items())
+        steps = ", ".join(
+            f"{name} {seconds(s)} ms" if math.isfinite(s) else f"{name} needs more memory"
+            for name, s in plan.checked.items()
+        )
         notes += f"\nmeasured steps: {steps}; kept: {plan.strategy.name}"
     return notes
 

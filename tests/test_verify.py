@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -110,14 +111,47 @@ class TestCheck:
         made = jaxlwp.parallelize(loss, *arguments, devices=4, rates=RATES, check="measure")
         assert made.checked[made.strategy.name] == min(made.checked.values()) > 0
 
+    def test_other_baselines_are_run_on_request(self, arguments: tuple[Any, Any]) -> None:
+        made = jaxlwp.parallelize(
+            loss, *arguments, devices=4, rates=RATES, check=("spatial", "model")
+        )
+        assert set(made.checked) == {"search", "data", "spatial", "model"}
+        assert made.checked[made.strategy.name] == min(made.checked.values()) > 0
+
+    def test_a_memory_limit_is_kept(
+        self, arguments: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Data parallelism would be faster, and needs more than is allowed."""
+        from jaxlwp import _compare
+
+        monkeypatch.setattr(_compare, "_measure", lambda steps, *_: [[1.0] for _ in steps])
+        given = {"devices": 8, "rates": RATES, "check": "measure"}
+        needed_bytes = 1.15 * plan(arguments, "data").memory.peak_bytes
+        made = jaxlwp.parallelize(loss, *arguments, memory_bytes=needed_bytes - 1, **given)
+        assert made.checked == {"search": 1.0, "data": math.inf}
+        assert "data needs more memory; kept: search" in repr(made)
+        made = jaxlwp.parallelize(loss, *arguments, memory_bytes=needed_bytes + 1, **given)
+        assert set(made.checked.values()) == {1.0}
+
+    def test_what_does_not_fit_into_the_device_is_not_run(
+        self, arguments: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from jaxlwp import _compare
+
+        monkeypatch.setattr(_compare, "_accelerator_bytes", lambda devices: 1e3)
+        made = jaxlwp.parallelize(loss, *arguments, devices=8, rates=RATES, check="measure")
+        assert made.strategy.name == "search"
+        assert made.checked["data"] == math.inf
+
     def test_shapes_cannot_be_run(self, arguments: tuple[Any, Any]) -> None:
         shapes = jax.eval_shape(lambda *a: a, *arguments)
         with pytest.raises(ValueError, match="pass arrays"):
             jaxlwp.parallelize(loss, *shapes, devices=4, rates=RATES, check="measure")
 
     def test_unknown(self, arguments: tuple[Any, Any]) -> None:
-        with pytest.raises(ValueError, match="give 'measure'"):
-            jaxlwp.parallelize(loss, *arguments, devices=4, rates=RATES, check="yes")
+        for check in ("yes", ("data", "yes"), 5):
+            with pytest.raises(ValueError, match="give 'measure'"):
+                jaxlwp.parallelize(loss, *arguments, devices=4, rates=RATES, check=check)
 
 
 @pytest.mark.parametrize("two_passes", [False, True])
