@@ -44,7 +44,7 @@ RECORDINGS = RESULTS.parent / "accuracy"
 
 MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
     "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256, 60),
-    "AlexNet": ("models.alexnet:AlexNet", (163, 163, 3), 32, 10),
+    "AlexNet": ("models.alexnet:AlexNet", (163, 163, 3), 32, 20),
     "VGG-16": ("models.vgg:VGG16", (160, 160, 3), 8, 6),
     "ResNet-18": ("models.resnet:ResNet18", (288, 288, 3), 8, 12),
     "Inception-v3": ("models.inception:InceptionV3", (203, 203, 3), 8, 20),
