@@ -248,7 +248,7 @@ def fastest(
     params: Any,
     batch: tuple[Any, ...],
     *,
-    against: Sequence[str] = ("data",),
+    against: Sequence[str],
     optimizer: Any = None,
     memory_bytes: float | None = None,
     rounds: int = ROUNDS,
@@ -276,20 +276,14 @@ def fastest(
     """
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((params, batch))):
         raise ValueError(
-            "check='measure': the parameters or the batch are shapes only, but steps are to be "
-            "run; pass arrays, or leave the check out"
+            "check: the parameters or the batch are shapes only, but steps are to be run; pass "
+            "arrays, or leave the check out"
         )
     progress, optimizer = progress or (lambda what, done, total: None), optimizer or OPTIMIZER
     others = _applicable(plan, against, (params, *batch))
     limit_bytes = _limit_bytes(plan, memory_bytes)
-    plans = [
-        plan,
-        *(
-            other
-            for other in others
-            if MEMORY_MARGIN * plan_memory(other, optimizer).peak_bytes <= limit_bytes
-        ),
-    ]
+    fitting = [o for o in others if plan_memory(o, optimizer).peak_bytes <= limit_bytes]
+    plans = [plan, *fitting]
     state = (params, optimizer.init(params))
     steps = []
     for number, each in enumerate(plans):
@@ -322,15 +316,17 @@ def _applicable(plan: Plan, against: Sequence[str], arguments: tuple[Any, ...]) 
 
 
 def _limit_bytes(plan: Plan, memory_bytes: float | None) -> float:
-    """Bytes of a device that a baseline may take: those allowed, and those that there are.
+    """Bytes of a device that a baseline may be predicted to take: of those allowed, and there.
 
-    Of simulated devices there is no telling: what they take is not what GPUs would.
+    A plan's margin below what is allowed counts here too; below what is there a tenth is enough:
+    whatever can be run is to be compared. Of simulated devices there is no telling: what they take
+    is not what GPUs would.
     """
     free_bytes = _accelerator_bytes(local_devices(plan.mesh))
     if spans_processes(plan.mesh):  # all must run the same programs
         free_bytes = from_first(free_bytes)
-    limits = [limit for limit in (memory_bytes, free_bytes) if limit is not None]
-    return min(limits, default=math.inf)
+    allowed_bytes = math.inf if memory_bytes is None else memory_bytes / MEMORY_MARGIN
+    return min(allowed_bytes, math.inf if free_bytes is None else free_bytes)
 
 
 def step_times(

@@ -124,24 +124,27 @@ class TestCheck:
         """Data parallelism would be faster, and needs more than is allowed."""
         from jaxlwp import _compare
 
-        monkeypatch.setattr(_compare, "_measure", lambda steps, *_: [[1.0] for _ in steps])
+        monkeypatch.setattr(_compare, "_measure", lambda steps, *_: [[3.0], [1.0]][: len(steps)])
         given = {"devices": 8, "rates": RATES, "check": "measure"}
         needed_bytes = 1.15 * plan(arguments, "data").memory.peak_bytes
         made = jaxlwp.parallelize(loss, *arguments, memory_bytes=needed_bytes - 1, **given)
-        assert made.checked == {"search": 1.0, "data": math.inf}
+        assert made.checked == {"search": 3.0, "data": math.inf}
         assert "data needs more memory; kept: search" in repr(made)
         made = jaxlwp.parallelize(loss, *arguments, memory_bytes=needed_bytes + 1, **given)
-        assert set(made.checked.values()) == {1.0}
+        assert made.checked == {"search": 3.0, "data": 1.0}
+        assert made.strategy.name == "data"
 
     def test_what_does_not_fit_into_the_device_is_not_run(
         self, arguments: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from jaxlwp import _compare
 
-        monkeypatch.setattr(_compare, "_accelerator_bytes", lambda devices: 1e3)
-        made = jaxlwp.parallelize(loss, *arguments, devices=8, rates=RATES, check="measure")
-        assert made.strategy.name == "search"
-        assert made.checked["data"] == math.inf
+        needed_bytes = plan(arguments, "data").memory.peak_bytes
+        for free_bytes in (needed_bytes - 1, needed_bytes):
+            monkeypatch.setattr(_compare, "_accelerator_bytes", lambda devices, b=free_bytes: b)
+            made = jaxlwp.parallelize(loss, *arguments, devices=8, rates=RATES, check="measure")
+            assert math.isfinite(made.checked["data"]) == (free_bytes == needed_bytes)
+            assert math.isfinite(made.checked["search"])
 
     def test_shapes_cannot_be_run(self, arguments: tuple[Any, Any]) -> None:
         shapes = jax.eval_shape(lambda *a: a, *arguments)
