@@ -16,7 +16,8 @@ model take turns, and medians count. `--models`, `--devices` and `--parts` redo 
 rest of the file.
 
 What accuracy measured of layers and links is kept in results/accuracy/: `--parts repriced` prices
-the strategies of those rows again, after a change of what costs are made of, in minutes.
+the strategies of those rows again, after a change of what costs are made of, in minutes. So are
+full tables, in results/lazy/: `--parts relazy` searches them again, after a change of the search.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "costs.json"
 
-RECORDINGS = RESULTS.parent / "accuracy"
+RECORDINGS = RESULTS.parent
+"""What rows of a part were made from, each in a folder of its own."""
+
+FROM_RECORDINGS = {"repriced": "accuracy", "relazy": "lazy"}
+"""Parts that measure nothing, and whose rows they make anew."""
 
 MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
     "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256, 60),
@@ -204,15 +209,39 @@ def predicted(space: Any, strategy: Any) -> dict[str, float]:
     }
 
 
-def recording(name: str, devices: int) -> Path:
-    """The file of what was measured of a model's layers on so many devices."""
-    return RECORDINGS / f"{name}-{devices}.json"
+def recording(part: str, name: str, devices: int) -> Path:
+    """The file of what a part measured of a model's layers on so many devices."""
+    return RECORDINGS / part / f"{name}-{devices}.json"
+
+
+def keep(part: str, name: str, rates: Any, times_s: dict[str, float], **others: Any) -> None:
+    """Write what a part measured of a model's layers, and the links, for later."""
+    import jax
+
+    rounded = {key: float(f"{seconds:.5g}") for key, seconds in times_s.items()}
+    content = {"rates": rates.to_json(), "times_s": rounded, **others}
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    path = recording(part, name, len(jax.devices()))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def kept(part: str, name: str) -> tuple[Any, Any, dict[str, Any]]:
+    """A model's space and timer as they were when it was measured, and all that was written."""
+    import jax
+
+    import jaxlwp
+
+    content = json.loads(recording(part, name, len(jax.devices())).read_text())
+    rates = jaxlwp.DeviceGraph.from_json(content["rates"])
+    work = workload(name)
+    graph = jaxlwp.trace(work.loss, work.params, *work.batch)
+    timer = jaxlwp.LayerTimer(graph, rates, jax.devices())
+    return jaxlwp.price(graph, rates), timer, content
 
 
 def record(name: str, space: Any, strategies: list[Any], times_s: dict[str, float]) -> None:
     """Keep all that prices are made of. Strategies are lists of numbers of configs."""
-    import jax
-
     configs: dict[Any, int] = {}
     numbers = {
         strategy.name: [
@@ -220,16 +249,8 @@ def record(name: str, space: Any, strategies: list[Any], times_s: dict[str, floa
         ]
         for strategy in strategies
     }
-    content = {
-        "rates": space.devices.to_json(),
-        "times_s": {key: float(f"{seconds:.5g}") for key, seconds in times_s.items()},
-        "configs": [dict(config.splits) for config in configs],
-        "strategies": numbers,
-    }
-    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-    path = recording(name, len(jax.devices()))
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    splits = [dict(config.splits) for config in configs]
+    keep("accuracy", name, space.devices, times_s, configs=splits, strategies=numbers)
 
 
 def repriced(name: str) -> list[dict[str, Any]]:
@@ -238,12 +259,8 @@ def repriced(name: str) -> list[dict[str, Any]]:
 
     import jaxlwp
 
-    content = json.loads(recording(name, len(jax.devices())).read_text())
-    rates = jaxlwp.DeviceGraph.from_json(content["rates"])
-    work = workload(name)
-    graph = jaxlwp.trace(work.loss, work.params, *work.batch)
-    space = jaxlwp.price(graph, rates)
-    known = Known(jaxlwp.LayerTimer(graph, rates, jax.devices()), content["times_s"])
+    space, timer, content = kept("accuracy", name)
+    known = Known(timer, content["times_s"])
     known.asked.update(known.times)
     measured = jaxlwp.measured_space(space, known)
     configs = [jaxlwp.Config.of(splits) for splits in content["configs"]]
@@ -294,11 +311,19 @@ def lazy(name: str) -> list[dict[str, Any]]:
     mesh = jaxlwp.make_mesh(jax.devices())
     devices = jaxlwp.device_graph(mesh)
     graph = jaxlwp.trace(work.loss, work.params, *work.batch)
-    space = jaxlwp.price(graph, devices)
     timer = layer_timer(graph, devices, mesh)
-    pairs = [(n, c) for n in graph.layers if not n.fused for c in space.configs[n.index]]
+    pairs = pairs_of(jaxlwp.price(graph, devices))
     timer.measure(pairs)
-    times = {timer.key(layer, config): timer.known_s(layer, config) for layer, config in pairs}
+    keep("lazy", name, devices, {timer.key(*pair): timer.known_s(*pair) for pair in pairs})
+    return relazy(name)
+
+
+def relazy(name: str) -> list[dict[str, Any]]:
+    """Both searches on a full table that was measured earlier."""
+    import jax
+
+    space, timer, content = kept("lazy", name)
+    times, pairs = content["times_s"], pairs_of(space)
     row = searched(space, Known(timer, times), pairs)
     generator = random.Random(0)
     copies = [
@@ -321,6 +346,12 @@ def lazy(name: str) -> list[dict[str, Any]]:
             "copies_share_max": max(copy["share"] for copy in copies),
         }
     ]
+
+
+def pairs_of(space: Any) -> list[tuple[Any, Any]]:
+    """Layers and configs that can be measured."""
+    layers = space.graph.layers
+    return [(n, c) for n in layers if not n.fused for c in space.configs[n.index]]
 
 
 def searched(space: Any, timer: Known, pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
@@ -387,7 +418,13 @@ def time_parallelize() -> None:
     print(json.dumps({"trace_s": traced - start, "warm_s": time.perf_counter() - traced}))
 
 
-PARTS = {"accuracy": accuracy, "lazy": lazy, "warm": warm, "repriced": repriced}
+PARTS = {
+    "accuracy": accuracy,
+    "lazy": lazy,
+    "warm": warm,
+    "repriced": repriced,
+    "relazy": relazy,
+}
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -563,22 +600,24 @@ def main() -> None:
         return
     if "accuracy" in options.parts and (reason := too_few_maps(options.models)):
         parser.error(reason)  # now, not after hours
-    if "repriced" in options.parts:
+    lazy_models = ("LeNet-5", "AlexNet", "ResNet-18")
+    chosen = {"lazy": lazy_models, "relazy": lazy_models, "warm": ("AlexNet",)}
+    for part in FROM_RECORDINGS.keys() & options.parts:
+        of, models = FROM_RECORDINGS[part], chosen.get(part, MODELS)
         for name, devices in itertools.product(options.models, options.devices):
-            if not recording(name, devices).exists():
+            path = recording(of, name, devices)
+            if name in models and not path.exists():
                 parser.error(
-                    f"nothing is kept of {name} on {devices} devices in {RECORDINGS}: leave it "
-                    "out (--models, --devices), or measure it first (--parts accuracy)"
+                    f"nothing is kept of {name} on {devices} devices, {path}: leave it out "
+                    f"(--models, --devices), or measure it first (--parts {of})"
                 )
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    lazy_models = ("LeNet-5", "AlexNet", "ResNet-18")
-    chosen = {"lazy": lazy_models, "warm": ("AlexNet",)}
     for part, devices in itertools.product(options.parts, options.devices):
         for name in (n for n in options.models if n in chosen.get(part, options.models)):
             rounds = options.rounds or MODELS[name][-1]
             extra = ["--random", str(options.random), "--rounds", str(rounds)]
             rows = run(part, name, devices, extra)
-            kind = "accuracy" if part == "repriced" else part
+            kind = FROM_RECORDINGS.get(part, part)
             show(kind, rows)
             others = [
                 r for r in content.get(kind, []) if (r["model"], r["devices"]) != (name, devices)
