@@ -44,7 +44,7 @@ OPTIMISM = 0.7
 """What an unmeasured program may take for the search to ask: a share of its analytic time, times
 the lowest ratio of measured to analytic time of its layer, where fewer than `KNOWN` are known."""
 
-KNOWN = 3
+KNOWN = 4
 """Measured configs of a layer whose lowest ratio is trusted as it is."""
 
 SURE = 0.87
@@ -53,6 +53,14 @@ SURE = 0.87
 TOGETHER = 0.15
 """Share of layers and configs that are measured up to which the search hopes for all others at
 once. It is affordable where there are few layers, of many configs."""
+
+AT_MOST = 0.25
+"""Share of layers and configs up to which programs are measured that the search does not pick but
+hopes for."""
+
+PER_LAYER, LEAST = 3, 20
+"""Configs of every layer, and programs in all, that it may measure nevertheless: where there are
+few configs, or few programs."""
 
 _FEW = 4
 """Programs that are measured at once, at least: the more, the fewer searches."""
@@ -75,8 +83,9 @@ def search_measured(
     measured with which some strategy would be cheaper still if it took as little as can be hoped
     (`OPTIMISM`, `SURE`), in all layers that run it at once; those that promise most first, until
     there is none left. While little is measured (`TOGETHER`), so is what would be picked if all
-    programs took as little. (Under a memory limit, or for objectives of several sums, only what the
-    search picks is measured.)
+    programs took as little. No more than a quarter is measured for such hopes (`AT_MOST`); what is
+    left of them then is the result's gap. (Under a memory limit, or for objectives of several sums,
+    only what the search picks is measured.)
 
     Args:
       space: from `price`, or with measured times already.
@@ -106,7 +115,7 @@ def search_measured(
         if not missing and goal.plain:
             enough_s = solution.cost_s * (1 - tolerance)
             hopes = _hopes(found, timer, solution.cost_s)
-            missing = [hope.pair for hope in hopes if hope.cost_s < enough_s]
+            missing = _affordable(found, timer, [hope for hope in hopes if hope.cost_s < enough_s])
             missing = missing or _hoped_together(found, enough_s)
             if hopes and not missing:
                 solution = _with_gap(solution, hopes[0].cost_s)
@@ -128,20 +137,20 @@ class _Hope:
 
     Attributes:
       cost_s: the cost.
-      pair: a layer and a config that run the program.
+      pairs: layers and configs that run the program.
     """
 
     cost_s: float
-    pair: tuple[int, int]
+    pairs: list[tuple[int, int]]
 
 
 def _hopes(space: SearchSpace, timer: Timer, cost_s: float) -> list[_Hope]:
     """The programs that are not measured and may save most, the best first.
 
-    They are few: what these will take tells of the others. One program is thought to be faster than
-    estimated, in all layers that run it (blocks of one shape change their splits together or not at
-    all, since every change of layout costs). That several are at once is as unlikely as it would be
-    long to find out.
+    They are few, and of different layers: what these will take tells of the others of their layers.
+    One program is thought to be faster than estimated, in all layers that run it (blocks of one
+    shape change their splits together or not at all, since every change of layout costs). That
+    several are at once is as unlikely as it would be long to find out.
     """
     tables = space.tables
     try:
@@ -153,15 +162,40 @@ def _hopes(space: SearchSpace, timer: Timer, cost_s: float) -> list[_Hope]:
         (_bound_s(pairs, best_s, saved_s), pairs)
         for pairs in _unmeasured(space, timer, best_s).values()
     ]
-    few, hopes = max(_FEW, len(space.configs) // 4), list[_Hope]()
+    few, hopes = max(_FEW, len(space.configs) // 4), dict[int, _Hope]()
     for bound_s, pairs in sorted(bounds):
-        worst_s = cost_s if len(hopes) < few else hopes[-1].cost_s
+        best, layer = sorted(hopes.values())[:few], pairs[0][0]
+        worst_s = cost_s if len(best) < few else best[-1].cost_s
         if bound_s >= worst_s:
             break
-        hoped_s = bound_s if len(pairs) == 1 else _cost_with(space, pairs, saved_s)
-        if hoped_s < worst_s:
-            hopes = sorted([*hopes, _Hope(hoped_s, pairs[0])])[:few]
-    return hopes
+        if layer in hopes and bound_s >= hopes[layer].cost_s:
+            continue
+        hope = _Hope(bound_s if len(pairs) == 1 else _cost_with(space, pairs, saved_s), pairs)
+        if hope.cost_s < worst_s:
+            hopes[layer] = min(hope, hopes.get(layer, hope))
+    return sorted(hopes.values())[:few]
+
+
+def _affordable(space: SearchSpace, timer: Timer, hopes: list[_Hope]) -> list[tuple[int, int]]:
+    """A pair of each of the programs that promise most, while few enough are measured."""
+    work, layers = _work(space), space.graph.layers
+    most = max(AT_MOST * sum(each.size for _, each in work), PER_LAYER * len(work))
+    known = [(n, choice) for n, each in work for choice in np.flatnonzero(each)]
+    num_pairs = len(known)
+    num_programs = len({timer.key(layers[n], space.configs[n][choice]) for n, choice in known})
+    pairs = list[tuple[int, int]]()
+    for hope in hopes:
+        num_pairs, num_programs = num_pairs + len(hope.pairs), num_programs + 1
+        if num_pairs > most and num_programs > LEAST:
+            break
+        pairs.append(hope.pairs[0])
+    return pairs
+
+
+def _work(space: SearchSpace) -> list[tuple[int, NDArray[np.bool_]]]:
+    """Layers that can be measured, and which of their configs are; arrays of shape (configs,)."""
+    every = zip(space.measured, space.graph.layers, strict=True)
+    return [(layer.index, measured) for measured, layer in every if not layer.fused]
 
 
 def _hoped_together(space: SearchSpace, enough_s: float) -> list[tuple[int, int]]:
@@ -169,8 +203,7 @@ def _hoped_together(space: SearchSpace, enough_s: float) -> list[tuple[int, int]
 
     Nothing, if it saves too little, or if much is measured already (`TOGETHER`).
     """
-    layers = space.graph.layers
-    work = [each for each, layer in zip(space.measured, layers, strict=True) if not layer.fused]
+    work = [measured for _, measured in _work(space)]
     if sum(each.sum() for each in work) > TOGETHER * sum(each.size for each in work):
         return []
     tables = space.tables

@@ -349,6 +349,34 @@ class TestLazySearch:
         assert bound_s <= optimum.solution.cost_s * (1 + 1e-12)
         assert found.optimal == (bound_s == found.solution.cost_s)
 
+    @pytest.mark.parametrize(
+        ("share", "per_layer", "least", "programs"),
+        [(0.0, 0, 0, 4), (0.15, 0, 0, 8), (0.0, 2, 0, 6), (0.0, 0, 5, 5), (1.0, 0, 0, 21)],
+    )
+    def test_hopes_have_a_limit_and_what_is_left_is_the_gap(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        share: float,
+        per_layer: int,
+        least: int,
+        programs: int,
+    ) -> None:
+        """Four programs are picked; most of the others are hoped for, in seven layers at once."""
+        for name, value in (("AT_MOST", share), ("PER_LAYER", per_layer), ("LEAST", least)):
+            monkeypatch.setattr(_lazy, name, value)
+        monkeypatch.setattr(_lazy, "TOGETHER", 0.0)
+        space = chain_space(num_layers=8)
+
+        def seconds(layer: Layer, config: Config) -> float:
+            place = space.configs[layer.index].index(config)
+            return float(space.tables.compute_s[layer.index][place])
+
+        table = Table(seconds, LayerTimes(space.graph, AXES, TimingCache()).key)
+        found = search_measured(space, table)
+        assert len(table.asked) == programs
+        assert found.optimal == (share == 1.0)
+        assert (found.gap > 0) == (share < 1.0)
+
     def test_a_timer_that_does_not_measure_is_named(self, graph: jaxlwp.ComputationGraph) -> None:
         class Idle:
             def key(self, layer: Layer, config: Config) -> int:
