@@ -54,6 +54,9 @@ class SearchResult:
     def gap(self) -> float:
         """Relative distance between the cost and its proven lower bound; 0 if optimal.
 
+        Of `search_measured`, the bound is what one program that was not measured may be hoped to
+        make of the cost: not proven.
+
         In a space that is not whole (`SearchSpace.whole`), the bound is that of the whole space:
         `SearchSpace.floor_s`. It is for plain sums of analytic times; for other objectives, and for
         measured times, nothing is proven of what was not looked at, and the gap is 1.
