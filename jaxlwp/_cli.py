@@ -172,6 +172,15 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+_memory_option = click.option(
+    "--memory",
+    "memory_bytes",
+    type=float,
+    callback=_positive,
+    help="Bytes of each device that a training step may take, as in 70e9.",
+)
+
+
 def _rates_by_hand(given: dict[str, float | None]) -> Rates | None:
     names = {name: "--" + name.replace("_", "-") for name in given}
     missing = [names[name] for name, value in given.items() if value is None]
@@ -296,13 +305,7 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Plan with the measurements of another machine, from `jaxlwp cache export`.",
 )
-@click.option(
-    "--memory",
-    "memory_bytes",
-    type=float,
-    callback=_positive,
-    help="Bytes of each device that a training step may take, as in 70e9.",
-)
+@_memory_option
 @click.option(
     "--pin",
     multiple=True,
@@ -413,6 +416,7 @@ def _explained(found: Plan, why: str) -> str:
 
 @main.command("compare")
 @_shared_options
+@_memory_option
 @click.option(
     "--rounds",
     type=int,
@@ -432,6 +436,7 @@ def compare_command(
     devices: int | None,
     batch: int | None,
     input_shape: tuple[int, ...] | None,
+    memory_bytes: float | None,
     rounds: int,
     json_file: Path | None,
     **rates: float | None,
@@ -452,6 +457,7 @@ def compare_command(
             devices=chosen,
             rounds=rounds,
             rates=by_hand,
+            memory_bytes=memory_bytes,
             name=model,
             on_progress=progress,
         )

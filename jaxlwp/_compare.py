@@ -106,6 +106,8 @@ class Comparison:
       versions: of jaxlwp and what it runs on.
       date: when, in UTC, ISO 8601.
       results: one per strategy.
+      left_out: strategies that were not run, since they need more of a device's memory than is
+        left or allowed, and the bytes that they are predicted to need.
     """
 
     model: str
@@ -115,6 +117,7 @@ class Comparison:
     versions: dict[str, str] = field(repr=False)
     date: str
     results: tuple[StrategyResult, ...]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def result(self, strategy: str) -> StrategyResult:
         """The result of a strategy.
@@ -124,22 +127,31 @@ class Comparison:
         """
         return {result.strategy: result for result in self.results}[strategy]
 
-    def speedup(self, strategy: str) -> float:
-        """How many times faster than data parallelism a strategy was measured to be."""
-        return self.result("data").measured_s / self.result(strategy).measured_s
+    def speedup(self, strategy: str) -> float | None:
+        """How many times faster than data parallelism a strategy was measured to be.
+
+        None where data parallelism was not run.
+
+        Raises:
+          KeyError: the strategy was not compared.
+        """
+        measured_s = self.result(strategy).measured_s
+        known = {result.strategy: result.measured_s for result in self.results}
+        return known["data"] / measured_s if "data" in known else None
 
     def to_json(self) -> str:
         """As JSON text.
 
         Keys: `format_version`, `model`, `batch`, `devices` (how many), `rounds`, `date`,
-        `machine`, `versions`, `rates` (mesh axes and rates of the prediction), and `results`, a
-        list with, for each strategy:
+        `machine`, `versions`, `rates` (mesh axes and rates of the prediction), `left_out` (bytes
+        that strategies which do not fit would need, by name), and `results`, a list with, for each
+        strategy:
 
         - `strategy`: "search", "data", "model", "owt" or "spatial";
         - `predicted_s`: its sum, and `predicted_compute_s`, `predicted_transfer_s`,
           `predicted_sync_s`, `predicted_overhead_s`;
         - `measured_s`: the median; `measured_min_s`, `measured_max_s`, and all `times_s`;
-        - `speedup`: over data parallelism, of the medians;
+        - `speedup`: over data parallelism, of the medians; null where that was not run;
         - `predicted_bytes`, `compiled_bytes`: operand bytes per device of a step's collectives,
           and `predicted_bytes_by_kind`, `compiled_bytes_by_kind`;
         - `argument_bytes`, `temporary_bytes`, `peak_bytes`: memory per device.
@@ -154,6 +166,7 @@ class Comparison:
             "machine": self.machine,
             "versions": self.versions,
             "rates": self.devices.to_json(),
+            "left_out": self.left_out,
             "results": [self._result_json(result) for result in self.results],
         }
         return json.dumps(content, indent=2)
@@ -195,6 +208,7 @@ def compare(
     strategies: Sequence[str | Strategy] = BASELINES,
     rounds: int = ROUNDS,
     rates: Rates | DeviceGraph | None = None,
+    memory_bytes: float | None = None,
     name: str | None = None,
     on_progress: Progress | None = None,
 ) -> Comparison:
@@ -210,6 +224,8 @@ def compare(
       rounds: measured steps of each strategy, after one to warm up.
       rates: rates by hand; by default they are measured (30 to 60 s, cached), and the layers too
         (about a second for each layer and config, cached).
+      memory_bytes: what a step may take of each device, as for `parallelize`. A strategy that is
+        predicted to take more than that, or than a GPU has left, is not run.
       name: of the model, for the report; the function's by default.
       on_progress: called as `on_progress(what, done, total)`.
 
@@ -219,11 +235,14 @@ def compare(
     Raises:
       ValueError: fewer rounds than one, or as `parallelize`: above all a batch that the devices
         do not divide, so that data parallelism does not apply.
+      MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     if rounds < 1:
         raise ValueError(f"compare: rounds is {rounds}; it must be at least 1: 7 give a median")
     progress = on_progress or (lambda what, done, total: None)
-    plans = _make_plans(fn, params, batch, devices, strategies, rates, progress)
+    plans, left_out = _make_plans(
+        fn, params, batch, devices, strategies, rates, memory_bytes, progress
+    )
     state = (params, OPTIMIZER.init(params))
     steps: list[_Step] = []
     for plan in plans:
@@ -240,6 +259,7 @@ def compare(
         versions=_versions(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         results=tuple(_result(step, taken) for step, taken in zip(steps, times, strict=True)),
+        left_out=left_out,
     )
 
 
@@ -281,8 +301,7 @@ def fastest(
         )
     progress, optimizer = progress or (lambda what, done, total: None), optimizer or OPTIMIZER
     others = _applicable(plan, against, (params, *batch))
-    limit_bytes = _limit_bytes(plan, memory_bytes)
-    fitting = [o for o in others if plan_memory(o, optimizer).peak_bytes <= limit_bytes]
+    fitting, left_out = _fitting(others, _limit_bytes(plan, memory_bytes), optimizer)
     plans = [plan, *fitting]
     state = (params, optimizer.init(params))
     steps = []
@@ -294,8 +313,8 @@ def fastest(
     if spans_processes(plan.mesh):  # all must keep the same plan
         times = from_first(times)
     checked = {each.strategy.name: s for each, s in zip(plans, times, strict=True)}
-    for other in others:
-        checked.setdefault(other.strategy.name, math.inf)
+    for name in left_out:
+        checked.setdefault(name, math.inf)
     best = min(range(len(plans)), key=times.__getitem__)
     return dataclasses.replace(plans[best], checked=checked)
 
@@ -313,6 +332,18 @@ def _applicable(plan: Plan, against: Sequence[str], arguments: tuple[Any, ...]) 
                 bind(plan.space, other, plan.mesh, arguments, plan.out_tree, None, plan.function)
             )
     return plans[1:]
+
+
+def _fitting(
+    plans: Sequence[Plan], limit_bytes: float, optimizer: Any
+) -> tuple[list[Plan], dict[str, int]]:
+    """The plans that are predicted to take no more of a device, and the bytes of the others."""
+    if limit_bytes == math.inf:
+        return list(plans), {}
+    peak_bytes = [plan_memory(plan, optimizer).peak_bytes for plan in plans]
+    each = list(zip(plans, peak_bytes, strict=True))
+    fitting = [plan for plan, num_bytes in each if num_bytes <= limit_bytes]
+    return fitting, {p.strategy.name: size for p, size in each if size > limit_bytes}
 
 
 def _limit_bytes(plan: Plan, memory_bytes: float | None) -> float:
@@ -360,9 +391,10 @@ def _make_plans(
     devices: Sequence[Any] | int | None,
     strategies: Sequence[str | Strategy],
     rates: Rates | DeviceGraph | None,
+    memory_bytes: float | None,
     progress: Progress,
-) -> list[Plan]:
-    """The plan found, and one per strategy over the same priced space."""
+) -> tuple[list[Plan], dict[str, int]]:
+    """The plan found, those of strategies that fit, all over one space; bytes of the others."""
     mesh = make_mesh(choose_devices(devices))
     progress("measuring device rates", 0, 1)
     rated = rates if isinstance(rates, DeviceGraph) else device_graph(mesh, rates=rates)
@@ -370,20 +402,27 @@ def _make_plans(
     progress("tracing, pricing and searching", 0, 1)
     measured = rates is None
     found = parallelize(
-        fn, params, *batch, mesh=mesh, rates=rated, measure=measured, on_progress=progress
+        fn,
+        params,
+        *batch,
+        mesh=mesh,
+        rates=rated,
+        measure=measured,
+        memory_bytes=memory_bytes,
+        on_progress=progress,
     )
-    space = found.space
+    space, arguments = found.space, (params, *batch)
     others = [s if isinstance(s, Strategy) else space.baseline(s) for s in strategies]
+    bound = [bind(space, strategy, mesh, arguments, found.out_tree) for strategy in others]
+    fitting, left_out = _fitting(bound, _limit_bytes(found, memory_bytes), OPTIMIZER)
+    plans = [found, *fitting]
     if measured:
         timer = layer_timer(space.graph, rated, mesh)
-        pairs = [pair for strategy in others for pair in space.pairs(strategy)]
-        timer.measure(pairs, progress)
+        timer.measure([pair for plan in fitting for pair in space.pairs(plan.strategy)], progress)
         space = measured_space(space, timer)
-        found = dataclasses.replace(found, space=space)
-    arguments = (params, *batch)
-    bound = [bind(space, strategy, mesh, arguments, found.out_tree) for strategy in others]
+        plans = [dataclasses.replace(plan, space=space) for plan in plans]
     progress("tracing, pricing and searching", 1, 1)
-    return [found, *bound]
+    return plans, left_out
 
 
 # --- one training step -----------------------------------------------------------------------

@@ -207,13 +207,14 @@ def comparison_table(comparison: Comparison) -> Table:
     ):
         table.add_column(column, justify="right")
     for result in comparison.results:
+        speedup = comparison.speedup(result.strategy)
         agrees = result.compiled_bytes_by_kind == result.predicted_bytes_by_kind
         table.add_row(
             result.strategy,
             seconds(result.predicted_s),
             seconds(result.measured_s),
             f"{seconds(min(result.times_s))}..{seconds(max(result.times_s))}",
-            f"{comparison.speedup(result.strategy):.2f}x",
+            "" if speedup is None else f"{speedup:.2f}x",
             num_bytes(result.predicted_bytes),
             num_bytes(result.compiled_bytes) + ("" if agrees else " *"),
             num_bytes(result.argument_bytes),
@@ -224,11 +225,13 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def _comparison_notes(comparison: Comparison) -> str:
-    """What the columns mean, and where the compiled bytes differ from the predicted ones."""
+    """What the columns mean, what was not run, and where compiled bytes differ from predicted."""
     notes = [
         f"predicted: from layer times and rates, {comparison.devices.source}",
         "bytes: operands of the step's collectives; arguments: parameters, optimizer state, batch",
     ]
+    for name, size in comparison.left_out.items():
+        notes.append(f"{name}: not run, predicted to need {num_bytes(size)} of each device")
     for result in comparison.results:
         predicted, compiled = result.predicted_bytes_by_kind, result.compiled_bytes_by_kind
         for kind in sorted(predicted | compiled):

@@ -221,6 +221,14 @@ def test_compare(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.usefixtures("eight")
+def test_compare_under_a_memory_limit() -> None:
+    given = ("--devices", "8", "--batch", "16", "--rounds", "1", *RATES)
+    result = _run("compare", LENET, *given, "--memory", "1000")
+    assert result.exit_code == 1
+    assert "memory_bytes: 1,000 is too little" in result.output
+
+
 @pytest.mark.usefixtures("user_models")
 def test_compare_writes_no_file_when_it_fails() -> None:
     result = _run("compare", "user_models:unfit", "--devices", "1", "--json", "out.json", *RATES)

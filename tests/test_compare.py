@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxlwp import BASELINES, Rates, _compare
+from jaxlwp import BASELINES, Rates, _compare, parallelize
 from jaxlwp._calibrate import device_graph, make_mesh
 from jaxlwp._compare import Comparison, StrategyResult, compare
 from jaxlwp._tables import Cost
@@ -60,6 +60,50 @@ def test_every_strategy_is_measured_in_every_round(
     assert all(steps == sorted(steps) for steps in told.values())
     assert all(steps[-1][0] == steps[-1][1] for steps in told.values())
     assert jnp.sum(params["first"]) > 0  # the arguments are still there
+
+
+def test_what_does_not_fit_is_not_run_but_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device's memory one byte less is left than data parallelism is predicted to need."""
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    arguments = _arguments(8)
+    given: dict[str, Any] = {"devices": 4, "rates": RATES}
+    plan = parallelize(_loss, *arguments, strategy="data", **given)
+    needed_bytes = plan.memory.peak_bytes
+    monkeypatch.setattr(_compare, "_accelerator_bytes", lambda devices: needed_bytes - 1.0)
+
+    result = compare(_loss, *arguments, strategies=("data",), rounds=1, **given)
+
+    assert [each.strategy for each in result.results] == ["search"]
+    assert result.left_out == {"data": needed_bytes}
+    assert result.speedup("search") is None
+    assert "data: not run, predicted to need" in str(result)
+    told = json.loads(result.to_json())
+    assert told["left_out"] == {"data": needed_bytes}
+    assert told["results"][0]["speedup"] is None
+
+    monkeypatch.setattr(_compare, "_accelerator_bytes", lambda devices: float(needed_bytes))
+    result = compare(_loss, *arguments, strategies=("data",), rounds=1, **given)
+    assert [each.strategy for each in result.results] == ["search", "data"]
+    assert result.left_out == {}
+
+
+def test_a_memory_limit_holds_for_all() -> None:
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    params = {"first": jnp.full((600, 800), 0.1), "second": jnp.full((800, 400), 0.1)}
+    arguments = (params, jnp.ones((8, 600)), jnp.zeros((8,), jnp.int32))
+    given: dict[str, Any] = {"devices": 4, "rates": RATES}
+    plan = parallelize(_loss, *arguments, strategy="data", **given)
+    limit_bytes = 0.8 * plan.memory.peak_bytes
+
+    result = compare(
+        _loss, *arguments, strategies=("data", "model"), rounds=1, memory_bytes=limit_bytes, **given
+    )
+
+    assert [each.strategy for each in result.results] == ["search", "model"]
+    assert result.left_out == {"data": plan.memory.peak_bytes}
+    assert all(each.peak_bytes <= limit_bytes for each in result.results)
 
 
 def test_small_states_stay_on_the_devices() -> None:
