@@ -18,6 +18,8 @@ rest of the file.
 What accuracy measured of layers and links is kept in results/accuracy/: `--parts repriced` prices
 the strategies of those rows again, after a change of what costs are made of, in minutes. So are
 full tables, in results/lazy/: `--parts relazy` searches them again, after a change of the search.
+`--parts pair --rounds 400` runs the strategy found then and data parallelism alone, where they are
+too near to each other for the rounds of all.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ RECORDINGS = RESULTS.parent
 
 FROM_RECORDINGS = {"repriced": "accuracy", "relazy": "lazy"}
 """Parts that measure nothing, and whose rows they make anew."""
+
+NEED_RECORDINGS = FROM_RECORDINGS | {"pair": "accuracy"}
 
 MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
     "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256, 60),
@@ -253,6 +257,15 @@ def record(name: str, space: Any, strategies: list[Any], times_s: dict[str, floa
     keep("accuracy", name, space.devices, times_s, configs=splits, strategies=numbers)
 
 
+def strategy_of(content: dict[str, Any], label: str, space: Any) -> Any:
+    """A strategy that was recorded."""
+    import jaxlwp
+
+    configs = [jaxlwp.Config.of(content["configs"][n]) for n in content["strategies"][label]]
+    choices = (c.index(config) for c, config in zip(space.configs, configs, strict=True))
+    return space.strategy(label, list(choices))
+
+
 def repriced(name: str) -> list[dict[str, Any]]:
     """Rows of earlier steps, priced as of today from what was measured of layers and links then."""
     import jax
@@ -263,17 +276,7 @@ def repriced(name: str) -> list[dict[str, Any]]:
     known = Known(timer, content["times_s"])
     known.asked.update(known.times)
     measured = jaxlwp.measured_space(space, known)
-    configs = [jaxlwp.Config.of(splits) for splits in content["configs"]]
-    strategies = {
-        label: space.strategy(
-            label,
-            [
-                choices.index(configs[number])
-                for choices, number in zip(space.configs, numbers, strict=True)
-            ],
-        )
-        for label, numbers in content["strategies"].items()
-    }
+    strategies = {label: strategy_of(content, label, space) for label in content["strategies"]}
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["accuracy"]
     return [
         row | predicted(measured, strategies[row["strategy"]])
@@ -418,12 +421,47 @@ def time_parallelize() -> None:
     print(json.dumps({"trace_s": traced - start, "warm_s": time.perf_counter() - traced}))
 
 
+def pair(name: str, rounds: int) -> list[dict[str, Any]]:
+    """The strategy that accuracy found, as kept, and data parallelism: their steps alone."""
+    import jax
+
+    import jaxlwp
+
+    space, _, content = kept("accuracy", name)
+    work = workload(name)
+    found = strategy_of(content, "found", space)
+    result = jaxlwp.compare(
+        work.loss,
+        work.params,
+        *work.batch,
+        strategies=[found, space.baseline("data")],
+        rates=space.devices,
+        rounds=rounds,
+        name=name,
+        on_progress=phases(),
+    )
+    found_s, data_s = (result.result(each).times_s for each in ("found", "data"))
+    ratios = [a / b for a, b in zip(found_s, data_s, strict=True)]
+    row = {
+        "model": name,
+        "devices": len(jax.devices()),
+        "rounds": rounds,
+        "found_s": statistics.median(found_s),
+        "data_s": statistics.median(data_s),
+        "ratio": statistics.median(ratios),
+        "slower": sum(ratio > 1 for ratio in ratios),
+        "date": datetime.date.today().isoformat(),
+    }
+    return [row]
+
+
 PARTS = {
     "accuracy": accuracy,
     "lazy": lazy,
     "warm": warm,
     "repriced": repriced,
     "relazy": relazy,
+    "pair": pair,
 }
 
 
@@ -471,6 +509,11 @@ def show(part: str, rows: list[dict[str, Any]]) -> None:
                 f"{r['copies_same_optimum']} the same, cost at most "
                 f"{r['copies_cost_over_full_max']:.4f}, {r['copies_share']:.0%} of the pairs "
                 f"(at most {r['copies_share_max']:.0%})"
+            )
+        elif part == "pair":
+            print(
+                f"{where} found {r['found_s'] * 1e3:.1f} ms, data {r['data_s'] * 1e3:.1f} ms, "
+                f"median ratio {r['ratio']:.3f}, slower in {r['slower']} of {r['rounds']} rounds"
             )
         else:
             print(f"{where} parallelize with a warm cache {r['warm_s']:.2f} s")
@@ -595,15 +638,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.inside:
         part, name = options.inside
-        extra = (options.random, options.rounds) if part == "accuracy" else ()
-        print(json.dumps(PARTS[part](name, *extra)))
+        extra = {"accuracy": (options.random, options.rounds), "pair": (options.rounds,)}
+        print(json.dumps(PARTS[part](name, *extra.get(part, ()))))
         return
     if "accuracy" in options.parts and (reason := too_few_maps(options.models)):
         parser.error(reason)  # now, not after hours
     lazy_models = ("LeNet-5", "AlexNet", "ResNet-18")
     chosen = {"lazy": lazy_models, "relazy": lazy_models, "warm": ("AlexNet",)}
-    for part in FROM_RECORDINGS.keys() & options.parts:
-        of, models = FROM_RECORDINGS[part], chosen.get(part, MODELS)
+    for part in NEED_RECORDINGS.keys() & options.parts:
+        of, models = NEED_RECORDINGS[part], chosen.get(part, MODELS)
         for name, devices in itertools.product(options.models, options.devices):
             path = recording(of, name, devices)
             if name in models and not path.exists():
