@@ -18,8 +18,8 @@ rest of the file.
 What accuracy measured of layers and links is kept in results/accuracy/: `--parts repriced` prices
 the strategies of those rows again, after a change of what costs are made of, in minutes. So are
 full tables, in results/lazy/: `--parts relazy` searches them again, after a change of the search.
-`--parts pair --rounds 400` runs the strategy found then and data parallelism alone, where they are
-too near to each other for the rounds of all.
+`--parts pair --rounds 400` runs the strategy found then and data parallelism again, without random
+strategies, where they are too near to each other for the rounds of all.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ FROM_RECORDINGS = {"repriced": "accuracy", "relazy": "lazy"}
 """Parts that measure nothing, and whose rows they make anew."""
 
 NEED_RECORDINGS = FROM_RECORDINGS | {"pair": "accuracy"}
+"""Parts that need what another part wrote."""
 
 MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
     "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256, 60),
@@ -422,7 +423,10 @@ def time_parallelize() -> None:
 
 
 def pair(name: str, rounds: int) -> list[dict[str, Any]]:
-    """The strategy that accuracy found, as kept, and data parallelism: their steps alone."""
+    """The strategy that accuracy found, as kept, and data parallelism, in many rounds.
+
+    `compare` runs what is found from rates alone between them.
+    """
     import jax
 
     import jaxlwp
