@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -37,6 +38,17 @@ class Timer(Protocol):
         progress: Callable[[str, int, int], None] | None = None,
     ) -> int:
         """Measure what is not known yet; returns how many programs were run."""
+        ...
+
+    def confirm(
+        self,
+        pairs: Sequence[tuple[Layer, Config]],
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> int:
+        """Measure again what is not sure, and pool; returns how many programs were run.
+
+        None are in the end: no program is measured again without end.
+        """
         ...
 
 
@@ -87,6 +99,10 @@ def search_measured(
     left of them then is the result's gap. (Under a memory limit, or for objectives of several sums,
     only what the search picks is measured.)
 
+    What a search picks was measured too low rather than too high, or it would have picked another.
+    So programs of its strategy, and of data parallelism as far as they are measured, are measured
+    again, and the search repeated, until it rests on times that are confirmed.
+
     Args:
       space: from `price`, or with measured times already.
       timer: measures.
@@ -106,20 +122,10 @@ def search_measured(
     goal = Goal.of(space, objective, memory_bytes, optimizer_slots)
     while True:
         found = measured_space(space, timer)
-        solution = goal.solve(found)
-        missing = [
-            (n, choice)
-            for n, choice in enumerate(solution.choices)
-            if not found.measured[n][choice]
-        ]
-        if not missing and goal.plain:
-            enough_s = solution.cost_s * (1 - tolerance)
-            hopes = _hopes(found, timer, solution.cost_s)
-            missing = _affordable(found, timer, [hope for hope in hopes if hope.cost_s < enough_s])
-            missing = missing or _hoped_together(found, enough_s)
-            if hopes and not missing:
-                solution = _with_gap(solution, hopes[0].cost_s)
+        solution, missing = _to_measure(goal, found, timer, tolerance)
         if not missing:
+            if timer.confirm(_in_play(space, solution.choices), progress):
+                continue
             return goal.result(found, solution)
         pairs = [(space.graph.layers[n], space.configs[n][choice]) for n, choice in missing]
         timer.measure(pairs, progress)
@@ -129,6 +135,33 @@ def search_measured(
                 f"{pairs[0][0].name} and knows no time of it; give a timer that measures, or "
                 "use measured_space for what is known"
             )
+
+
+def _to_measure(
+    goal: Goal, space: SearchSpace, timer: Timer, tolerance: float
+) -> tuple[AnySolution, list[tuple[int, int]]]:
+    """The best strategy so far, and layers and configs to measure for another; none in the end."""
+    solution = goal.solve(space)
+    picked = enumerate(solution.choices)
+    missing = [(n, choice) for n, choice in picked if not space.measured[n][choice]]
+    if missing or not goal.plain:
+        return solution, missing
+    enough_s = solution.cost_s * (1 - tolerance)
+    hopes = _hopes(space, timer, solution.cost_s)
+    missing = _affordable(space, timer, [hope for hope in hopes if hope.cost_s < enough_s])
+    missing = missing or _hoped_together(space, enough_s)
+    if hopes and not missing:
+        solution = _with_gap(solution, hopes[0].cost_s)
+    return solution, missing
+
+
+def _in_play(space: SearchSpace, choices: Sequence[int]) -> list[tuple[Layer, Config]]:
+    """What a strategy and data parallelism run, by layer: of each layer at about the same time."""
+    strategies = [space.strategy("search", choices)]
+    with contextlib.suppress(ValueError):  # a batch that the devices do not divide
+        strategies.append(space.baseline("data"))
+    by_layer = zip(*map(space.pairs, strategies), strict=True)
+    return [pair for pairs in by_layer for pair in pairs if not pair[0].fused]
 
 
 @dataclass(frozen=True, order=True)

@@ -114,6 +114,8 @@ class Measurement:
       samples: how many runs.
       date: when, in UTC, ISO 8601.
       program: hash of the program that was run; "" if there is none.
+      each_s: if it was measured several times, minutes apart, each of them; `seconds` is their
+        median.
       data: more, as plain JSON data.
 
     Raises:
@@ -125,11 +127,15 @@ class Measurement:
     samples: int = 1
     date: str = ""
     program: str = ""
+    each_s: tuple[float, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "spread", "samples"):
-            value = getattr(self, name)
+        if not isinstance(self.each_s, (tuple, list)):
+            raise ValueError(f"Measurement: each_s is {self.each_s!r}; it must be a list")
+        object.__setattr__(self, "each_s", tuple(self.each_s))
+        figures = [(name, getattr(self, name)) for name in ("seconds", "spread", "samples")]
+        for name, value in (*figures, *(("each_s", each) for each in self.each_s)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (number and 0 <= value < math.inf):
                 raise ValueError(

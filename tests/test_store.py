@@ -43,7 +43,14 @@ def write(path: Path, name: str, count: int) -> subprocess.Popen[str]:
 
 def filled(path: Path, count: int = 200) -> dict[str, Measurement]:
     entries = {
-        f"key{n}": Measurement(seconds=n / 7, spread=0.1, samples=n, program=f"p{n}", data={"n": n})
+        f"key{n}": Measurement(
+            seconds=n / 7,
+            spread=0.1,
+            samples=n,
+            program=f"p{n}",
+            each_s=(n / 7,) * (n % 3),
+            data={"n": n},
+        )
         for n in range(count)
     }
     with Store(path) as store:
@@ -330,14 +337,22 @@ class TestExport:
             "nan",
             "negative",
             "text",
+            "one of several",
+            "no list",
         ],
     )
     def test_garbage_changes_nothing(self, tmp_path: Path, text: str | None) -> None:
         path = tmp_path / "in.json"
-        wrong = {"nan": float("nan"), "negative": -1.0, "text": "1.0"}
+        wrong = {
+            "nan": {"seconds": float("nan")},
+            "negative": {"seconds": -1.0},
+            "text": {"seconds": "1.0"},
+            "one of several": {"each_s": [1.0, -1.0]},
+            "no list": {"each_s": 1.0},
+        }
         if text in wrong:
             sound = {"kind": "layer", "key": "sound", "seconds": 1.0}
-            bad = {"kind": "layer", "key": "bad", "seconds": wrong[text]}
+            bad = {"kind": "layer", "key": "bad", "seconds": 1.0, **wrong[text]}
             group = {"environment": vars(HERE), "entries": [sound, bad]}
             path.write_text(json.dumps({"format_version": 2, "environments": [group]}))
         elif text is not None:

@@ -300,6 +300,10 @@ class Known:
         self.asked.update(self.key(layer, config) for layer, config in pairs)
         return len(pairs)
 
+    def confirm(self, pairs: Any, progress: Any = None) -> int:
+        """Nothing: the times are as true as they get."""
+        return 0
+
 
 def lazy(name: str) -> list[dict[str, Any]]:
     """The search that measures what it picks, on times that are all known, and the full search.
