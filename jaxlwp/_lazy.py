@@ -45,9 +45,9 @@ class Timer(Protocol):
         pairs: Sequence[tuple[Layer, Config]],
         progress: Callable[[str, int, int], None] | None = None,
     ) -> int:
-        """Measure again what is not sure, and pool; returns how many programs were run.
+        """Measure again what is known and not sure; returns how many programs were run.
 
-        None are in the end: no program is measured again without end.
+        The search repeats until none were: in the end every program must be sure.
         """
         ...
 

@@ -175,12 +175,14 @@ class LayerTimer(LayerTimes):
         keys_of: dict[str, list[str]] = {}
         unsure = {entry.program for entry in self.cache.entries.values() if self._unsure(entry)}
         for layer, config in pairs:
-            entry = self.cache.get(self.key(layer, config))
+            key = self.key(layer, config)
+            entry = self.cache.get(key)
             if entry is not None and entry.program in unsure:
+                # Another program than the entry's if an older version has made that.
                 step = local_step(self.graph, layer, config, self.axis_sizes)
                 programs[step.key] = step
-                keys_of[step.key] = self.cache.keys_of(entry.program)
-                unsure.remove(entry.program)
+                keys_of[step.key] = sorted({key, *self.cache.keys_of(step.key)})
+                unsure.discard(step.key)
         return self._run(programs, keys_of, progress, "measuring layers again")
 
     def _unsure(self, entry: Measurement) -> bool:

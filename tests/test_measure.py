@@ -220,10 +220,14 @@ class TestLayerTimer:
             _measure, "_time_together", lambda steps, *_: [Measurement(seconds=3.0) for _ in steps]
         )
         timer, conv = self.timer(graph), layer(graph, "conv")
-        pair = (conv, Config((("sample", ("a",)),)))
-        timer.cache.put({timer.key(*pair): Measurement(seconds=1.0, program="older")})
-        assert timer.confirm([pair]) == 1
-        assert timer.known_s(*pair) == 3.0
+        pairs = [(conv, Config((("sample", axes),))) for axes in (("a",), ("a", "b"))]
+        older = Measurement(seconds=1.0, program="older")
+        timer.cache.put({timer.key(*pair): older for pair in pairs})
+        assert timer.confirm(pairs[:1]) == 1
+        assert [timer.known_s(*pair) for pair in pairs] == [3.0, 1.0]
+        assert timer.confirm(pairs) == 2
+        assert timer.confirm(pairs) == 1  # the second, which was measured once by now
+        assert timer.confirm(pairs) == 0
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "key"])
     def test_large_operands_repeat_few_random_values(

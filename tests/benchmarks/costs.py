@@ -19,7 +19,8 @@ What accuracy measured of layers and links is kept in results/accuracy/: `--part
 the strategies of those rows again, after a change of what costs are made of, in minutes. So are
 full tables, in results/lazy/: `--parts relazy` searches them again, after a change of the search.
 `--parts pair --rounds 400` runs the strategy found then and data parallelism again, without random
-strategies, where they are too near to each other for the rounds of all.
+strategies, where they are too near to each other for the rounds of all. `--parts repeats --rounds
+20` searches so many times, with layers measured anew: how much what is found depends on that.
 """
 
 from __future__ import annotations
@@ -463,6 +464,44 @@ def pair(name: str, rounds: int) -> list[dict[str, Any]]:
     return [row]
 
 
+class Once:
+    """A timer that measures nothing a second time."""
+
+    def __init__(self, timer: Any) -> None:
+        self.key, self.known_s, self.measure = timer.key, timer.known_s, timer.measure
+
+    def confirm(self, pairs: Any, progress: Any = None) -> int:
+        return 0
+
+
+def repeats(name: str, searches: int) -> list[dict[str, Any]]:
+    """What searches find of layers that are measured anew each time, once and until sure."""
+    import jax
+
+    import jaxlwp
+
+    work = workload(name)
+    devices = jaxlwp.device_graph(jaxlwp.make_mesh(jax.devices()))
+    space = jaxlwp.price(jaxlwp.trace(work.loss, work.params, *work.batch), devices)
+    data = space.choices(space.baseline("data"))
+    once, sure = [], []
+    for _ in range(searches):
+        timer = jaxlwp.LayerTimer(space.graph, space.devices, jax.devices())
+        once.append(jaxlwp.search_measured(space, Once(timer)).solution.choices)
+        sure.append(jaxlwp.search_measured(space, timer).solution.choices)
+    row = {
+        "model": name,
+        "devices": len(jax.devices()),
+        "searches": searches,
+        "data_once": once.count(data),
+        "data": sure.count(data),
+        "strategies_once": len(set(once)),
+        "strategies": len(set(sure)),
+        "date": datetime.date.today().isoformat(),
+    }
+    return [row]
+
+
 PARTS = {
     "accuracy": accuracy,
     "lazy": lazy,
@@ -470,6 +509,7 @@ PARTS = {
     "repriced": repriced,
     "relazy": relazy,
     "pair": pair,
+    "repeats": repeats,
 }
 
 
@@ -522,6 +562,12 @@ def show(part: str, rows: list[dict[str, Any]]) -> None:
             print(
                 f"{where} found {r['found_s'] * 1e3:.1f} ms, data {r['data_s'] * 1e3:.1f} ms, "
                 f"median ratio {r['ratio']:.3f}, slower in {r['slower']} of {r['rounds']} rounds"
+            )
+        elif part == "repeats":
+            print(
+                f"{where} {r['searches']} searches, {r['data_once']} find data parallelism with "
+                f"layers measured once, by {r['data']} until sure; {r['strategies_once']} and "
+                f"{r['strategies']} different strategies"
             )
         else:
             print(f"{where} parallelize with a warm cache {r['warm_s']:.2f} s")
@@ -642,11 +688,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--devices", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--random", type=int, default=10, help="random strategies of each model")
-    parser.add_argument("--rounds", type=int, help="measured steps of each strategy")
+    parser.add_argument("--rounds", type=int, help="measured steps of each strategy, or searches")
     options = parser.parse_args()
     if options.inside:
         part, name = options.inside
-        extra = {"accuracy": (options.random, options.rounds), "pair": (options.rounds,)}
+        rounds = (options.rounds,)
+        extra = {"accuracy": (options.random, *rounds), "pair": rounds, "repeats": rounds}
         print(json.dumps(PARTS[part](name, *extra.get(part, ()))))
         return
     if "accuracy" in options.parts and (reason := too_few_maps(options.models)):
