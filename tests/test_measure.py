@@ -498,14 +498,11 @@ class TestLazySearch:
 
         table = Noisy(seconds, seed)
         found = search_measured(space, table)
-        best = found.space
         for strategy in (found.strategy, space.baseline("data")):
             for each, config in space.pairs(strategy):
                 times_s = table.each_s.get((each.index, config), [])
                 assert each.fused or len(times_s) in ({2} if strategy == found.strategy else {0, 2})
         assert max(map(len, table.each_s.values())) == 2
-        assert found.cost.total_s == best.evaluate(found.strategy).total_s
-        assert found.cost.total_s <= best.evaluate(space.baseline("data")).total_s
 
     @pytest.mark.parametrize("confirms", [True, False])
     def test_what_was_measured_too_low_is_not_kept(self, confirms: bool) -> None:

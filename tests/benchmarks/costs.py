@@ -128,6 +128,14 @@ def drawn(space: Any, count: int) -> list[Any]:
     ]
 
 
+def run_of(name: str) -> dict[str, Any]:
+    """What every row says: the model, on how many devices, and when it was made."""
+    import jax
+
+    today = datetime.date.today().isoformat()
+    return {"model": name, "devices": len(jax.devices()), "date": today}
+
+
 def phases() -> Any:
     """Progress for standard error: a line for each phase, since runs take minutes to hours."""
     start = time.perf_counter()
@@ -190,13 +198,11 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
         times_s = result.result(run[str(strategy.configs)].name).times_s
         rows.append(
             {
-                "model": name,
-                "devices": len(jax.devices()),
+                **run_of(name),
                 "strategy": strategy.name,
                 **predicted(measured, strategy),
                 "measured_s": statistics.median(times_s),
                 "times_s": times_s,
-                "date": datetime.date.today().isoformat(),
             }
         )
     rows[0]["promised_s"] = found.cost.total_s
@@ -329,7 +335,6 @@ def lazy(name: str) -> list[dict[str, Any]]:
 
 def relazy(name: str) -> list[dict[str, Any]]:
     """Both searches on a full table that was measured earlier."""
-    import jax
 
     space, timer, content = kept("lazy", name)
     times, pairs = content["times_s"], pairs_of(space)
@@ -345,8 +350,7 @@ def relazy(name: str) -> list[dict[str, Any]]:
     ]
     return [
         {
-            "model": name,
-            "devices": len(jax.devices()),
+            **run_of(name),
             **row,
             "copies": COPIES,
             "copies_same_optimum": sum(copy["same_optimum"] for copy in copies),
@@ -402,7 +406,6 @@ def searched(space: Any, timer: Known, pairs: list[tuple[Any, Any]]) -> dict[str
 
 def warm(name: str) -> list[dict[str, Any]]:
     """Seconds of a second `parallelize` with a warm cache, JAX's tracing left out."""
-    import jax
 
     import jaxlwp
 
@@ -412,7 +415,7 @@ def warm(name: str) -> list[dict[str, Any]]:
     out = subprocess.run(
         [sys.executable, "-c", code, name], check=True, capture_output=True, text=True
     )
-    return [{"model": name, "devices": len(jax.devices()), **json.loads(out.stdout)}]
+    return [{**run_of(name), **json.loads(out.stdout)}]
 
 
 def time_parallelize() -> None:
@@ -432,7 +435,6 @@ def pair(name: str, rounds: int) -> list[dict[str, Any]]:
 
     `compare` runs what is found from rates alone between them.
     """
-    import jax
 
     import jaxlwp
 
@@ -452,14 +454,12 @@ def pair(name: str, rounds: int) -> list[dict[str, Any]]:
     found_s, data_s = (result.result(each).times_s for each in ("found", "data"))
     ratios = [a / b for a, b in zip(found_s, data_s, strict=True)]
     row = {
-        "model": name,
-        "devices": len(jax.devices()),
+        **run_of(name),
         "rounds": rounds,
         "found_s": statistics.median(found_s),
         "data_s": statistics.median(data_s),
         "ratio": statistics.median(ratios),
         "slower": sum(ratio > 1 for ratio in ratios),
-        "date": datetime.date.today().isoformat(),
     }
     return [row]
 
@@ -490,14 +490,12 @@ def repeats(name: str, searches: int) -> list[dict[str, Any]]:
         once.append(jaxlwp.search_measured(space, Once(timer)).solution.choices)
         sure.append(jaxlwp.search_measured(space, timer).solution.choices)
     row = {
-        "model": name,
-        "devices": len(jax.devices()),
+        **run_of(name),
         "searches": searches,
         "data_once": once.count(data),
         "data": sure.count(data),
         "strategies_once": len(set(once)),
         "strategies": len(set(sure)),
-        "date": datetime.date.today().isoformat(),
     }
     return [row]
 
