@@ -335,7 +335,6 @@ def lazy(name: str) -> list[dict[str, Any]]:
 
 def relazy(name: str) -> list[dict[str, Any]]:
     """Both searches on a full table that was measured earlier."""
-
     space, timer, content = kept("lazy", name)
     times, pairs = content["times_s"], pairs_of(space)
     row = searched(space, Known(timer, times), pairs)
@@ -406,7 +405,6 @@ def searched(space: Any, timer: Known, pairs: list[tuple[Any, Any]]) -> dict[str
 
 def warm(name: str) -> list[dict[str, Any]]:
     """Seconds of a second `parallelize` with a warm cache, JAX's tracing left out."""
-
     import jaxlwp
 
     work = workload(name)
