@@ -350,13 +350,18 @@ def _chunks(steps: Sequence[LocalStep], devices: int) -> Iterator[list[LocalStep
 
 @dataclass
 class _Runner:
-    """A program of several copies of one step, and what it has taken."""
+    """A program of several copies of one step, and what it has taken.
+
+    `allocated_bytes` are of a run's temporaries and results on one device, without what is donated.
+    A kernel's own scratch memory is not among them: it costs a training step just as much.
+    """
 
     step: LocalStep
     mesh: Mesh
     rates: DeviceGraph
     copies: int = 0
     program: Any = None
+    allocated_bytes: int = 0
     carried: list[Any] = field(default_factory=list)
     fixed: list[Any] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
@@ -375,6 +380,9 @@ class _Runner:
     def use(self, copies: int) -> float:
         """Compile a program of so many copies; seconds of its first run."""
         self.copies, self.program = copies, self.compiled(copies)
+        memory = self.program.memory_analysis()  # asked once: it takes milliseconds
+        made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        self.allocated_bytes = int(memory.temp_size_in_bytes + max(made, 0))
         return self.once()
 
     @property
@@ -442,16 +450,6 @@ class _Runner:
         new_bytes = min(pages * _pages.page_bytes() / self.mesh.size, self.allocated_bytes)
         touch_s = self.rates.first_touch_s(math.inf) * new_bytes
         return rest_s - min(touch_s, TOUCHED * rest_s)
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Of a run's temporaries and results on one device, without what is donated.
-
-        A kernel's own scratch memory is not among them: it costs a training step just as much.
-        """
-        memory = self.program.memory_analysis()
-        made = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return int(memory.temp_size_in_bytes + max(made, 0))
 
     @property
     def done(self) -> bool:

@@ -264,9 +264,8 @@ class TestLayerTimer:
         mesh = Mesh(np.array(jax.devices()[:2]), ("device",))
         step = local_step(graph, layer(graph, "conv"), Config(), AXES)
         monkeypatch.setattr(_measure._pages, "page_bytes", lambda: 4.0)
-        monkeypatch.setattr(_measure._Runner, "allocated_bytes", 400)
         rates = replace(devices(), first_touch_byte_s=((1e6, byte_s),), leaf_s=0.0)
-        runner = _measure._Runner(step, mesh, rates, copies=1, fixed=[[]])
+        runner = _measure._Runner(step, mesh, rates, copies=1, allocated_bytes=400, fixed=[[]])
         runner.times_s, runner.pages = [1.0, 1.2, 1.4], 3 * [pages]
         assert runner.timing(call_s=0.2).seconds == pytest.approx(seconds)
 

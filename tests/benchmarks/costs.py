@@ -42,6 +42,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 RESULTS = Path(__file__).parent / "results" / "costs.json"
 
 RECORDINGS = RESULTS.parent
@@ -55,17 +57,16 @@ NEED_RECORDINGS = FROM_RECORDINGS | {"pair": "accuracy"}
 
 MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
     "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256, 60),
-    "AlexNet": ("models.alexnet:AlexNet", (163, 163, 3), 32, 20),
-    "VGG-16": ("models.vgg:VGG16", (160, 160, 3), 8, 6),
-    "ResNet-18": ("models.resnet:ResNet18", (288, 288, 3), 8, 12),
-    "Inception-v3": ("models.inception:InceptionV3", (203, 203, 3), 8, 20),
-    "MobileNetV2": ("models.mobilenet:MobileNetV2", (128, 128, 3), 16, 12),
+    "AlexNet": ("models.alexnet:AlexNet", (163, 163, 3), 32, 8),
+    "VGG-16": ("models.vgg:VGG16", (160, 160, 3), 8, 4),
+    "ResNet-18": ("models.resnet:ResNet18", (288, 288, 3), 8, 4),
+    "Inception-v3": ("models.inception:InceptionV3", (203, 203, 3), 8, 4),
+    "MobileNetV2": ("models.mobilenet:MobileNetV2", (128, 128, 3), 16, 4),
 }
 """Module, shape of one example, batch, measured steps: sizes that two cores can run.
 
-The shorter a step, or the nearer to each other random strategies (of Inception-v3 most are within
-a tenth), the more of them, since medians of few differ by noise alone. Maps stay, but for a few
-splits by eight, larger than the windows over them: else XLA swaps kernel and operand of a
+The shorter a step, the more of them, since medians of few differ by noise alone. Maps stay, but for
+a few splits by eight, larger than the windows over them: else XLA swaps kernel and operand of a
 convolution, which on processors then runs as plain loops, many times slower, and takes what its
 context makes of them.
 """
@@ -75,11 +76,15 @@ BASELINES = ("data", "model", "owt", "spatial")
 FIGURES = ("regret", "over_data", "regret_checked", "over_data_checked", "regret_checked_all")
 """Of each model, and the largest of all in the summary."""
 
-POOL = 4
+POOL = 2
 """Configs that random strategies take of layers that are alike: each is to be measured."""
 
 COPIES, NOISE = 40, 0.05
 """Copies of a full table, and the standard deviation of the logarithm of their times from it."""
+
+PROGRAMS = Path(platformdirs.user_cache_dir("jaxlwp")) / "benchmark-programs"
+"""Where JAX keeps what it compiled, unless JAX_COMPILATION_CACHE_DIR says another folder: half of a
+first run is compiling. What programs take is measured in every run."""
 
 TOGETHER = 8
 """Layers that are measured in turns, between two steps."""
@@ -119,7 +124,7 @@ def drawn(space: Any, count: int) -> list[Any]:
     alike = jaxlwp.LayerTimer(space.graph, space.devices, jax.devices())
     pools: dict[str, list[int]] = {}
     for layer, configs in zip(space.graph.layers, space.configs, strict=True):
-        choices = generator.choices(range(len(configs)), k=POOL)
+        choices = generator.sample(range(len(configs)), min(POOL, len(configs)))
         pools.setdefault(alike.key(layer, jaxlwp.Config()), choices)
     of_layer = [pools[alike.key(layer, jaxlwp.Config())] for layer in space.graph.layers]
     return [
@@ -523,6 +528,8 @@ def run_with(
 ) -> list[dict[str, Any]]:
     """Rows of one model, with environment variables of its own."""
     environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **os.environ,
         **variables,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
