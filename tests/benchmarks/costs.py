@@ -84,7 +84,8 @@ COPIES, NOISE = 40, 0.05
 
 PROGRAMS = Path(platformdirs.user_cache_dir("jaxlwp")) / "benchmark-programs"
 """Where JAX keeps what it compiled, unless JAX_COMPILATION_CACHE_DIR says another folder: half of a
-first run is compiling. What programs take is measured in every run."""
+first run is compiling. What programs take is measured in every run. Not for the warm part, which is
+about what a second `parallelize` takes of itself."""
 
 TOGETHER = 8
 """Layers that are measured in turns, between two steps."""
@@ -527,9 +528,12 @@ def run_with(
     variables: dict[str, str], part: str, name: str, devices: int, extra: list[str]
 ) -> list[dict[str, Any]]:
     """Rows of one model, with environment variables of its own."""
-    environment = {
+    kept_programs = {
         "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment = {
+        **(kept_programs if part != "warm" else {}),
         **os.environ,
         **variables,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
