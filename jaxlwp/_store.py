@@ -170,6 +170,15 @@ class _DamagedError(sqlite3.DatabaseError):
     """The file is no store, or its content does not hold together."""
 
 
+@contextlib.contextmanager
+def _undecodable_is_damage() -> Iterator[None]:
+    """SQLite's messages quote names in a file; Python cannot tell one that is no UTF-8 any more."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise _DamagedError("a name in it is no UTF-8") from error
+
+
 class Store:
     """Measurements in one file; threads may share a store.
 
@@ -240,14 +249,16 @@ class Store:
         with self._lock:
             try:
                 try:
-                    return work(self._connection)
+                    with _undecodable_is_damage():
+                        return work(self._connection)
                 except sqlite3.Error as error:
                     if not _is_damage(error):
                         raise
                 # Another process may have set the file aside already: look again before doing so.
                 self._connection.close()
                 self._connection = self._opened()
-                return work(self._connection)
+                with _undecodable_is_damage():
+                    return work(self._connection)
             except sqlite3.Error as error:
                 raise StoreError(
                     f"{self.path} cannot be used ({error}); see that no other program holds it, "
@@ -474,12 +485,13 @@ def _connect(path: Path | str) -> sqlite3.Connection:
     )
     connection.text_factory = lambda content: content.decode(errors="replace")
     try:
-        (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-        if tables == 0 and not (path != ":memory:" and Path(path).stat().st_size):
-            connection.executescript(
-                f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; {_SCHEMA} COMMIT;"
-            )
-        _check(connection)
+        with _undecodable_is_damage():
+            (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+            if tables == 0 and not (path != ":memory:" and Path(path).stat().st_size):
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; {_SCHEMA} COMMIT;"
+                )
+            _check(connection)
     except BaseException:
         connection.close()
         raise
@@ -504,7 +516,7 @@ def _check(connection: sqlite3.Connection) -> None:
 
 def _in_memory(path: Path) -> sqlite3.Connection:
     """A store in memory, with what a file holds that can be read though not written."""
-    with contextlib.suppress(sqlite3.Error):
+    with contextlib.suppress(sqlite3.Error), _undecodable_is_damage():
         file = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         with contextlib.closing(file):
             _check(file)

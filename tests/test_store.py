@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -166,6 +167,18 @@ def test_flipped_bits(
         content[int(share * len(content))] ^= mask
     path.write_bytes(content)
     all_sound(path, entries)
+
+
+def test_name_that_is_no_text(tmp_path: Path) -> None:
+    """SQLite quotes it in a message that Python's module cannot decode."""
+    path = tmp_path / "s"
+    entries = filled(path)
+    content = path.read_bytes()
+    for match in re.finditer(b"entries", content):
+        name = bytearray(content)
+        name[match.start() + 2] ^= 128
+        path.write_bytes(name)
+        all_sound(path, entries)
 
 
 def test_changed_figure_is_not_used(tmp_path: Path) -> None:
