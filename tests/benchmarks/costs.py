@@ -83,9 +83,9 @@ COPIES, NOISE = 40, 0.05
 """Copies of a full table, and the standard deviation of the logarithm of their times from it."""
 
 PROGRAMS = Path(platformdirs.user_cache_dir("jaxlwp")) / "benchmark-programs"
-"""Where JAX keeps what it compiled, unless JAX_COMPILATION_CACHE_DIR says another folder: half of a
-first run is compiling. What programs take is measured in every run. Not for the warm part, which is
-about what a second `parallelize` takes of itself."""
+"""Where JAX keeps what it compiled, unless JAX_COMPILATION_CACHE_DIR says another folder: much of
+a first run is compiling. What programs take is measured in every run. Not for the warm part, which
+is about what a second `parallelize` takes of itself."""
 
 TOGETHER = 8
 """Layers that are measured in turns, between two steps."""
