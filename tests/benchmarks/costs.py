@@ -58,10 +58,10 @@ NEED_RECORDINGS = FROM_RECORDINGS | {"pair": "accuracy"}
 MODELS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
     "LeNet-5": ("models.lenet:LeNet5", (28, 28, 1), 256, 60),
     "AlexNet": ("models.alexnet:AlexNet", (163, 163, 3), 32, 8),
-    "VGG-16": ("models.vgg:VGG16", (160, 160, 3), 8, 4),
+    "VGG-16": ("models.vgg:VGG16", (160, 160, 3), 8, 3),
     "ResNet-18": ("models.resnet:ResNet18", (288, 288, 3), 8, 4),
-    "Inception-v3": ("models.inception:InceptionV3", (203, 203, 3), 8, 4),
-    "MobileNetV2": ("models.mobilenet:MobileNetV2", (128, 128, 3), 16, 4),
+    "Inception-v3": ("models.inception:InceptionV3", (203, 203, 3), 8, 3),
+    "MobileNetV2": ("models.mobilenet:MobileNetV2", (128, 128, 3), 16, 3),
 }
 """Module, shape of one example, batch, measured steps: sizes that two cores can run.
 
