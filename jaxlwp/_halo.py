@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlwp._layout import cdiv
+from jaxlwp._spmd import device_index, permute
 from jaxlwp.ops import Reach
 
 
@@ -107,7 +108,7 @@ def exchange(
         config = [(0, 0, 0)] * x.ndim
         config[dim] = (low, high, 0)
         y = lax.pad(y, jnp.zeros((), y.dtype), config)
-    index = lax.axis_index(tuple(axes))
+    index = device_index(tuple(axes))
     first = halo.left + low
     position = lax.broadcasted_iota(jnp.int32, y.shape, dim) - first + index * halo.block
     y = jnp.where((position >= 0) & (position < size), y, fill)
@@ -133,7 +134,7 @@ def dilate(x: Any, dim: int, axes: Sequence[str], halo: Halo) -> Any:
     config[dim] = (max(lows), max(0, halo.extent - min(lows) - dilated), step - 1)
     y = lax.pad(x, jnp.zeros((), x.dtype), config)
     starts = [max(lows) - low for low in lows]
-    return _from(y, dim, starts, halo.extent, lax.axis_index(tuple(axes)))
+    return _from(y, dim, starts, halo.extent, device_index(tuple(axes)))
 
 
 def hops(halo: Halo, wanted: int) -> list[tuple[int, int]]:
@@ -172,4 +173,4 @@ def _receive(x: Any, dim: int, axes: tuple[str, ...], parts: int, rows: int, ste
     begin = x.shape[dim] - rows if step > 0 else 0
     piece = lax.slice_in_dim(x, begin, begin + rows, axis=dim)
     pairs = [(i, i + step) for i in range(parts) if 0 <= i + step < parts]
-    return lax.ppermute(piece, axes, pairs)
+    return permute(piece, axes, pairs)

@@ -18,8 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex_core
-from jax.sharding import AbstractMesh, PartitionSpec
 
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Layer
@@ -27,6 +25,7 @@ from jaxlwp._layout import degree, local_shape
 from jaxlwp._lower import Lowered, Run, read_elsewhere
 from jaxlwp._program import Equation, Program, Value, flatten
 from jaxlwp._reshard import reshard
+from jaxlwp._spmd import OnBlocks, trace_on_blocks
 
 COLLECTIVES = (
     "psum",
@@ -164,21 +163,15 @@ def local_step(
     ends = [reads[n] for n in moved] + [makes[n] for n in driven]
     arguments = ends + [reads[n] for n in fixed]
     results = ends + [makes[n] for n in undriven]
-    mapped = jax.shard_map(
+    traced = trace_on_blocks(
         step,
-        mesh=AbstractMesh(tuple(axis_sizes.values()), tuple(axis_sizes)),
-        in_specs=tuple(_spec(layout) for _, layout, _ in arguments),
-        out_specs=tuple(_spec(layout) for _, layout, _ in results),
-    )
-    traced = jax.make_jaxpr(mapped)(
-        *(_padded(info, layout, axis_sizes) for info, layout, _ in arguments)
+        [_padded(info, layout, axis_sizes) for info, layout, _ in arguments],
+        [layout for _, layout, _ in arguments],
+        [layout for _, layout, _ in results],
+        axis_sizes,
     )
     program = _local_program(traced)
     return LocalStep(program=program, carried=len(ends), key=_hash(program))
-
-
-def _spec(layout: Layout) -> PartitionSpec:
-    return PartitionSpec(*(axes or None for axes in layout))
 
 
 def _padded(info: Value, layout: Layout, axis_sizes: dict[str, int]) -> jax.ShapeDtypeStruct:
@@ -188,23 +181,16 @@ def _padded(info: Value, layout: Layout, axis_sizes: dict[str, int]) -> jax.Shap
     return jax.ShapeDtypeStruct(tuple(shape), info.dtype)
 
 
-def _local_program(traced: Any) -> Program:
-    """The program inside the one `shard_map` of a traced function."""
-    (eqn,) = (eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "shard_map")
-    places = {var: n for n, var in enumerate(traced.jaxpr.invars)}
-    consts = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
-    body = eqn.params["jaxpr"]
-    body = getattr(body, "jaxpr", body)
-    program = flatten(jex_core.ClosedJaxpr(body, ()), derivatives=False)
-    inputs = [-1] * len(places)
+def _local_program(traced: OnBlocks) -> Program:
+    """The program of one device, its operands in the order of the arguments."""
+    program = flatten(traced.jaxpr, derivatives=False)
+    inputs = [-1] * len(traced.positions)
     constants = dict(program.constants)
-    for atom, value in zip(eqn.invars, program.inputs, strict=True):
-        if isinstance(atom, jex_core.Literal):
-            constants[value] = atom.val
-        elif atom in places:
-            inputs[places[atom]] = value
+    for n, value in enumerate(program.inputs):
+        if n in traced.positions:
+            inputs[traced.positions[n]] = value
         else:
-            constants[value] = consts[atom]
+            constants[value] = traced.constants[n]
     equations = tuple(
         # Shardings name the mesh that the program was traced for.
         dataclasses.replace(eqn, params={**eqn.params, "sharding": None})

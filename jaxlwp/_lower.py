@@ -32,6 +32,7 @@ from jaxlwp._halo import dilate, exchange, plan_halo
 from jaxlwp._layout import degree, even_layout, layout_axes, local_shape
 from jaxlwp._program import Checkpoint, Equation
 from jaxlwp._reshard import reshard
+from jaxlwp._spmd import all_reduce, device_index
 from jaxlwp.ops import RULES, Labels, Local, Signature, rule_of
 
 LAYER_SCOPE = "jaxlwp.layer"
@@ -286,7 +287,7 @@ class Run:
         found = rule_of(eqn)
         results = found[0].lower(eqn, blocks, local) if found else eqn.bind(*blocks)
         if reduced_axes and not (found and found[0].combines):
-            results = tuple(lax.psum(block, reduced_axes) for block in results)
+            results = tuple(all_reduce(block, reduced_axes) for block in results)
         return self.masked_results(eqn, signature, config, results)
 
     def local(self, eqn: Equation, signature: Signature, config: Config) -> Local:
@@ -296,10 +297,7 @@ class Run:
             shape = local_shape(value.shape, layout, self.axis_sizes)
             shapes.append(shape)
             offsets.append(
-                tuple(
-                    lax.axis_index(axes) * size if axes else 0
-                    for axes, size in zip(layout, shape, strict=True)
-                )
+                tuple(device_index(axes) * size for axes, size in zip(layout, shape, strict=True))
             )
         names = signature.operands[0] if signature.operands else ()
         return Local(names=names, result_shapes=tuple(shapes), offsets=tuple(offsets))
@@ -342,7 +340,7 @@ class Run:
         """The block with `fill` in its padding."""
         for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
             if size % degree(axes, self.axis_sizes):
-                start = lax.axis_index(axes) * block.shape[dim]
+                start = device_index(axes) * block.shape[dim]
                 position = lax.broadcasted_iota(jnp.int32, block.shape, dim) + start
                 block = jnp.where(position < size, block, jnp.asarray(fill, block.dtype))
         return block

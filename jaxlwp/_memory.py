@@ -19,8 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import optax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend import core as jex_core
-from jax.sharding import AbstractMesh, PartitionSpec
 
 from jaxlwp._buffers import LIBRARY, Buffers, predict
 from jaxlwp._config import Config, Layout
@@ -28,6 +26,7 @@ from jaxlwp._graph import ComputationGraph, Edge, Layer, Use
 from jaxlwp._layout import copied_bytes, even_layout, local_shape
 from jaxlwp._lower import Lowered, Placed, Run
 from jaxlwp._program import Equation, Program, Value, flatten
+from jaxlwp._spmd import trace_on_blocks
 from jaxlwp.ops import Labels, Signature
 
 if TYPE_CHECKING:
@@ -198,35 +197,23 @@ def differentiated(lowered: Lowered) -> DifferentiatedProgram:
         )(*(blocks[n] for n in trained))
         return (*gradients, value, *others)
 
-    specs = [_spec(layout) for layout in lowered.input_layouts()]
-    results = [_spec(layout) for layout in lowered.output_layouts()]
-    mapped = jax.shard_map(
-        step,
-        mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)),
-        in_specs=tuple(specs),
-        out_specs=(*(specs[n] for n in trained), *results),
-    )
     values = [graph.program.values[value] for value in inputs]
-    traced = jax.make_jaxpr(mapped)(*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values))
-    (eqn,) = (eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "shard_map")
-    body = eqn.params["jaxpr"]
-    program = flatten(jex_core.ClosedJaxpr(getattr(body, "jaxpr", body), ()), derivatives=False)
-    place = {var: n for n, var in enumerate(traced.jaxpr.invars)}
-    position = {
-        place[var]: n
-        for n, var in enumerate(eqn.invars)
-        if not isinstance(var, jex_core.Literal) and var in place
-    }
+    layouts = lowered.input_layouts()
+    traced = trace_on_blocks(
+        step,
+        [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values],
+        layouts,
+        [*(layouts[n] for n in trained), *lowered.output_layouts()],
+        sizes,
+    )
+    program = flatten(traced.jaxpr, derivatives=False)
+    position = {place: n for n, place in traced.positions.items()}
     return DifferentiatedProgram(
         program=program,
         gradients={output: position[n] for output, n in enumerate(trained)},
         trained=trained,
         loss=len(trained),
     )
-
-
-def _spec(layout: Layout) -> PartitionSpec:
-    return PartitionSpec(*(axes or None for axes in layout))
 
 
 # --- bytes of a layer under each of its configs ----------------------------------------------

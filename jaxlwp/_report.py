@@ -168,7 +168,7 @@ def _layer_bytes(plan: Plan, index: int, configs: tuple[Config, ...]) -> int:
 
 
 def _output_spec(plan: Plan, index: int, config: Config) -> str:
-    from jaxlwp._plan import partition_spec
+    from jaxlwp._spmd import partition_spec
 
     member = plan.graph.layers[index].members[-1]
     return str(partition_spec(config.layout(member.signature.results[0]))).replace(

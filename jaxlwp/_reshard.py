@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxlwp._config import Layout
 from jaxlwp._layout import Move, cdiv, degree, plan_moves
+from jaxlwp._spmd import all_gather, all_to_all, device_index, permute, vary
 
 
 def reshard(
@@ -51,17 +52,16 @@ def _apply(
     x: Any, move: Move, before: Layout, shape: Sequence[int], axis_sizes: Mapping[str, int]
 ) -> Any:
     if move.kind == "cast":
-        return lax.pcast(x, move.axes, to="varying")
+        return vary(x, move.axes)
     if move.kind == "slice":
         return take_block(x, move.dim, move.axes, degree(move.axes, axis_sizes))
     if move.kind == "permute":
-        return lax.ppermute(x, move.axes, _permutation(move, before, axis_sizes))
+        return permute(x, move.axes, _permutation(move, before, axis_sizes))
     if move.kind == "all_gather":
-        to = "varying" if move.varying else "invarying"
-        x = lax.all_gather(x, move.axes, axis=move.dim, tiled=True, to=to)
+        x = all_gather(x, move.axes, move.dim, varying=move.varying)
     else:
         x = _pad_to_multiple(x, move.to_dim, degree(move.axes, axis_sizes))
-        x = lax.all_to_all(x, move.axes, move.to_dim, move.dim, tiled=True)
+        x = all_to_all(x, move.axes, split_dim=move.to_dim, concat_dim=move.dim)
     if not move.after[move.dim] and x.shape[move.dim] > shape[move.dim]:
         x = lax.slice_in_dim(x, 0, shape[move.dim], axis=move.dim)
     return x
@@ -88,9 +88,9 @@ def take_block(x: Any, dim: int, axes: tuple[str, ...], parts: int) -> Any:
 
 
 def _block(x: Any, dim: int, axes: tuple[str, ...], parts: int) -> Any:
-    x = lax.pcast(_pad_to_multiple(x, dim, parts), axes, to="varying")
+    x = vary(_pad_to_multiple(x, dim, parts), axes)
     block = x.shape[dim] // parts
-    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * block, block, dim)
+    return lax.dynamic_slice_in_dim(x, device_index(axes) * block, block, dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -105,7 +105,7 @@ def _block_forward(x: Any, dim: int, axes: tuple[str, ...], parts: int) -> tuple
 def _block_backward(
     dim: int, axes: tuple[str, ...], parts: int, witness: Any, cotangent: Any
 ) -> tuple[Any]:
-    whole = lax.all_gather(cotangent, axes, axis=dim, tiled=True, to="invarying")
+    whole = all_gather(cotangent, axes, dim, varying=False)
     return (lax.slice_in_dim(whole, 0, witness.shape[0], axis=dim),)
 
 

@@ -7,15 +7,17 @@ The function is traced to a jaxpr and flattened to a program; its equations are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 
+from jaxlwp._arguments import argument_name
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._group import Draft, Grouping, pull, whole
 from jaxlwp._program import Equation, KnownValues, Program, flatten, without_dead_code
+from jaxlwp._spmd import no_mesh
 from jaxlwp.ops import RECOGNISED, Labels, Signature
 
 ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
@@ -23,15 +25,20 @@ ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_fi
 
 
 def trace(
-    fn: Callable[..., Any], params: Any, *args: Any, differentiated: bool = True
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    keywords: Mapping[str, Any] | None = None,
+    differentiated: bool = True,
 ) -> ComputationGraph:
     """Trace a training function into its computation graph.
 
     Args:
-      fn: called as `fn(params, *args)`; its first output (or first element of a tuple) is the
-        loss.
+      fn: called as `fn(params, *args, **keywords)`; its first output (or first element of a tuple)
+        is the loss.
       params: pytree of arrays or `jax.ShapeDtypeStruct`: what gradients are taken of.
       *args: the batch and whatever else `fn` takes, likewise.
+      keywords: arguments that are passed by name, likewise.
       differentiated: gradients of the loss will be taken; False for evaluation.
 
     Returns:
@@ -40,23 +47,25 @@ def trace(
     Raises:
       ValueError: `fn` has side effects, or an argument holds something that is no array.
     """
-    _check_leaves((params, *args))
-    shapes = jax.tree.map(_shape_of, (params, *args))
+    given = (params, *args), dict(keywords or {})
+    _check_leaves(given)
+    shapes = jax.tree.map(_shape_of, given)
     leaves, tree = jax.tree.flatten(shapes)
     changed: list[int] = []
 
     def flat_fn(*flat: Any) -> Any:
         arguments = jax.tree.unflatten(tree, flat)
-        out = fn(*arguments)
+        out = fn(*arguments[0], **arguments[1])
         # Flax NNX modules keep random counts and statistics by changing themselves.
         after = jax.tree.leaves(arguments)
         pairs = enumerate(zip(flat, after, strict=True))
         changed[:] = [i for i, (old, new) in pairs if new is not old]
         return *jax.tree.leaves(out), *(after[i] for i in changed)
 
-    program = recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves)))
-    paths = jax.tree_util.tree_flatten_with_path((params, *args))[0]
-    names = tuple(_path_name(path) for path, _ in paths)
+    with no_mesh():  # the plan's mesh is another matter than the one that is set
+        program = recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves)))
+    paths = jax.tree_util.tree_flatten_with_path(given)[0]
+    names = tuple(argument_name(path) for path, _ in paths)
     count = len(jax.tree.leaves(params))
     gradients = values_with_cotangent(program, count) if differentiated else frozenset()
     return build_graph(program, names, count, tuple(changed), gradients)
@@ -79,8 +88,8 @@ def _check_leaves(arguments: Any) -> None:
             _shape_of(leaf)
         except TypeError as error:
             raise ValueError(
-                f"trace: {_path_name(path)} is a {type(leaf).__name__} ({leaf!r:.60}), which is no "
-                "array; pass arrays only: close over everything else, or split the model into "
+                f"trace: {argument_name(path)} is a {type(leaf).__name__} ({leaf!r:.60}), which is "
+                "no array; pass arrays only: close over everything else, or split the model into "
                 "arrays and the rest (as equinox.partition does)"
             ) from error
 
@@ -90,11 +99,6 @@ def _shape_of(leaf: Any) -> Any:
         return leaf
     aval = jax.typeof(leaf)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def _path_name(path: tuple[Any, ...]) -> str:
-    head = "params" if path[0].idx == 0 else f"args[{path[0].idx - 1}]"
-    return head + jax.tree_util.keystr(path[1:])
 
 
 # --- building the graph ------------------------------------------------------------------------

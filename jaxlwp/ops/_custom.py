@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxlwp._program import Equation, Program, flatten
+from jaxlwp._spmd import vary
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature
 
 Dim = tuple[str, int, int]
@@ -230,7 +230,7 @@ class _Blocks:
 
     def vary(self, constant: Any) -> Any:
         """A constant, varying over the mesh axes over which the operands vary."""
-        return lax.pcast(jnp.asarray(constant), self.varying, to="varying")
+        return vary(jnp.asarray(constant), self.varying)
 
 
 def _lower(
