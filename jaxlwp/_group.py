@@ -160,7 +160,9 @@ class Grouping:
             self.of_parameters.update(eqn.results)
         if rule is None or signature is None:
             self.open(position, eqn, whole(eqn), eqn.name, has_rule=False)
-        elif signature.role == "lazy" or (signature.role == "follow" and not placed):
+        elif not rule.once and (
+            signature.role == "lazy" or (signature.role == "follow" and not placed)
+        ):
             self.lazy.update(dict.fromkeys(eqn.results, position))
         elif position in self.for_reduction:
             self.waiting.update(dict.fromkeys(eqn.results, position))

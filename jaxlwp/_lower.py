@@ -33,7 +33,7 @@ from jaxlwp._layout import degree, even_layout, layout_axes, local_shape
 from jaxlwp._program import Checkpoint, Equation
 from jaxlwp._reshard import reshard
 from jaxlwp._spmd import all_reduce, device_index
-from jaxlwp.ops import RULES, Labels, Local, Signature, rule_of
+from jaxlwp.ops import RULES, Labels, Local, Signature, evaluate_whole, rule_of
 
 LAYER_SCOPE = "jaxlwp.layer"
 """Name scope of a layer's operators in the lowered function, before the layer's index."""
@@ -285,7 +285,7 @@ class Run:
             local, haloed=haloed, reduced_axes=reduced_axes, varying=varying
         )
         found = rule_of(eqn)
-        results = found[0].lower(eqn, blocks, local) if found else eqn.bind(*blocks)
+        results = found[0].lower(eqn, blocks, local) if found else evaluate_whole(eqn, blocks)
         if reduced_axes and not (found and found[0].combines):
             results = tuple(all_reduce(block, reduced_axes) for block in results)
         return self.masked_results(eqn, signature, config, results)

@@ -21,11 +21,14 @@ from jax.extend import core as jex_core
 INLINED = ("jit", "pjit", "closed_call", "core_call")
 """Primitives whose body is inlined; the body is under the parameter `jaxpr` or `call_jaxpr`."""
 
-CUSTOM = ("custom_jvp_call", "custom_vjp_call")
-"""Primitives of calls with a derivative of their own; the body is under `call_jaxpr`."""
+CUSTOM_JVP = ("custom_jvp_call",)
+CUSTOM_VJP = ("custom_vjp_call", "CustomVJPTraced")
+CUSTOM = CUSTOM_JVP + CUSTOM_VJP
+"""Primitives of calls with a derivative of their own; the body is under `call_jaxpr`. The last is
+that of JAX's coming `jax_custom_vjp3`."""
 
-CHECKPOINTS = ("checkpoint", "remat2")
-"""Names of the primitive of `jax.checkpoint`."""
+CHECKPOINTS = ("checkpoint", "remat2", "RematTraced")
+"""Names of the primitive of `jax.checkpoint`; the last is that of JAX's coming `jax_remat3`."""
 
 LONGEST_UNROLLED = 64
 """Iterations of the longest scan that is unrolled: a stack of layers, not a recurrence in time."""
@@ -141,6 +144,13 @@ class Program:
     inputs: tuple[int, ...]
     equations: tuple[Equation, ...]
     outputs: tuple[int, ...]
+
+    def __call__(self, *operands: Any) -> tuple[Any, ...]:
+        """Evaluate on whole arrays."""
+        made: dict[int, Any] = {**self.constants, **dict(zip(self.inputs, operands, strict=True))}
+        for eqn in self.equations:
+            made.update(zip(eqn.results, eqn.bind(*(made[i] for i in eqn.operands)), strict=True))
+        return tuple(jax.numpy.asarray(made[i]) for i in self.outputs)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._group import Draft, Grouping, pull, whole
 from jaxlwp._program import Equation, KnownValues, Program, flatten, without_dead_code
 from jaxlwp._spmd import no_mesh
-from jaxlwp.ops import RECOGNISED, Labels, Signature
+from jaxlwp.ops import RECOGNISED, RULES, Labels, Signature
 
 ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
 """Operators through which no cotangent flows."""
@@ -207,8 +207,8 @@ class _Reader:
         """Read an operator's operands; `active` is its own dimensions unless it is pulled."""
         if active is None:
             self.recomputed = bool(eqn.checkpoints)
-        reached = any(result in self.gradients for result in eqn.results)
-        gradient = tuple(reached and operand in self.gradients for operand in eqn.operands)
+        driven = {*unread_results(eqn), *(r for r in eqn.results if r in self.gradients)}
+        gradient = tuple(bool(driven) and operand in self.gradients for operand in eqn.operands)
         names = signature.names if active is None else active
         for operand, labels, flows in zip(eqn.operands, signature.operands, gradient, strict=True):
             self.want(operand, labels, names, flows)
@@ -288,8 +288,17 @@ def _layer(index: int, name: str, draft: Draft, reader: _Reader) -> Layer:
     )
 
 
+def unread_results(eqn: Equation) -> tuple[int, ...]:
+    """Results whose cotangents the equation's derivative does not read."""
+    rule = RULES.get(eqn.name)
+    return tuple(eqn.results[n] for n in rule.unread(eqn)) if rule else ()
+
+
 def values_with_cotangent(program: Program, num_parameters: int) -> frozenset[int]:
-    """Values that depend on the parameters and on which the loss depends, both differentiably."""
+    """Values whose cotangent is wanted.
+
+    They depend on the parameters, and the loss depends on them, both differentiably.
+    """
 
     def flows(eqn: Equation) -> bool:
         return eqn.name not in ZERO_DERIVATIVE
@@ -298,7 +307,8 @@ def values_with_cotangent(program: Program, num_parameters: int) -> frozenset[in
     forward = {i for i in program.inputs[:num_parameters] if values[i].differentiable}
     for eqn in program.equations:
         if flows(eqn) and forward.intersection(eqn.operands):
-            forward.update(i for i in eqn.results if values[i].differentiable)
+            read = set(eqn.results).difference(unread_results(eqn))
+            forward.update(i for i in read if values[i].differentiable)
     backward = set(program.outputs[:1])
     for eqn in reversed(program.equations):
         if flows(eqn) and backward.intersection(eqn.results):

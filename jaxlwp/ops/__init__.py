@@ -1,5 +1,8 @@
 """Operator rules: one file per family of operators, and the only code that knows an operator."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from jaxlwp._program import Equation
 from jaxlwp.ops import (
     _arrange,
@@ -45,6 +48,12 @@ def rule_of(eqn: Equation) -> tuple[Rule, Signature] | None:
     return (RULES[eqn.name], signature) if signature is not None else None
 
 
+def evaluate_whole(eqn: Equation, operands: Sequence[Any]) -> tuple[Any, ...]:
+    """Evaluate an operator that is not split, on whole arrays."""
+    rule = RULES.get(eqn.name)
+    return rule.lower_whole(eqn, operands) if rule and rule.lower_whole else eqn.bind(*operands)
+
+
 RULES.update(_custom.rules(rule_of))
 
 RECOGNISED = _resize.RECOGNISED
@@ -61,6 +70,7 @@ __all__ = [
     "Signature",
     "Window",
     "default_names",
+    "evaluate_whole",
     "rule_of",
     "spatial_names",
 ]

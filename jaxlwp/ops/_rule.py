@@ -202,6 +202,12 @@ class Rule:
       flops: floating-point operations of the forward pass for given local operand and result
         shapes.
       combines: the lowering itself combines partial results over a split reduced dimension.
+      lower_whole: evaluates the operator on whole arrays, where it is not split; the primitive
+        itself by default.
+      once: it is evaluated once, never where it is read. All other operators have derivatives that
+        are linear in the cotangent: whether each of several readers evaluates them, and whether
+        each device has a part of the cotangent, cannot be told apart.
+      unread: positions of the results whose cotangents the derivative does not read.
     """
 
     kind: str
@@ -211,6 +217,9 @@ class Rule:
         elementwise_flops
     )
     combines: bool = False
+    lower_whole: Callable[[Equation, Sequence[Any]], tuple[Any, ...]] | None = None
+    once: bool = False
+    unread: Callable[[Equation], tuple[int, ...]] = lambda eqn: ()
 
 
 def bind_lowering(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
