@@ -35,7 +35,7 @@ from jaxlwp._spmd import (
 )
 from jaxlwp._store import Measurement, Store, environment_of, now
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 REPEATS = 5
 
 

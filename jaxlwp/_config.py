@@ -75,6 +75,10 @@ class Config:
         """All mesh axes over which the layer is split."""
         return frozenset(axis for _, axes in self.splits for axis in axes)
 
+    def splitting(self, axis_sizes: Mapping[str, int]) -> Config:
+        """The config without mesh axes of size 1, which split nothing."""
+        return Config.of({n: [a for a in axes if axis_sizes[a] > 1] for n, axes in self.splits})
+
     def layout(self, labels: Sequence[str | None]) -> Layout:
         """Layout of an array whose dimensions carry the given dimension names."""
         return tuple(self.axes(label) for label in labels)

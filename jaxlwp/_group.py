@@ -13,6 +13,7 @@ Every equation of the flat program either becomes part of a layer or is evaluate
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -144,6 +145,7 @@ class Grouping:
     def __init__(self, program: Program, num_parameters: int) -> None:
         self.program = program
         self.of_parameters = set(program.inputs[:num_parameters]) | set(program.constants)
+        self.outputs = frozenset(program.outputs)
         self.drafts: list[Draft] = []
         self.known: dict[int, dict[int, Labels]] = {}  # value -> layer -> labels
         self.homes: dict[int, tuple[int, Labels]] = {}
@@ -160,14 +162,26 @@ class Grouping:
             self.of_parameters.update(eqn.results)
         if rule is None or signature is None:
             self.open(position, eqn, whole(eqn), eqn.name, has_rule=False)
-        elif not rule.once and (
-            signature.role == "lazy" or (signature.role == "follow" and not placed)
+        elif (
+            not rule.once
+            and not self.returned(eqn)
+            and (signature.role == "lazy" or (signature.role == "follow" and not placed))
         ):
             self.lazy.update(dict.fromkeys(eqn.results, position))
         elif position in self.for_reduction:
             self.waiting.update(dict.fromkeys(eqn.results, position))
         else:
             self.place(position, eqn, rule, signature)
+
+    def returned(self, eqn: Equation) -> bool:
+        """Whether the function returns an array that the equation makes.
+
+        Such an array needs a layer, which says how it is split. A single number does not.
+        """
+        values = (
+            v for i, v in zip(eqn.results, eqn.result_values, strict=True) if i in self.outputs
+        )
+        return any(math.prod(value.shape) > 1 for value in values)
 
     def reads_parameters_only(self, layer: int) -> bool:
         """Whether a layer's results depend on parameters and constants alone."""

@@ -8,7 +8,7 @@ cuts out the rows that its block of the output reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,34 +78,29 @@ def plan_halo(size: int, out_size: int, reach: Reach, parts: int) -> Halo:
     )
 
 
-Once = Callable[..., Any]
-"""`once(function, *arguments)`: the function's value, made once for the same arguments."""
-
-
-def exchange(
-    x: Any, dim: int, axes: Sequence[str], halo: Halo, size: int, fill: Any, once: Once
+def assemble(
+    pieces: Sequence[Any], dim: int, axes: Sequence[str], halo: Halo, size: int, fill: Any
 ) -> Any:
     """The rows that this device's output block reads.
 
     Args:
-      x: this device's block, `halo.block` rows along `dim`.
+      pieces: rows received from the left, this device's block, rows received from the right, in
+        image order.
       dim: array dimension.
       axes: mesh axes that split it.
       halo: from `plan_halo`.
       size: rows of the whole array; rows outside of it are `fill`.
       fill: what the operator's padding holds.
-      once: makes what several operators receive once.
 
     Returns:
       Block with `halo.rows` rows along `dim`.
     """
-    left, own, right = _with_neighbours(x, dim, tuple(axes), halo, once)
     low = max(0, -min(halo.starts)) - halo.left
     high = max(0, max(halo.starts) + halo.rows - halo.block) - halo.right
-    y = lax.concatenate([*left, *own, *right], dim) if left or right else x
+    y = lax.concatenate(pieces, dim) if len(pieces) > 1 else pieces[0]
     fill = jnp.asarray(fill, y.dtype)
     if low or high:
-        config = [(0, 0, 0)] * x.ndim
+        config = [(0, 0, 0)] * y.ndim
         config[dim] = (low, high, 0)
         y = lax.pad(y, jnp.zeros((), y.dtype), config)
     index = device_index(tuple(axes))
@@ -146,29 +141,7 @@ def hops(halo: Halo, wanted: int) -> list[tuple[int, int]]:
     return pieces
 
 
-def _with_neighbours(
-    x: Any, dim: int, axes: tuple[str, ...], halo: Halo, once: Once
-) -> tuple[list[Any], list[Any], list[Any]]:
-    """Pieces from the left, one's own block in pieces, pieces from the right, in image order."""
-    own, send_left, send_right = [x], x, x
-    if halo.exchanged and halo.exchanged <= halo.block:
-        # Cut the block in three: what is sent is a piece of its own, whose gradient is added to
-        # that piece. Slices of the block would each return a gradient as large as the block.
-        sizes = (halo.right, halo.block - halo.exchanged, halo.left)
-        own = list(once(lax.split, x, sizes, dim))
-        send_left, send_right = own[0], own[2]
-    left = [
-        once(_receive, send_right, dim, axes, len(halo.starts), rows, distance)
-        for distance, rows in hops(halo, halo.left)
-    ]
-    right = [
-        once(_receive, send_left, dim, axes, len(halo.starts), rows, -distance)
-        for distance, rows in hops(halo, halo.right)
-    ]
-    return left[::-1], own, right
-
-
-def _receive(x: Any, dim: int, axes: tuple[str, ...], parts: int, rows: int, step: int) -> Any:
+def receive(x: Any, dim: int, axes: tuple[str, ...], parts: int, rows: int, step: int) -> Any:
     """The last (or for a negative step the first) rows of the neighbour `step` to the left."""
     begin = x.shape[dim] - rows if step > 0 else 0
     piece = lax.slice_in_dim(x, begin, begin + rows, axis=dim)

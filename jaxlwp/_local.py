@@ -22,10 +22,10 @@ import numpy as np
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._layout import degree, local_shape
-from jaxlwp._lower import Lowered, Run, read_elsewhere
+from jaxlwp._lower import run
 from jaxlwp._program import Equation, Program, Value, flatten
-from jaxlwp._reshard import reshard
 from jaxlwp._spmd import OnBlocks, trace_on_blocks
+from jaxlwp._steps import build_layer, read_elsewhere
 
 COLLECTIVES = (
     "psum",
@@ -116,7 +116,6 @@ def local_step(
       axis_sizes: devices along each mesh axis; the devices need not exist.
     """
     configs = tuple(config if other is layer else Config() for other in graph.layers)
-    lowered = Lowered(graph=graph, configs=configs, axis_sizes=axis_sizes)
     positions = [p for p, (owner, _) in graph.assigned.items() if owner == layer.index]
     uses = [use for use in layer.uses if use.source != layer.index or use.argument]
     outputs = read_elsewhere(graph, positions)
@@ -126,20 +125,17 @@ def local_step(
         for v in outputs
     ]
 
-    def forward(blocks: Sequence[Any]) -> list[Any]:
-        run = Run(lowered, None)
-        for use, (info, layout, _), block in zip(uses, reads, blocks, strict=True):
-            active = frozenset(axis for name in use.active for axis in config.axes(name))
-            run.cache[use.value, use.labels, use.active, layer.index] = reshard(
-                block,
-                shape=info.shape,
-                source=layout,
-                target=layout,
-                active=active,
-                axis_sizes=axis_sizes,
-            )
-        run.evaluate(positions, depth=0)
-        return [run.made[value].block for value in outputs]
+    program = build_layer(
+        graph,
+        configs,
+        axis_sizes,
+        [
+            (use.value, layout, frozenset(a for name in use.active for a in config.axes(name)))
+            for use, (_, layout, _) in zip(uses, reads, strict=True)
+        ],
+        positions,
+        outputs,
+    )
 
     moved = [n for n, (_, _, gradient) in enumerate(reads) if gradient]
     fixed = [n for n, (_, _, gradient) in enumerate(reads) if not gradient]
@@ -153,7 +149,7 @@ def local_step(
 
         def differentiated(*inputs: Any) -> tuple[list[Any], list[Any]]:
             blocks = dict(zip(moved, inputs, strict=True)) | dict(zip(fixed, others, strict=True))
-            made = forward([blocks[n] for n in range(len(reads))])
+            made = run(program, [blocks[n] for n in range(len(reads))])
             return [made[n] for n in driven], [made[n] for n in undriven]
 
         made, back, rest = jax.vjp(differentiated, *inputs, has_aux=True)
@@ -170,8 +166,8 @@ def local_step(
         [layout for _, layout, _ in results],
         axis_sizes,
     )
-    program = _local_program(traced)
-    return LocalStep(program=program, carried=len(ends), key=_hash(program))
+    local = _local_program(traced)
+    return LocalStep(program=local, carried=len(ends), key=_hash(local))
 
 
 def _padded(info: Value, layout: Layout, axis_sizes: dict[str, int]) -> jax.ShapeDtypeStruct:

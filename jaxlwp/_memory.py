@@ -24,10 +24,10 @@ from jaxlwp._buffers import LIBRARY, Buffers, predict
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Edge, Layer, Use
 from jaxlwp._layout import copied_bytes, even_layout, local_shape
-from jaxlwp._lower import Lowered, Placed, Run
-from jaxlwp._program import Equation, Program, Value, flatten
+from jaxlwp._lower import Lowered, run
+from jaxlwp._program import Program, Value, flatten
 from jaxlwp._spmd import trace_on_blocks
-from jaxlwp.ops import Labels, Signature
+from jaxlwp.ops import Labels
 
 if TYPE_CHECKING:
     from jaxlwp._plan import Plan
@@ -162,16 +162,6 @@ class DifferentiatedProgram:
     loss: int
 
 
-class _Tagged(Run):
-    """A run whose values carry their index in the graph's program as a name."""
-
-    def execute(self, eqn: Equation, signature: Signature, layer: int) -> None:
-        super().execute(eqn, signature, layer)
-        for value in eqn.results:
-            placed = self.made[value]
-            self.made[value] = Placed(checkpoint_name(placed.block, str(value)), placed.layout)
-
-
 def differentiated(lowered: Lowered) -> DifferentiatedProgram:
     """Trace the differentiated program of one device."""
     graph, sizes = lowered.graph, lowered.axis_sizes
@@ -179,10 +169,8 @@ def differentiated(lowered: Lowered) -> DifferentiatedProgram:
     trained = tuple(n for n in range(graph.num_parameters) if inputs[n] in graph.gradients)
 
     def evaluate(blocks: Sequence[Any]) -> tuple[Any, ...]:
-        run = _Tagged(lowered, blocks)
-        run.evaluate(range(len(graph.program.equations)), depth=0)
-        outputs = zip(graph.program.outputs, lowered.output_layouts(), strict=True)
-        return tuple(run.output(value, layout) for value, layout in outputs)
+        # What operators make carries the index of its value in the graph's program as a name.
+        return run(lowered.program, blocks, lambda x, value: checkpoint_name(x, str(value)))
 
     def step(*blocks: Any) -> tuple[Any, ...]:
         def loss(*parameters: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -12,45 +12,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlwp._config import Layout
-from jaxlwp._layout import Move, cdiv, degree, plan_moves
+from jaxlwp._layout import Move, cdiv, degree
 from jaxlwp._spmd import all_gather, all_to_all, device_index, permute, vary
 
 
-def reshard(
-    x: Any,
-    *,
-    shape: Sequence[int],
-    source: Layout,
-    target: Layout,
-    active: frozenset[str],
-    axis_sizes: Mapping[str, int],
-) -> Any:
-    """Bring a block from one layout to another, inside `jax.shard_map`.
-
-    Args:
-      x: this device's block under `source`, varying over exactly its axes.
-      shape: global shape.
-      source: present layout.
-      target: wanted layout.
-      active: axes over which the result must be varying; contains the target's axes.
-      axis_sizes: devices along each mesh axis.
-
-    Returns:
-      This device's block under `target`, varying over `active`.
-    """
-    moves = plan_moves(
-        shape=shape, source=source, target=target, active=active, axis_sizes=axis_sizes
-    )
-    layout = source
-    for move in moves:
-        x = _apply(x, move, layout, shape, axis_sizes)
-        layout = move.after
-    return x
-
-
-def _apply(
+def move_block(
     x: Any, move: Move, before: Layout, shape: Sequence[int], axis_sizes: Mapping[str, int]
 ) -> Any:
+    """Carry out one move on a block, inside `jax.shard_map`.
+
+    Args:
+      x: this device's block under the layout `before`.
+      move: from `plan_moves`.
+      before: layout before it.
+      shape: global shape.
+      axis_sizes: devices along each mesh axis.
+    """
     if move.kind == "cast":
         return vary(x, move.axes)
     if move.kind == "slice":

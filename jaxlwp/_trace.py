@@ -18,10 +18,14 @@ from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._group import Draft, Grouping, pull, whole
 from jaxlwp._program import Equation, KnownValues, Program, flatten, without_dead_code
 from jaxlwp._spmd import no_mesh
-from jaxlwp.ops import RECOGNISED, RULES, Labels, Signature
-
-ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
-"""Operators through which no cotangent flows."""
+from jaxlwp.ops import (
+    LINEAR,
+    RECOGNISED,
+    ZERO_DERIVATIVE,
+    Labels,
+    Signature,
+    unread_results,
+)
 
 
 def trace(
@@ -158,10 +162,6 @@ def build_graph(
     )
 
 
-_SUMS = ("add", "add_any", "convert_element_type", "neg", "reduce_sum", "reshape", "sub")
-"""Operators whose derivative needs no value."""
-
-
 def _awaited(program: Program, gradients: frozenset[int]) -> frozenset[int]:
     """Values from which work goes on: not those of which only scalars are made, as of the loss.
 
@@ -177,7 +177,7 @@ def _awaited(program: Program, gradients: frozenset[int]) -> frozenset[int]:
             if scales and len(differentiated) == 1:
                 found.update(set(eqn.operands).difference(differentiated))
             else:
-                waits = eqn.name not in _SUMS
+                waits = eqn.name not in LINEAR
         if waits:
             found.update(eqn.operands)
     return frozenset(found)
@@ -286,12 +286,6 @@ def _layer(index: int, name: str, draft: Draft, reader: _Reader) -> Layer:
         uses=tuple(reader.uses.values()),
         has_rule=draft.has_rule,
     )
-
-
-def unread_results(eqn: Equation) -> tuple[int, ...]:
-    """Results whose cotangents the equation's derivative does not read."""
-    rule = RULES.get(eqn.name)
-    return tuple(eqn.results[n] for n in rule.unread(eqn)) if rule else ()
 
 
 def values_with_cotangent(program: Program, num_parameters: int) -> frozenset[int]:

@@ -15,6 +15,7 @@ from jaxlwp.ops import (
     _resize,
     _shape,
 )
+from jaxlwp.ops._derivative import LINEAR, ZERO_DERIVATIVE, values_needed
 from jaxlwp.ops._rule import (
     Labels,
     Local,
@@ -54,6 +55,12 @@ def evaluate_whole(eqn: Equation, operands: Sequence[Any]) -> tuple[Any, ...]:
     return rule.lower_whole(eqn, operands) if rule and rule.lower_whole else eqn.bind(*operands)
 
 
+def unread_results(eqn: Equation) -> tuple[int, ...]:
+    """Results (values) whose cotangents the equation's derivative does not read."""
+    rule = RULES.get(eqn.name)
+    return tuple(eqn.results[n] for n in rule.unread(eqn)) if rule else ()
+
+
 RULES.update(_custom.rules(rule_of))
 
 RECOGNISED = _resize.RECOGNISED
@@ -61,8 +68,10 @@ RECOGNISED = _resize.RECOGNISED
 operator, or None. Called where some operands depend on no argument of the program."""
 
 __all__ = [
+    "LINEAR",
     "RECOGNISED",
     "RULES",
+    "ZERO_DERIVATIVE",
     "Labels",
     "Local",
     "Reach",
@@ -73,4 +82,6 @@ __all__ = [
     "evaluate_whole",
     "rule_of",
     "spatial_names",
+    "unread_results",
+    "values_needed",
 ]
