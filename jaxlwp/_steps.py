@@ -541,17 +541,14 @@ class Builder:
         """Add a call of `jax.checkpoint`: only what others read is there after it."""
         items, made, read, steps = self.items, self.made, self.read, self.steps
         self.items = []
-        self.made, self.read, self.steps = (
-            x.new_child() for x in (self.made, self.read, self.steps)
-        )
+        self.made, self.read, self.steps = made.new_child(), read.new_child(), steps.new_child()
         self.evaluate(positions, depth)
-        items, made = self.items, self.made
-        self.items, self.made, self.read, self.steps = outer
-        kept = {value: made[value] for value in read_elsewhere(self.graph, positions)}
-        self.made.update(kept)
+        kept = {value: self.made[value] for value in read_elsewhere(self.graph, positions)}
         blocks = tuple(dict.fromkeys(placed.block for placed in kept.values()))
-        if items:
-            self.items.append(Region(call, tuple(items), blocks))
+        if self.items:
+            items.append(Region(call, tuple(self.items), blocks))
+        self.items, self.made, self.read, self.steps = items, made, read, steps
+        self.made.update(kept)
 
     def execute(self, position: int, layer: int, signature: Signature) -> None:
         """Add the steps of an equation that belongs to a layer."""
