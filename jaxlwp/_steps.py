@@ -900,14 +900,22 @@ class _Sharing:
         result: list[Step | Region] = []
         for item in items:
             if isinstance(item, Region):
-                outside = dict(self.bare)
-                result.append(replace(item, items=self.rewritten(item.items)))
-                self.bare = outside
+                result.append(self.region(item))
             elif item in self.several:
                 result += self.shared(item)
             else:
                 result.append(item)
         return tuple(result)
+
+    def region(self, region: Region) -> Region:
+        outside = dict(self.bare)
+        items = self.rewritten(region.items)
+        # What was made inside is not there any more, but for the blocks that are kept.
+        self.bare = outside
+        for step in every_step(region.items):
+            for block in step.results:
+                self.producers.pop(block)
+        return replace(region, items=items)
 
     def shared(self, step: Step) -> list[Step]:
         """A step of a group, and what has to come before it."""

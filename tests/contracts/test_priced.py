@@ -24,7 +24,7 @@ from jaxlwp._plan import bind
 from jaxlwp._verify import check_layers
 
 from .harness import draw_seed
-from .zoo import RATES, ZOO, case
+from .zoo import RATES, ZOO, case, random_batch
 
 SEED = draw_seed()
 LARGE = ("inception_v3", "resnet101", "densenet121", "efficientnet_b0", "unet3d", "convnext_t")
@@ -79,7 +79,7 @@ def check(space: jaxlwp.SearchSpace, mesh: Mesh, loss: Any, arguments: Any, draw
 def test_networks(name: str) -> None:
     this = case(name, SEED)
     mesh = mesh_of((2, 4))
-    arguments = (this.params, this.stats, *this.batch)
+    arguments = (this.params, this.stats, *random_batch(name, SEED))
     check(space_on(mesh, this.space.graph), mesh, this.loss, arguments, 4)
 
 
@@ -88,7 +88,7 @@ def test_networks(name: str) -> None:
 def test_networks_random(name: str) -> None:
     this = case(name, SEED)
     mesh = mesh_of((2, 2, 2))
-    arguments = (this.params, this.stats, *this.batch)
+    arguments = (this.params, this.stats, *random_batch(name, SEED))
     check(space_on(mesh, this.space.graph), mesh, this.loss, arguments, 20)
 
 
