@@ -570,14 +570,16 @@ def squeeze_and_excite(w: Writer, x: Value) -> str:
 
 # --- elementwise -------------------------------------------------------------------------------
 
-UNARY = """jax.nn.relu(@) jnp.tanh(@) jax.nn.sigmoid(@) jax.nn.silu(@) jax.nn.softplus(@)
-jax.nn.gelu(@,approximate=False) jax.nn.gelu(@,approximate=True) jax.nn.elu(@) jax.nn.leaky_relu(@)
-jnp.abs(@) jnp.square(@) jnp.sin(@) jnp.cos(@) jnp.exp(-@*@) jnp.log1p(@*@) jnp.sqrt(1+@*@)
-lax.rsqrt(1+@*@) 1/(1+@*@) 0.1*@**3 lax.erf(@) jnp.clip(@,-1,1) jnp.maximum(@,0.1)
-jnp.where(@>0,@,0.1*@) jnp.where(@>0,0.5,@) jax.nn.hard_swish(@) jnp.arctan(@) jnp.expm1(-jnp.abs(@))
-jnp.cbrt(1+@*@) jnp.log2(2+@*@) jnp.exp2(-@*@) jnp.sign(@)*jnp.sqrt(jnp.abs(@)+1) -@ 2*@-1
-jnp.nan_to_num(@) jnp.power(1+@*@,0.3) lax.logistic(@) jax.nn.relu6(@) jax.nn.glu(jnp.stack([@,@],-1))[...,0]
-jnp.arcsinh(@) jnp.sinc(@) jnp.floor(@)+@ jnp.real(lax.complex(@,2*@)*1j)""".split()
+UNARY = """
+jax.nn.relu(@) jnp.tanh(@) jax.nn.sigmoid(@) jax.nn.silu(@) jax.nn.softplus(@) jax.nn.elu(@)
+jax.nn.gelu(@,approximate=False) jax.nn.gelu(@,approximate=True) jax.nn.leaky_relu(@) jnp.abs(@)
+jnp.square(@) jnp.sin(@) jnp.cos(@) jnp.exp(-@*@) jnp.log1p(@*@) jnp.sqrt(1+@*@) lax.rsqrt(1+@*@)
+1/(1+@*@) 0.1*@**3 lax.erf(@) jnp.clip(@,-1,1) jnp.maximum(@,0.1) jnp.where(@>0,@,0.1*@)
+jnp.where(@>0,0.5,@) jax.nn.hard_swish(@) jnp.arctan(@) jnp.expm1(-jnp.abs(@)) jnp.cbrt(1+@*@)
+jnp.log2(2+@*@) jnp.exp2(-@*@) jnp.sign(@)*jnp.sqrt(jnp.abs(@)+1) -@ 2*@-1 jnp.nan_to_num(@)
+jnp.power(1+@*@,0.3) lax.logistic(@) jax.nn.relu6(@) jax.nn.glu(jnp.stack([@,@],-1))[...,0]
+jnp.arcsinh(@) jnp.sinc(@) jnp.floor(@)+@ jnp.real(lax.complex(@,2*@)*1j)
+""".split()
 
 
 @operator(weight=4)

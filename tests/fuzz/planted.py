@@ -22,7 +22,7 @@ def _reached(name: str) -> None:
 
 
 def swap_axes() -> None:
-    """Collective permutes over several axes take the pairs in the order of the first two swapped."""
+    """Permutes over several axes read their pairs with the first two axes swapped."""
     right = lax.ppermute
 
     def wrong(x: Any, axes: Any, pairs: Any) -> Any:

@@ -14,13 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 import jaxlwp
 
 from . import checks, programs, strategies
 from .checks import Case, Finding
-from .pool import DEVICES
 from .operators import Unfit
 from .programs import Program
 from .strategies import MeshCase, Splits
@@ -241,75 +238,3 @@ def _carried(candidate: Case, before: Case) -> dict[str, Splits]:
 
 def _graph(case: Case) -> jaxlwp.ComputationGraph:
     return jaxlwp.trace(case.written.function(), *case.written.arrays())
-
-
-# --- printing ----------------------------------------------------------------------------------
-
-
-def paste(case: Case) -> str:
-    """A complete program that shows a case under its only strategy."""
-    written, mesh = case.written, case.mesh
-    splits = next(iter(case.strategies.values()), {})
-    pins = "".join(f"    {name!r}: {split!r},\n" for name, split in splits.items())
-    kind = "Explicit" if mesh.explicit else "Auto"
-    enter = "jax.set_mesh(mesh)" if mesh.entered else "contextlib.nullcontext()"
-    place = "jax.device_put(arguments, plan.shardings)" if mesh.placed else "arguments"
-    check = 'disagree = [str(row) for row in check_layers(plan) if not row.agrees]\n    print("\\n".join(disagree) or "priced as it runs")'
-    first, second = ("", f"\n    {check}") if not mesh.checked_first else (f"{check}\n    ", "")
-    return f"""\
-import contextlib
-import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count={DEVICES}"
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.sharding import AxisType, Mesh
-
-import jaxlwp
-from jaxlwp._verify import check_layers
-from tests.fuzz.programs import example_arrays
-
-jax.config.update("jax_enable_x64", True)
-
-
-{written.text}
-
-arguments = example_arrays(
-    {written.parameters!r},
-    {written.batch!r},
-    seed={written.program.seed},
-    whole={written.program.whole},
-)
-devices = np.array(jax.devices())[{list(mesh.devices)}].reshape({mesh.shape})
-mesh = Mesh(devices, {mesh.names}, axis_types=(AxisType.{kind},) * {len(mesh.shape)})
-pin = {{
-{pins}}}
-
-step = lambda function: jax.value_and_grad(
-    lambda *args: function(*args), argnums={written.argnums}, has_aux=True
-)
-expected = jax.jit(step(loss))(*arguments)
-with jax.disable_jit():
-    eager = step(loss)(*jax.tree.map(jnp.asarray, arguments))
-with {enter}:
-    plan = jaxlwp.parallelize(
-        loss,
-        *arguments,
-        mesh=mesh,
-        constraints=jaxlwp.Constraints(pin={{n: jaxlwp.Config.of(s) for n, s in pin.items()}}),
-        rates=jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9),
-        measure=False,
-    )
-    {first}actual = jax.jit(step(plan))(*{place}){second}
-for (path, one), ours, oracle in zip(
-    jax.tree_util.tree_leaves_with_path(eager), *map(jax.tree.leaves, (actual, expected))
-):
-    apart = [float(np.max(np.abs(np.asarray(x, float) - np.asarray(one, float)))) for x in (ours, oracle)]
-    size = float(np.max(np.abs(np.asarray(one, float))))
-    print(f"{{jax.tree_util.keystr(path):16}} size {{size:.3g}}, plan off by {{apart[0]:.3g}}, "
-          f"plain jit by {{apart[1]:.3g}}")
-"""

@@ -79,12 +79,13 @@ def _answer(request: dict[str, Any], mark: Any) -> dict[str, Any]:
 def _small(outcome: Any, request: dict[str, Any], mark: Any) -> dict[str, Any]:
     """The smallest case of a group of findings, as a program."""
     from . import shrink
+    from .paste import paste
 
     for finding in outcome.findings:
         if f"{finding.kind}: {finding.group}" == request["shrink"]:
             small = shrink.shrink(outcome.case, finding, mark, request["seconds"])
             left = dataclasses.asdict(small.finding)
-            return {"small": shrink.paste(small.case), "steps": small.steps, "left": left}
+            return {"small": paste(small.case), "steps": small.steps, "left": left}
     return {}
 
 
