@@ -91,7 +91,7 @@ def halo_pieces(member: Member, config: Config, axis_sizes: dict[str, int]) -> I
         for side, wanted in (("left", halo.left), ("right", halo.right)):
             for distance, rows in hops(halo, wanted):
                 yield HaloPiece(
-                    path=(*path, dim, side, distance, rows),
+                    path=(*path, dim, side, distance, rows, halo.ring),
                     cut=(halo.left, halo.right),
                     axes=axes,
                     num_bytes=rows * rest * value.itemsize,

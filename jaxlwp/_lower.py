@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxlwp._border import extend
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._group import pull, whole
@@ -276,6 +277,9 @@ class Run:
         reduced_axes = tuple(
             axis for axis in self.axis_sizes for n in signature.reduced if axis in config.axes(n)
         )
+        for dim, border in eqn.borders.items():
+            if not config.axes(signature.operands[0][dim]):
+                blocks[0] = self.once(extend, blocks[0], dim, border)
         varying = tuple(
             axis for axis in self.axis_sizes for name in active if axis in config.axes(name)
         )
@@ -284,7 +288,7 @@ class Run:
             local, haloed=haloed, reduced_axes=reduced_axes, varying=varying
         )
         found = rule_of(eqn)
-        results = found[0].lower(eqn, blocks, local) if found else eqn.bind(*blocks)
+        results = found[0].lower(eqn.extended, blocks, local) if found else eqn.bind(*blocks)
         if reduced_axes and not (found and found[0].combines):
             results = tuple(lax.psum(block, reduced_axes) for block in results)
         return self.masked_results(eqn, signature, config, results)
@@ -319,7 +323,7 @@ class Run:
         size, out_size = eqn.operand_values[0].shape[dim], eqn.result_values[0].shape[out]
         axes = config.axes(name)
         halo = plan_halo(size, out_size, signature.windows[name], degree(axes, self.axis_sizes))
-        block = self.once(exchange, block, dim, axes, halo, size, fill, self.once)
+        block = self.once(exchange, block, dim, axes, halo, fill, self.once)
         if halo.left_over is None:
             return dilate(block, dim, axes, halo), (0, 0, 1)
         return block, halo.left_over

@@ -16,7 +16,7 @@ import jax
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._group import Draft, Grouping, pull, whole
 from jaxlwp._program import Equation, KnownValues, Program, flatten, without_dead_code
-from jaxlwp.ops import RECOGNISED, Labels, Signature
+from jaxlwp.ops import RECOGNISED, Labels, Signature, with_borders
 
 ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
 """Operators through which no cotangent flows."""
@@ -63,14 +63,15 @@ def trace(
 
 
 def recognised(program: Program) -> Program:
-    """The program with operators in place of what only their known operands reveal."""
+    """The program with operators in place of what only several equations or operands reveal."""
     known = KnownValues(program)
     equations = []
     for eqn in program.equations:
         recognise = RECOGNISED.get(eqn.name)
         found = recognise(eqn, [known(i) for i in eqn.operands]) if recognise else None
         equations.append(found or eqn)
-    return without_dead_code(replace(program, equations=tuple(equations)))
+    program = with_borders(replace(program, equations=tuple(equations)))
+    return without_dead_code(program)
 
 
 def _check_leaves(arguments: Any) -> None:
