@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -35,33 +36,37 @@ class Border:
         return self.after[position - size] if 0 <= position - size < len(self.after) else None
 
 
+Pieces = Sequence[tuple[int, Any]]
+"""Arrays, and the rows at which they begin, in order: parts of an array, with gaps between them."""
+
+
 def extend(x: Any, dim: int, border: Border) -> Any:
     """The array with its border along `dim`."""
-    before, after = (rows_of([x], dim, rows) for rows in (border.before, border.after))
+    before, after = (rows_of([(0, x)], dim, rows) for rows in (border.before, border.after))
     return join([*before, x, *after], dim)
 
 
-def join(pieces: Sequence[Any], dim: int) -> Any:
-    """One array of pieces that follow each other along `dim`."""
-    return pieces[0] if len(pieces) == 1 else lax.concatenate(list(pieces), dim)
+def join(arrays: Sequence[Any], dim: int) -> Any:
+    """One array of arrays that follow each other along `dim`."""
+    return arrays[0] if len(arrays) == 1 else lax.concatenate(list(arrays), dim)
 
 
-def rows_of(pieces: Sequence[Any], dim: int, rows: Sequence[int]) -> list[Any]:
+def rows_of(pieces: Pieces, dim: int, rows: Sequence[int]) -> list[Any]:
     """Rows of an array that is given in pieces.
 
     Args:
-      pieces: arrays that follow each other along `dim`.
+      pieces: parts of the array along `dim`.
       dim: array dimension.
-      rows: counted from the first row of the first piece, in any order.
+      rows: the wanted rows, in any order. Zeros stand for those that lie in no piece.
 
     Returns:
-      The rows, in pieces: slices of the given ones, reversed or repeated.
+      Arrays that follow each other: slices of the pieces, reversed or repeated.
     """
     result: list[Any] = []
     for first, step, count in _runs(rows):
         low = min(first, first + step * (count - 1))
         cut = _cut(pieces, dim, low, low + 1 + abs(step) * (count - 1))
-        if step == 0 and count > 1:
+        if step == 0:
             shape = list(cut[0].shape)
             shape[dim] = count
             cut = [lax.broadcast_in_dim(cut[0], shape, range(len(shape)))]
@@ -83,14 +88,24 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _cut(pieces: Sequence[Any], dim: int, start: int, stop: int) -> list[Any]:
-    """The rows `start` to `stop - 1`, in as many pieces as they lie in."""
-    result, offset = [], 0
-    for piece in pieces:
-        size = piece.shape[dim]
-        low, high = max(start - offset, 0), min(stop - offset, size)
+def _cut(pieces: Pieces, dim: int, start: int, stop: int) -> list[Any]:
+    """The rows `start` to `stop - 1`, in as many arrays as they lie in."""
+    result: list[Any] = []
+    shape, dtype = list(pieces[0][1].shape), pieces[0][1].dtype
+
+    def fill(begin: int, end: int) -> None:
+        if begin < end:
+            shape[dim] = end - begin
+            result.append(jnp.zeros(shape, dtype))
+
+    for offset, piece in pieces:
+        low, high = max(start, offset), min(stop, offset + piece.shape[dim])
         if low < high:
-            whole = (low, high) == (0, size)
-            result.append(piece if whole else lax.slice_in_dim(piece, low, high, axis=dim))
-        offset += size
+            fill(start, low)
+            whole = high - low == piece.shape[dim]
+            result.append(
+                piece if whole else lax.slice_in_dim(piece, low - offset, high - offset, axis=dim)
+            )
+            start = high
+    fill(start, stop)
     return result

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
-from jaxlwp._halo import hops, plan_halo
+from jaxlwp._halo import plan_halo
 from jaxlwp._layout import (
     Collective,
     degree,
@@ -57,14 +57,14 @@ class HaloPiece:
     Attributes:
       path: what is exchanged, from the operand on: two operators that read the same operand and
         have pieces of the same path share them in the forward pass.
-      cut: the rows to the left and right that are exchanged with this piece. Where they differ too,
-        the gradients are sent apart.
+      cut: the rows that are exchanged with this piece. Where they differ too, the gradients are
+        sent apart.
       axes: mesh axes that split the dimension.
       num_bytes: bytes that each device sends.
     """
 
     path: tuple[object, ...]
-    cut: tuple[int, int]
+    cut: tuple[tuple[int, int], ...]
     axes: tuple[str, ...]
     num_bytes: int
 
@@ -88,14 +88,13 @@ def halo_pieces(member: Member, config: Config, axis_sizes: dict[str, int]) -> I
             value.shape[dim], out_size, signature.windows[name], degree(axes, axis_sizes)
         )
         rest = math.prod(size for d, size in enumerate(block) if d != dim)
-        for side, wanted in (("left", halo.left), ("right", halo.right)):
-            for distance, rows in hops(halo, wanted):
-                yield HaloPiece(
-                    path=(*path, dim, side, distance, rows, halo.ring),
-                    cut=(halo.left, halo.right),
-                    axes=axes,
-                    num_bytes=rows * rest * value.itemsize,
-                )
+        for start, stop in halo.pieces:
+            yield HaloPiece(
+                path=(*path, dim, start, stop, halo.ring),
+                cut=halo.pieces,
+                axes=axes,
+                num_bytes=(stop - start) * rest * value.itemsize,
+            )
         path = (*path, dim, halo, fill)
         block[dim] = halo.rows  # the next dimension's halo carries the rows just received
         if halo.left_over is None:

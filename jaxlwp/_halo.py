@@ -1,9 +1,9 @@
 """Halo exchange: a windowed operator whose spatial dimension is split needs its neighbours' rows.
 
 Input and output are cut into blocks of ceil(size / parts). A device's window rows start at a
-position that need not be its own block's, so it receives L rows from the left and R from the right
-(over several hops when its block is thinner than that) and cuts out the rows that its block of the
-output reads. Beyond the image's ends lies the array's border, if it has one (`_border`), and then
+position that need not be its own block's, so it receives what it lacks from its neighbours (from
+several when their blocks are thinner than that) and cuts out the rows that its block of the output
+reads. Beyond the image's ends lies the array's border, if it has one (`_border`), and then
 the operator's padding. A border's rows are among those that a device holds or receives: where the
 border is made of the image's other end, the devices form a ring, the last one the first's left.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlwp._border import Border, join, rows_of
+from jaxlwp._border import Border, Pieces, join, rows_of
 from jaxlwp._layout import cdiv
 from jaxlwp.ops import Reach
 
@@ -32,8 +32,8 @@ class Halo:
       block: rows of each device's input block, padding included.
       rows: input rows that each device's output block reads.
       starts: first of these rows, relative to the device's own block.
-      left: rows received from the left.
-      right: rows received from the right.
+      pieces: what each device receives: first row and one past the last, counted from its own
+        block's first row; each piece is of one other device's block.
       ring: the first device's left neighbour is the last one.
       border: rows that stand beyond the array's ends.
       extent: rows that the operator sees, base dilation and its padding included.
@@ -45,8 +45,7 @@ class Halo:
     block: int
     rows: int
     starts: tuple[int, ...]
-    left: int
-    right: int
+    pieces: tuple[tuple[int, int], ...]
     ring: bool
     border: Border
     extent: int
@@ -54,9 +53,14 @@ class Halo:
     base_dilation: int
 
     @property
-    def exchanged(self) -> int:
-        """Rows that each device sends forward (and receives back in the transpose)."""
-        return self.left + self.right
+    def left(self) -> int:
+        """Rows between the first one received and the own block."""
+        return max(0, *(-start for start, _ in self.pieces), 0)
+
+    @property
+    def right(self) -> int:
+        """Rows between the own block and one past the last received."""
+        return max(0, *(stop - self.block for _, stop in self.pieces), 0)
 
     @property
     def left_over(self) -> tuple[int, int, int] | None:
@@ -81,7 +85,7 @@ def plan_halo(size: int, out_size: int, reach: Reach, parts: int) -> Halo:
     reads = [reach.reads(*span) for span in spans]
     rows = max(1, *(stop - first for first, stop in reads))
     firsts = [first for first, _ in reads]
-    left, right, ring = _received(size, block, rows, firsts, reach.border)
+    pieces, ring = _received(size, block, rows, firsts, reach.border)
     lows, highs, steps = zip(*(reach.left_over(*span) for span in spans), strict=True)
     first, stop = reads[0]
     return Halo(
@@ -89,8 +93,7 @@ def plan_halo(size: int, out_size: int, reach: Reach, parts: int) -> Halo:
         block=block,
         rows=rows,
         starts=tuple(first - i * block for i, first in enumerate(firsts)),
-        left=left,
-        right=right,
+        pieces=pieces,
         ring=ring,
         border=reach.border,
         extent=lows[0] + (stop - first - 1) * steps[0] + 1 + highs[0] if steps[0] > 1 else rows,
@@ -101,29 +104,41 @@ def plan_halo(size: int, out_size: int, reach: Reach, parts: int) -> Halo:
 
 def _received(
     size: int, block: int, rows: int, firsts: Sequence[int], border: Border
-) -> tuple[int, int, bool]:
-    """Rows from the left, from the right, and whether some of them come around the ends.
+) -> tuple[tuple[tuple[int, int], ...], bool]:
+    """The pieces that devices receive, and whether some come around the ends.
 
-    Every device receives as many as the one that lacks most.
+    Every device receives what any of them lacks.
     """
-    left = right = 0
+    spans = []  # rows that some device reads, from its block on
     for i, first in enumerate(firsts):
         low, high = max(first, 0), min(first + rows, size)
         if low < high:
-            left, right = max(left, i * block - low), max(right, high - (i + 1) * block)
+            spans.append((low - i * block, high - i * block))
+    left, right = min(start for start, _ in spans), max(stop for _, stop in spans)
+    spans = [(left, right)]
     ring, around = False, len(firsts) * block
     for i, first in enumerate(firsts):
         for _, row in _border_rows(range(first, first + rows), size, border):
             # Where the row is nearest: in the array, or in its copies before and after it.
-            sides = [
-                (i * block - place, place + 1 - (i + 1) * block, place != row)
-                for place in (row, row - around, row + around)
-            ]
-            low, high, turned = min(
-                sides, key=lambda side: max(0, side[0] - left) + max(0, side[1] - right)
-            )
-            left, right, ring = max(left, low), max(right, high), ring or turned
-    return left, right, ring
+            places = [row - i * block + turn for turn in (0, -around, around)]
+            lacking = [max(0, min(left, 0) - p, p + 1 - max(right, block)) for p in places]
+            nearest = lacking.index(min(lacking))
+            place, ring = places[nearest], ring or nearest > 0
+            left, right = min(left, place), max(right, place + 1)
+            spans.append((place, place + 1))
+    if len({first - i * block for i, first in enumerate(firsts)}) > 1:
+        spans = [(left, right)]  # every device cuts its rows out of all
+    return tuple(_cut_in_blocks(spans, block)), ring
+
+
+def _cut_in_blocks(spans: Sequence[tuple[int, int]], block: int) -> Iterator[tuple[int, int]]:
+    """For each other device's block the rows from the first to the last that are in some span."""
+    first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
+    for begin in range(first // block * block, last, block):
+        parts = [(max(start, begin), min(stop, begin + block)) for start, stop in spans]
+        parts = [(start, stop) for start, stop in parts if start < stop]
+        if parts and begin != 0:
+            yield min(start for start, _ in parts), max(stop for _, stop in parts)
 
 
 def _border_rows(positions: range, size: int, border: Border) -> Iterator[tuple[int, int]]:
@@ -154,14 +169,13 @@ def exchange(x: Any, dim: int, axes: Sequence[str], halo: Halo, fill: Any, once:
     Returns:
       Block with `halo.rows` rows along `dim`.
     """
-    left, own, right = _with_neighbours(x, dim, tuple(axes), halo, once)
+    pieces = _with_neighbours(x, dim, tuple(axes), halo, once)
     index = lax.axis_index(tuple(axes))
     moved = list(_moved(halo))
-    # Rows around the window of which the border is made.
-    low = max(0, -min(min(rows.values(), default=0) for rows in moved))
-    high = max(0, max(max(rows.values(), default=0) for rows in moved) + 1 - halo.rows)
-    pieces = _window([*left, *own, *right], dim, halo, low, high, index)
-    y = join(_with_border(pieces, dim, halo.rows, low, moved, index), dim)
+    start = halo.starts[0]
+    if len(set(halo.starts)) > 1:
+        pieces, start = _of_window(pieces, dim, halo, moved, index), 0
+    y = join(_with_border(pieces, dim, range(start, start + halo.rows), moved, index), dim)
     if halo.padded:
         first = _of_device(halo.starts, index) + index * halo.block
         position = lax.broadcasted_iota(jnp.int32, y.shape, dim) + first
@@ -179,55 +193,44 @@ def _moved(halo: Halo) -> Iterator[dict[int, int]]:
     around = len(halo.starts) * halo.block
     for i, start in enumerate(halo.starts):
         first = i * halo.block + start
-        held = range(i * halo.block - halo.left, (i + 1) * halo.block + halo.right)
+        held = [range(a, b) for a, b in ((0, halo.block), *halo.pieces)]
         moved = {}
         for position, row in _border_rows(range(first, first + halo.rows), halo.size, halo.border):
             copies = (row, row - around, row + around) if halo.ring else (row,)
-            places = [place for place in copies if place in held]
+            places = [p for p in copies if any(p - i * halo.block in rows for rows in held)]
             if position not in places:
                 moved[position - first] = places[0] - first
         yield moved
 
 
-def _window(
-    pieces: Sequence[Any], dim: int, halo: Halo, low: int, high: int, index: Any
-) -> list[Any]:
-    """The rows of a device's window, with `low` more before and `high` more after, in pieces.
+def _of_window(
+    pieces: Pieces, dim: int, halo: Halo, moved: Sequence[dict[int, int]], index: Any
+) -> Pieces:
+    """The rows of a device's window, counted from its start, which depends on the device.
 
-    `pieces` are what it has received from the left, its block, and what came from the right.
+    With them come rows around it of which the border is made.
     """
-    starts, rows = [start - low for start in halo.starts], low + halo.rows + high
-    missing = max(0, -halo.left - min(starts))
-    beyond = max(0, max(starts) + rows - halo.block - halo.right)
-    if missing or beyond:
-        y = join(pieces, dim)
-        config = [(0, 0, 0)] * y.ndim
-        config[dim] = (missing, beyond, 0)
-        pieces = [lax.pad(y, jnp.zeros((), y.dtype), config)]
-    starts = [start + halo.left + missing for start in starts]
-    if len(set(starts)) == 1:
-        return rows_of(pieces, dim, range(starts[0], starts[0] + rows))
-    return [_from(join(pieces, dim), dim, starts, rows, index)]
+    low = -min(0, *(place for rows in moved for place in rows.values()), 0)
+    high = max(0, *(place + 1 - halo.rows for rows in moved for place in rows.values()), 0)
+    first, stop = min(halo.starts) - low, max(halo.starts) + halo.rows + high
+    y = join(rows_of(pieces, dim, range(first, stop)), dim)
+    starts = [start - low - first for start in halo.starts]
+    return [(-low, _from(y, dim, starts, low + halo.rows + high, index))]
 
 
 def _with_border(
-    pieces: Sequence[Any],
-    dim: int,
-    rows: int,
-    low: int,
-    moved: Sequence[dict[int, int]],
-    index: Any,
+    pieces: Pieces, dim: int, window: range, moved: Sequence[dict[int, int]], index: Any
 ) -> list[Any]:
-    """The rows from `low` on, in pieces, those in the border taken from where they are.
+    """The rows of the window, those in the border taken from where they are.
 
     Few devices see the border, and they see different parts of it: each variant is cut out, and
     every device selects its own.
     """
     result: list[Any] = []
     somewhere = frozenset().union(*moved)
-    for _, group in itertools.groupby(range(rows), somewhere.__contains__):
-        places = tuple(group)
-        cases = [tuple(low + own.get(row, row) for row in places) for own in moved]
+    for _, group in itertools.groupby(range(len(window)), somewhere.__contains__):
+        rows = list(group)
+        cases = [tuple(window.start + own.get(row, row) for row in rows) for own in moved]
         distinct = list(dict.fromkeys(cases))
         made = [rows_of(pieces, dim, case) for case in distinct]
         if len(distinct) > 1:
@@ -264,42 +267,35 @@ def dilate(x: Any, dim: int, axes: Sequence[str], halo: Halo) -> Any:
     return _from(y, dim, starts, halo.extent, lax.axis_index(tuple(axes)))
 
 
-def hops(halo: Halo, wanted: int) -> list[tuple[int, int]]:
-    """Pairs (distance, rows) of the pieces in which `wanted` rows come from one side."""
-    pieces: list[tuple[int, int]] = []
-    while wanted > 0:
-        pieces.append((len(pieces) + 1, min(wanted, halo.block)))
-        wanted -= pieces[-1][1]
-    return pieces
-
-
-def _with_neighbours(
-    x: Any, dim: int, axes: tuple[str, ...], halo: Halo, once: Once
-) -> tuple[list[Any], list[Any], list[Any]]:
-    """Pieces from the left, one's own block in pieces, pieces from the right, in image order."""
-    own, send_left, send_right = [x], x, x
-    if halo.exchanged and halo.exchanged <= halo.block:
+def _with_neighbours(x: Any, dim: int, axes: tuple[str, ...], halo: Halo, once: Once) -> Pieces:
+    """One's own block, in pieces, and what is received, in image order."""
+    own = [(0, x)]
+    edges = all(stop == 0 or start == halo.block for start, stop in halo.pieces)
+    if halo.pieces and edges and halo.left + halo.right <= halo.block:
         # Cut the block in three: what is sent is a piece of its own, whose gradient is added to
         # that piece. Slices of the block would each return a gradient as large as the block.
-        sizes = (halo.right, halo.block - halo.exchanged, halo.left)
-        own = list(once(lax.split, x, sizes, dim))
-        send_left, send_right = own[0], own[2]
-    left = [
-        once(_receive, send_right, dim, axes, len(halo.starts), rows, distance, halo.ring)
-        for distance, rows in hops(halo, halo.left)
-    ]
-    right = [
-        once(_receive, send_left, dim, axes, len(halo.starts), rows, -distance, halo.ring)
-        for distance, rows in hops(halo, halo.right)
-    ]
-    return left[::-1], own, right
+        sizes = (halo.right, halo.block - halo.left - halo.right, halo.left)
+        own = list(zip((0, sizes[0], sum(sizes[:2])), once(lax.split, x, sizes, dim), strict=True))
+    received = []
+    for start, stop in halo.pieces:
+        step, begin = -(start // halo.block), start % halo.block
+        offset, sent = own[-1 if step > 0 else 0]
+        arguments = (dim, axes, len(halo.starts), begin - offset, stop - start, step, halo.ring)
+        received.append((start, once(_receive, sent, *arguments)))
+    return sorted([*received, *own], key=lambda piece: piece[0])
 
 
 def _receive(
-    x: Any, dim: int, axes: tuple[str, ...], parts: int, rows: int, step: int, ring: bool
+    x: Any,
+    dim: int,
+    axes: tuple[str, ...],
+    parts: int,
+    begin: int,
+    rows: int,
+    step: int,
+    ring: bool,
 ) -> Any:
-    """The last (or for a negative step the first) rows of the neighbour `step` to the left."""
-    begin = x.shape[dim] - rows if step > 0 else 0
+    """Rows of the block of the neighbour `step` to the left (or for a negative step, right)."""
     piece = lax.slice_in_dim(x, begin, begin + rows, axis=dim)
     pairs = [(i, (i + step) % parts) for i in range(parts) if ring or 0 <= i + step < parts]
     return lax.ppermute(piece, axes, pairs)
