@@ -88,10 +88,10 @@ def halo_pieces(member: Member, config: Config, axis_sizes: dict[str, int]) -> I
             value.shape[dim], out_size, signature.windows[name], degree(axes, axis_sizes)
         )
         rest = math.prod(size for d, size in enumerate(block) if d != dim)
-        for start, stop in halo.pieces:
+        for start, stop in halo.received.pieces:
             yield HaloPiece(
-                path=(*path, dim, start, stop, halo.ring),
-                cut=halo.pieces,
+                path=(*path, dim, start, stop, halo.received.ring),
+                cut=halo.received.pieces,
                 axes=axes,
                 num_bytes=(stop - start) * rest * value.itemsize,
             )

@@ -10,6 +10,7 @@ border is made of the image's other end, the devices form a ring, the last one t
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,23 @@ from jaxlwp.ops import Reach
 
 
 @dataclass(frozen=True, kw_only=True)
+class Received:
+    """What devices receive from each other, so that each has the rows that it reads.
+
+    Attributes:
+      pieces: first row and one past the last, counted from a device's own block's first row; each
+        piece is of one other device's block.
+      ring: the first device's left neighbour is the last one.
+      moved: for each device the rows of its window that are elsewhere, where they lie in the
+        border, and where they are; both counted from its window's start.
+    """
+
+    pieces: tuple[tuple[int, int], ...]
+    ring: bool
+    moved: tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Halo:
     """Geometry of a halo exchange along one dimension.
 
@@ -32,10 +50,8 @@ class Halo:
       block: rows of each device's input block, padding included.
       rows: input rows that each device's output block reads.
       starts: first of these rows, relative to the device's own block.
-      pieces: what each device receives: first row and one past the last, counted from its own
-        block's first row; each piece is of one other device's block.
-      ring: the first device's left neighbour is the last one.
       border: rows that stand beyond the array's ends.
+      received: what devices receive from each other.
       extent: rows that the operator sees, base dilation and its padding included.
       lows: per device, the zeros that base dilation leaves before the first of the rows.
       base_dilation: distance of the rows in what the operator sees.
@@ -45,22 +61,21 @@ class Halo:
     block: int
     rows: int
     starts: tuple[int, ...]
-    pieces: tuple[tuple[int, int], ...]
-    ring: bool
     border: Border
+    received: Received
     extent: int
     lows: tuple[int, ...]
     base_dilation: int
 
     @property
     def left(self) -> int:
-        """Rows between the first one received and the own block."""
-        return max(0, *(-start for start, _ in self.pieces), 0)
+        """Rows from the first one received to the own block."""
+        return max([0, *(-start for start, _ in self.received.pieces)])
 
     @property
     def right(self) -> int:
-        """Rows between the own block and one past the last received."""
-        return max(0, *(stop - self.block for _, stop in self.pieces), 0)
+        """Rows from the own block to the last one received."""
+        return max([0, *(stop - self.block for _, stop in self.received.pieces)])
 
     @property
     def left_over(self) -> tuple[int, int, int] | None:
@@ -78,57 +93,59 @@ class Halo:
         )
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def plan_halo(size: int, out_size: int, reach: Reach, parts: int) -> Halo:
     """Geometry for an input of `size` and an output of `out_size` rows over `parts` devices."""
     block, out_block = cdiv(size, parts), cdiv(out_size, parts)
     spans = [(i * out_block, (i + 1) * out_block) for i in range(parts)]
     reads = [reach.reads(*span) for span in spans]
     rows = max(1, *(stop - first for first, stop in reads))
-    firsts = [first for first, _ in reads]
-    pieces, ring = _received(size, block, rows, firsts, reach.border)
     lows, highs, steps = zip(*(reach.left_over(*span) for span in spans), strict=True)
     first, stop = reads[0]
+    windows = [range(start, start + rows) for start, _ in reads]
     return Halo(
         size=size,
         block=block,
         rows=rows,
-        starts=tuple(first - i * block for i, first in enumerate(firsts)),
-        pieces=pieces,
-        ring=ring,
+        starts=tuple(window.start - i * block for i, window in enumerate(windows)),
         border=reach.border,
+        received=_received(size, block, windows, reach.border),
         extent=lows[0] + (stop - first - 1) * steps[0] + 1 + highs[0] if steps[0] > 1 else rows,
         lows=lows,
         base_dilation=steps[0],
     )
 
 
-def _received(
-    size: int, block: int, rows: int, firsts: Sequence[int], border: Border
-) -> tuple[tuple[tuple[int, int], ...], bool]:
-    """The pieces that devices receive, and whether some come around the ends.
-
-    Every device receives what any of them lacks.
-    """
-    spans = []  # rows that some device reads, from its block on
-    for i, first in enumerate(firsts):
-        low, high = max(first, 0), min(first + rows, size)
-        if low < high:
-            spans.append((low - i * block, high - i * block))
-    left, right = min(start for start, _ in spans), max(stop for _, stop in spans)
-    spans = [(left, right)]
-    ring, around = False, len(firsts) * block
-    for i, first in enumerate(firsts):
-        for _, row in _border_rows(range(first, first + rows), size, border):
+def _received(size: int, block: int, windows: Sequence[range], border: Border) -> Received:
+    """What devices receive, each as much as any of them lacks, if their windows are these rows."""
+    inside = [
+        (max(window.start, 0) - i * block, min(window.stop, size) - i * block)
+        for i, window in enumerate(windows)
+    ]
+    inside = [(start, stop) for start, stop in inside if start < stop] or [(0, 0)]
+    left, right = min(start for start, _ in inside), max(stop for _, stop in inside)
+    spans = [(left, right)]  # rows that some device reads, counted from its own block's first
+    ring, moved, around = False, [], len(windows) * block
+    for i, window in enumerate(windows):
+        begin, found = i * block, []
+        for position, row in _border_rows(window, size, border):
             # Where the row is nearest: in the array, or in its copies before and after it.
-            places = [row - i * block + turn for turn in (0, -around, around)]
-            lacking = [max(0, min(left, 0) - p, p + 1 - max(right, block)) for p in places]
-            nearest = lacking.index(min(lacking))
-            place, ring = places[nearest], ring or nearest > 0
-            left, right = min(left, place), max(right, place + 1)
-            spans.append((place, place + 1))
-    if len({first - i * block for i, first in enumerate(firsts)}) > 1:
-        spans = [(left, right)]  # every device cuts its rows out of all
-    return tuple(_cut_in_blocks(spans, block)), ring
+            place = min(
+                (row, row - around, row + around),
+                key=lambda p: (
+                    max(0, min(left, 0) - (p - begin), p - begin + 1 - max(right, block)),
+                    p != position,
+                ),
+            )
+            ring = ring or place != row
+            left, right = min(left, place - begin), max(right, place - begin + 1)
+            spans.append((place - begin, place - begin + 1))
+            if place != position:
+                found.append((position - window.start, place - window.start))
+        moved.append(tuple(found))
+    if len({window.start - i * block for i, window in enumerate(windows)}) > 1:
+        spans = [(left, right)]  # each device cuts its window out of all that it has
+    return Received(pieces=tuple(_cut_in_blocks(spans, block)), ring=ring, moved=tuple(moved))
 
 
 def _cut_in_blocks(spans: Sequence[tuple[int, int]], block: int) -> Iterator[tuple[int, int]]:
@@ -171,11 +188,10 @@ def exchange(x: Any, dim: int, axes: Sequence[str], halo: Halo, fill: Any, once:
     """
     pieces = _with_neighbours(x, dim, tuple(axes), halo, once)
     index = lax.axis_index(tuple(axes))
-    moved = list(_moved(halo))
     start = halo.starts[0]
     if len(set(halo.starts)) > 1:
-        pieces, start = _of_window(pieces, dim, halo, moved, index), 0
-    y = join(_with_border(pieces, dim, range(start, start + halo.rows), moved, index), dim)
+        pieces, start = _of_window(pieces, dim, halo, index), 0
+    y = join(_with_border(pieces, dim, start, halo, index), dim)
     if halo.padded:
         first = _of_device(halo.starts, index) + index * halo.block
         position = lax.broadcasted_iota(jnp.int32, y.shape, dim) + first
@@ -185,52 +201,30 @@ def exchange(x: Any, dim: int, axes: Sequence[str], halo: Halo, fill: Any, once:
     return y
 
 
-def _moved(halo: Halo) -> Iterator[dict[int, int]]:
-    """For each device: rows of its window in the border -> where they are, counted likewise.
-
-    Those that come around the ring may be where they are wanted already.
-    """
-    around = len(halo.starts) * halo.block
-    for i, start in enumerate(halo.starts):
-        first = i * halo.block + start
-        held = [range(a, b) for a, b in ((0, halo.block), *halo.pieces)]
-        moved = {}
-        for position, row in _border_rows(range(first, first + halo.rows), halo.size, halo.border):
-            copies = (row, row - around, row + around) if halo.ring else (row,)
-            places = [p for p in copies if any(p - i * halo.block in rows for rows in held)]
-            if position not in places:
-                moved[position - first] = places[0] - first
-        yield moved
-
-
-def _of_window(
-    pieces: Pieces, dim: int, halo: Halo, moved: Sequence[dict[int, int]], index: Any
-) -> Pieces:
+def _of_window(pieces: Pieces, dim: int, halo: Halo, index: Any) -> Pieces:
     """The rows of a device's window, counted from its start, which depends on the device.
 
     With them come rows around it of which the border is made.
     """
-    low = -min(0, *(place for rows in moved for place in rows.values()), 0)
-    high = max(0, *(place + 1 - halo.rows for rows in moved for place in rows.values()), 0)
-    first, stop = min(halo.starts) - low, max(halo.starts) + halo.rows + high
-    y = join(rows_of(pieces, dim, range(first, stop)), dim)
-    starts = [start - low - first for start in halo.starts]
-    return [(-low, _from(y, dim, starts, low + halo.rows + high, index))]
+    places = [place for rows in halo.received.moved for _, place in rows]
+    low, stop = min([0, *places]), max([halo.rows, *(place + 1 for place in places)])
+    first = min(halo.starts) + low
+    y = join(rows_of(pieces, dim, range(first, max(halo.starts) + stop)), dim)
+    return [(low, _from(y, dim, [i + low - first for i in halo.starts], stop - low, index))]
 
 
-def _with_border(
-    pieces: Pieces, dim: int, window: range, moved: Sequence[dict[int, int]], index: Any
-) -> list[Any]:
-    """The rows of the window, those in the border taken from where they are.
+def _with_border(pieces: Pieces, dim: int, start: int, halo: Halo, index: Any) -> list[Any]:
+    """The rows of the window from `start` on, those in the border taken from where they are.
 
     Few devices see the border, and they see different parts of it: each variant is cut out, and
     every device selects its own.
     """
+    moved = [dict(rows) for rows in halo.received.moved]
     result: list[Any] = []
     somewhere = frozenset().union(*moved)
-    for _, group in itertools.groupby(range(len(window)), somewhere.__contains__):
+    for _, group in itertools.groupby(range(halo.rows), somewhere.__contains__):
         rows = list(group)
-        cases = [tuple(window.start + own.get(row, row) for row in rows) for own in moved]
+        cases = [tuple(start + own.get(row, row) for row in rows) for own in moved]
         distinct = list(dict.fromkeys(cases))
         made = [rows_of(pieces, dim, case) for case in distinct]
         if len(distinct) > 1:
@@ -270,18 +264,19 @@ def dilate(x: Any, dim: int, axes: Sequence[str], halo: Halo) -> Any:
 def _with_neighbours(x: Any, dim: int, axes: tuple[str, ...], halo: Halo, once: Once) -> Pieces:
     """One's own block, in pieces, and what is received, in image order."""
     own = [(0, x)]
-    edges = all(stop == 0 or start == halo.block for start, stop in halo.pieces)
-    if halo.pieces and edges and halo.left + halo.right <= halo.block:
+    pieces = halo.received.pieces
+    edges = all(stop == 0 or start == halo.block for start, stop in pieces)
+    if pieces and edges and halo.left + halo.right <= halo.block:
         # Cut the block in three: what is sent is a piece of its own, whose gradient is added to
         # that piece. Slices of the block would each return a gradient as large as the block.
         sizes = (halo.right, halo.block - halo.left - halo.right, halo.left)
         own = list(zip((0, sizes[0], sum(sizes[:2])), once(lax.split, x, sizes, dim), strict=True))
     received = []
-    for start, stop in halo.pieces:
+    for start, stop in pieces:
         step, begin = -(start // halo.block), start % halo.block
         offset, sent = own[-1 if step > 0 else 0]
-        arguments = (dim, axes, len(halo.starts), begin - offset, stop - start, step, halo.ring)
-        received.append((start, once(_receive, sent, *arguments)))
+        where = (begin - offset, stop - start, step, halo.received.ring)
+        received.append((start, once(_receive, sent, dim, axes, len(halo.starts), *where)))
     return sorted([*received, *own], key=lambda piece: piece[0])
 
 

@@ -47,6 +47,8 @@ def border_of(table: Table, size: int) -> tuple[Border, int] | None:
     if table.size == 0:
         return None
     shifts, counts = np.unique(table - np.arange(table.size), return_counts=True)
+    if 3 * counts.max() <= table.size:  # no border shorter than the array leaves so little of it
+        return None
     position = np.arange(table.size) + shifts[np.argmax(counts)]
     inside = (position >= 0) & (position < size)
     before, after = table[position < 0], table[position >= size]

@@ -32,6 +32,10 @@ evaluated where it is used, in the layout asked for (broadcasts, iota, random bi
 class Reach(Protocol):
     """Which elements of a split dimension the elements of the result read."""
 
+    def __hash__(self) -> int:
+        """Equal for what reads the same."""
+        ...
+
     @property
     def border(self) -> Border:
         """The elements that stand beyond the array's ends."""

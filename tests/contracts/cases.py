@@ -863,82 +863,57 @@ def taken(x: Any, kernel: Any) -> Any:
 
 MODES = ("wrap", "reflect", "symmetric", "edge")
 
-OWN_ROWS = (
-    [
-        case
-        for mode in MODES
-        for case in (
-            own_rows(
-                f"{mode}-conv-3x3/1",
-                (4, 8, 8, 4),
-                lambda x, k, mode=mode: valid(padded(x, mode, (1, 1), (1, 1)), k),
-                (3, 3, 4, 6),
-                slow=mode in ("symmetric", "edge"),
-            ),
-            own_rows(
-                f"{mode}-conv-3x3/1-7x5",
-                (3, 7, 5, 3),
-                lambda x, k, mode=mode: valid(padded(x, mode, (1, 1), (1, 1)), k),
-                (3, 3, 3, 5),
-            ),
-            own_rows(
-                f"{mode}-conv-5/1-5",
-                (3, 5, 5),
-                lambda x, k, mode=mode: valid(padded(x, mode, (2, 2)), k),
-                (5, 5, 3),
-            ),
-            own_rows(
-                f"{mode}-conv-5/2-13",
-                (3, 13, 5),
-                lambda x, k, mode=mode: valid(padded(x, mode, (2, 2)), k, 2),
-                (5, 5, 6),
-            ),
-            own_rows(
-                f"{mode}-pad-7x13",
-                (3, 7, 13, 2),
-                lambda x, mode=mode: padded(x, mode, (2, 1), (0, 3)),
-                kind="pad",
-            ),
-            own_rows(
-                f"{mode}-pad-wide",
-                (2, 9, 3),
-                lambda x, mode=mode: padded(x, mode, (8, 7)),
-                kind="pad",
-            ),
-            own_rows(
-                f"{mode}-max_pool-3/2",
-                (3, 8, 7, 5),
-                lambda x, mode=mode: nn.max_pool(padded(x, mode, (1, 1), (0, 1)), (3, 2), (2, 1)),
-                kind="max_pool",
-                slow=mode != "reflect",
-            ),
+
+def own_rows_of(mode: str) -> list[Case]:
+    """Convolutions of several sizes, a pool, and the padding alone."""
+    seldom = {"slow": mode in ("symmetric", "edge")}
+
+    def conv_of(widths: int, stride: int = 1) -> Any:
+        return lambda x, kernel: valid(
+            padded(x, mode, *((widths, widths),) * (x.ndim - 2)), kernel, stride
         )
-    ]
-    + [
+
+    return [
+        own_rows(f"{mode}-conv-3x3/1", (4, 8, 8, 4), conv_of(1), (3, 3, 4, 6), slow=True),
+        own_rows(f"{mode}-conv-3x3/1-7x5", (3, 7, 5, 3), conv_of(1), (3, 3, 3, 5)),
+        own_rows(f"{mode}-conv-5/1-5", (3, 5, 5), conv_of(2), (5, 5, 3), **seldom),
+        own_rows(f"{mode}-conv-5/2-13", (3, 13, 5), conv_of(2, 2), (5, 5, 6), **seldom),
         own_rows(
-            f"flax-{padding}",
-            (3, 8, 7, 3),
-            lambda x, k, padding=padding: nn.Conv(
-                6, (3, 5), (2, 1), padding, kernel_dilation=(2, 1), use_bias=False
-            ).apply({"params": {"kernel": k}}, x),
-            (3, 5, 3, 6),
-        )
-        for padding in ("CIRCULAR", "REFLECT")
-    ]
-    + [
-        own_rows(
-            "pad-two-readers", (3, 7, 8, 5), two_readers, (3, 3, 5, 5), "pad", dimensions=IMAGE
+            f"{mode}-pad-7x13",
+            (3, 7, 13, 2),
+            lambda x: padded(x, mode, (2, 1), (0, 3)),
+            kind="pad",
         ),
-        own_rows("pad-two-windows", (3, 8, 7, 5), two_windows, (3, 3, 5, 5)),
-        own_rows("pad-two-exchanges", (3, 8, 7, 5), two_exchanges, (3, 3, 5, 5)),
         own_rows(
-            "pad-resampled", (3, 13, 4), resampled, (6, 1, 4), dimensions=LENGTH - {"reduction"}
+            f"{mode}-pad-wide", (2, 9, 3), lambda x: padded(x, mode, (8, 7)), kind="pad", **seldom
         ),
-        own_rows("pad-one-at-a-time", (3, 8, 7, 5), one_at_a_time, (6, 5, 3, 5)),
-        own_rows("pad-taken", (3, 7, 8, 5), taken, (3, 3, 5, 6)),
-        own_rows("roll", (3, 8, 13, 2), lambda x: jnp.roll(x, (3, -2), (1, 2)), kind="slice"),
+        own_rows(
+            f"{mode}-max_pool-3/2",
+            (3, 8, 7, 5),
+            lambda x: nn.max_pool(padded(x, mode, (1, 1), (0, 1)), (3, 2), (2, 1)),
+            kind="max_pool",
+            slow=mode != "reflect",
+        ),
     ]
-)
+
+
+def flax_conv(padding: str) -> Any:
+    layer = nn.Conv(6, (3, 5), (2, 1), padding, kernel_dilation=(2, 1), use_bias=False)
+    return lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x)
+
+
+OWN_ROWS = [
+    *(case for mode in MODES for case in own_rows_of(mode)),
+    own_rows("flax-CIRCULAR", (3, 8, 7, 3), flax_conv("CIRCULAR"), (3, 5, 3, 6)),
+    own_rows("flax-REFLECT", (3, 8, 7, 3), flax_conv("REFLECT"), (3, 5, 3, 6), slow=True),
+    own_rows("pad-two-readers", (3, 7, 8, 5), two_readers, (3, 3, 5, 5), "pad", dimensions=IMAGE),
+    own_rows("pad-two-windows", (3, 8, 7, 5), two_windows, (3, 3, 5, 5)),
+    own_rows("pad-two-exchanges", (3, 8, 7, 5), two_exchanges, (3, 3, 5, 5)),
+    own_rows("pad-resampled", (3, 13, 4), resampled, (6, 1, 4), dimensions=LENGTH - {"reduction"}),
+    own_rows("pad-one-at-a-time", (3, 8, 7, 5), one_at_a_time, (6, 5, 3, 5)),
+    own_rows("pad-taken", (3, 7, 8, 5), taken, (3, 3, 5, 6), slow=True),
+    own_rows("roll", (3, 8, 13, 2), lambda x: jnp.roll(x, (3, -2), (1, 2)), kind="slice"),
+]
 
 
 def slow_where_even(cases: list[Case]) -> list[Case]:
@@ -964,17 +939,18 @@ EIGHT_PARTS = [
     conv("conv-3x3/1-13x7", (9, 13, 7, 9), (3, 3, 9, 11)),
     max_pool("max_pool-3/2", (8, 16, 16, 8), 3, 2, "SAME"),
     max_pool("max_pool-3/2-7x27", (5, 7, 27, 13), 3, 2, "SAME"),
-    *(
-        own_rows(
-            f"{mode}-conv-5/2-{size}",
-            (3, size, 5),
-            lambda x, k, mode=mode, stride=stride: valid(padded(x, mode, (2, 2)), k, stride),
-            (5, 5, 9),
-        )
-        for mode in MODES
-        for size, stride in ((13, 1), (21, 2))
-    ),
 ]
+
+OWN_ROWS_EIGHT = {
+    mode: own_rows(
+        f"{mode}-conv-5-{size}",
+        (3, size, 5),
+        lambda x, k, mode=mode, stride=stride: valid(padded(x, mode, (2, 2)), k, stride),
+        (5, 5, 9),
+    )
+    for mode, size, stride in zip(MODES, (13, 21, 21, 13), (1, 2, 1, 2), strict=True)
+}
+EIGHT_PARTS += [OWN_ROWS_EIGHT["wrap"], OWN_ROWS_EIGHT["reflect"]]
 
 EIGHT_PARTS_SLOW = [
     conv("conv-5x5/2-27x13", (9, 27, 13, 5), (5, 5, 5, 11), stride=2),
@@ -984,6 +960,8 @@ EIGHT_PARTS_SLOW = [
     avg_pool("avg_pool-3/2-13x27", (9, 13, 27, 5), 3, 2, "SAME", include=False),
     dense("dense-rank4-7x9", (9, 7, 9, 13), 11),
     flatten_dense("flatten-dense-8x5", (9, 8, 5, 3), 13),
+    OWN_ROWS_EIGHT["symmetric"],
+    OWN_ROWS_EIGHT["edge"],
 ]
 
 SIX_PARTS = [
