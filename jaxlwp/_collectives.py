@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
-from jaxlwp._halo import hops, plan_halo
+from jaxlwp._halo import plan_halo
 from jaxlwp._layout import (
     Collective,
     degree,
@@ -78,11 +78,10 @@ def halo_exchanges(
             value.shape[dim], out_size, signature.windows[name], degree(axes, axis_sizes)
         )
         rest = math.prod(size for d, size in enumerate(block) if d != dim)
-        for wanted in (halo.left, halo.right):
-            for _, rows in hops(halo, wanted):
-                num_bytes = rows * rest * value.itemsize
-                if num_bytes:
-                    yield Collective(kind="collective-permute", axes=axes, num_bytes=num_bytes)
+        for start, stop in halo.received.pieces:
+            num_bytes = (stop - start) * rest * value.itemsize
+            if num_bytes:
+                yield Collective(kind="collective-permute", axes=axes, num_bytes=num_bytes)
         block[dim] = halo.rows  # the next dimension's halo carries the rows just received
         if halo.left_over is None:
             block[dim] = halo.extent
@@ -283,7 +282,7 @@ def _op_collectives(op: Op, block: Block | None) -> Iterable[Collective]:
         rows = Collective(
             kind="collective-permute",
             axes=op.axes,
-            num_bytes=_num_bytes(block) // max(block.shape[op.dim], 1) * op.rows,
+            num_bytes=_num_bytes(block) // max(block.shape[op.dim], 1) * op.piece.rows,
         )
         return (rows, replace(rows, backward=True))
     return ()

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlwp._border import extend
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._halo import assemble, dilate, receive
@@ -38,6 +39,7 @@ from jaxlwp._steps import (
     Cut,
     DeviceProgram,
     Dilate,
+    Extend,
     Fill,
     Items,
     Op,
@@ -178,13 +180,18 @@ def _cut(op: Cut, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
 
 
 def _receive(op: Receive, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
-    return (receive(blocks[0], op.dim, op.axes, op.parts, op.rows, op.step),)
+    return (receive(blocks[0], op.dim, op.axes, op.parts, op.piece, op.ring),)
 
 
 def _assemble(op: Assemble, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
-    count = sum(op.counts)
+    count = len(op.starts)
     fill = blocks[count] if len(blocks) > count else op.value
-    return (assemble(blocks[:count], op.dim, op.axes, op.halo, op.size, fill),)
+    pieces = list(zip(op.starts, blocks[:count], strict=True))
+    return (assemble(pieces, op.dim, op.axes, op.halo, fill),)
+
+
+def _extend(op: Extend, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    return (extend(blocks[0], op.dim, op.border),)
 
 
 def _dilate(op: Dilate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
@@ -199,7 +206,7 @@ def _operate(op: Operate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
     found = rule_of(op.eqn)
     if found is None:
         return evaluate_whole(op.eqn, blocks)
-    return found[0].lower(op.eqn, blocks, _local(op))
+    return found[0].lower(op.eqn.extended, blocks, _local(op))
 
 
 def _local(op: Operate) -> Local:
@@ -250,6 +257,7 @@ _CARRY_OUT: dict[type, Callable[[Any, Sequence[Any], Step], Sequence[Any]]] = {
     Cut: _cut,
     Receive: _receive,
     Assemble: _assemble,
+    Extend: _extend,
     Dilate: _dilate,
     AddUp: _add_up,
     Operate: _operate,

@@ -321,7 +321,10 @@ def _structure(layer: Layer) -> str:
             )
         ]  # fmt: skip
         names = (member.signature.operands, member.signature.results)
-        lines.append(f"{eqn.name} {params} {types} {names} {member.gradient} {member.recomputed}")
+        borders = sorted(eqn.borders.items())
+        lines.append(
+            f"{eqn.name} {params} {borders} {types} {names} {member.gradient} {member.recomputed}"
+        )
     reads = [
         f"{use.info.dtype}{list(use.info.shape)} {use.labels} {sorted(map(str, use.active))} "
         f"{use.gradient} {use.source == layer.index and not use.argument}"

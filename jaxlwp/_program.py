@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core as jex_core
+
+from jaxlwp._border import Border, extend
 
 INLINED = ("jit", "pjit", "closed_call", "core_call")
 """Primitives whose body is inlined; the body is under the parameter `jaxpr` or `call_jaxpr`."""
@@ -100,6 +102,8 @@ class Equation:
       result_values: shapes and dtypes of the results.
       scope: the name stack, such as "AlexNet/Conv_0" (Flax Linen; empty for Flax NNX).
       checkpoints: the calls of `jax.checkpoint` around it, outermost first.
+      borders: dimension of the first operand -> its rows that stand beyond its ends. The primitive
+        and its parameters are those of an operator on the operand with its borders.
       notes: what operator rules found out about this equation, made when asked for.
     """
 
@@ -111,6 +115,7 @@ class Equation:
     result_values: tuple[Value, ...]
     scope: str
     checkpoints: tuple[Checkpoint, ...] = ()
+    borders: Mapping[int, Border] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -118,8 +123,33 @@ class Equation:
         """Name of the primitive."""
         return str(self.primitive.name)
 
+    @property
+    def extended(self) -> Equation:
+        """The equation on its first operand with its borders: what the primitive sees."""
+        if not self.borders:
+            return self
+        if "extended" not in self.notes:
+            shape = list(self.operand_values[0].shape)
+            for dim, border in self.borders.items():
+                shape[dim] += len(border.before) + len(border.after)
+            first = Value(tuple(shape), self.operand_values[0].dtype)
+            self.notes["extended"] = dataclasses.replace(
+                self, operand_values=(first, *self.operand_values[1:]), borders={}, notes={}
+            )
+        return self.notes["extended"]  # type: ignore[no-any-return]
+
+    def evaluate(self, *operands: Any) -> tuple[Any, ...]:
+        """All results for whole operands."""
+        arrays = list(operands)
+        for dim, border in self.borders.items():
+            arrays[0] = extend(arrays[0], dim, border)
+        return self.bind(*arrays)
+
     def bind(self, *operands: Any, **changes: Any) -> tuple[Any, ...]:
-        """Apply the primitive, with some parameters replaced; returns all results."""
+        """Apply the primitive, with some parameters replaced; returns all results.
+
+        The first operand has its borders already.
+        """
         params = self.primitive.get_bind_params({**self.params, **changes})
         # Up to JAX 0.9 this is a pair (functions, parameters), later one mapping.
         functions, params = params if isinstance(params, tuple) else ((), params)
@@ -367,6 +397,6 @@ class KnownValues:
         if any(operand is None for operand in operands):
             return None
         with jax.ensure_compile_time_eval():
-            results = eqn.bind(*map(jax.numpy.asarray, operands))
+            results = eqn.evaluate(*map(jax.numpy.asarray, operands))
         self.made.update((i, np.asarray(x)) for i, x in zip(eqn.results, results, strict=True))
         return self.made[index]

@@ -30,10 +30,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxlwp._border import Border
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph
 from jaxlwp._group import pull, whole
-from jaxlwp._halo import Halo, hops, plan_halo
+from jaxlwp._halo import Halo, Neighbour, cut, neighbours, plan_halo
 from jaxlwp._layout import (
     Move,
     degree,
@@ -140,13 +141,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Receive:
-    """Receives rows of a neighbour: the last rows of the one `step` to the left, or the first."""
+    """Receives rows of another device along a dimension, in a ring or not."""
 
     dim: int
     axes: tuple[str, ...]
     parts: int
-    rows: int
-    step: int
+    piece: Neighbour
+    ring: bool
 
     @property
     def plain(self) -> Op:
@@ -158,16 +159,28 @@ class Receive:
 class Assemble:
     """Puts received rows and one's own block together, and cuts out what the operator reads.
 
-    Its operands are the pieces from the left, one's own, those from the right, and what fills the
-    padding unless `value` does.
+    Its operands are the pieces, which begin at the rows `starts`, and what fills the padding unless
+    `value` does.
     """
 
     dim: int
     axes: tuple[str, ...]
     halo: Halo
-    size: int
-    counts: tuple[int, int, int]
+    starts: tuple[int, ...]
     value: Any
+
+    @property
+    def plain(self) -> Op:
+        """See `Op`."""
+        return self
+
+
+@dataclass(frozen=True)
+class Extend:
+    """Puts an array's border around it, along a dimension that is not split."""
+
+    dim: int
+    border: Border
 
     @property
     def plain(self) -> Op:
@@ -642,6 +655,12 @@ class Builder:
                 blocks[0], haloed[dim] = self.with_halo(
                     blocks[0], eqn, signature, name, axes_of(name), fills[0]
                 )
+        for dim, border in eqn.borders.items():
+            if not operands[0][dim]:
+                shape = list(blocks[0].shape)
+                shape[dim] += len(border.before) + len(border.after)
+                extended = replace(blocks[0], shape=tuple(shape))
+                (blocks[0],) = self.step(Extend(dim, border), (blocks[0],), (extended,))
         reduced = frozenset(axis for name in signature.reduced for axis in axes_of(name))
         made = self.operate(position, eqn, signature, results, blocks, haloed, reduced, active)
         return tuple(
@@ -718,20 +737,14 @@ class Builder:
         out = signature.results[0].index(name)
         size, out_size = eqn.operand_values[0].shape[dim], eqn.result_values[0].shape[out]
         halo = plan_halo(size, out_size, signature.windows[name], degree(axes, self.axis_sizes))
-        left, own, right = self.with_neighbours(block, dim, axes, halo)
+        pieces = self.with_neighbours(block, dim, axes, halo)
         scalar = (fill,) if isinstance(fill, Block) else ()
-        op = Assemble(
-            dim,
-            axes,
-            halo,
-            size,
-            (len(left), len(own), len(right)),
-            None if scalar else fill,
-        )
+        starts = tuple(start for start, _ in pieces)
+        op = Assemble(dim, axes, halo, starts, None if scalar else fill)
         varying = block.varying.union(axes, *(x.varying for x in scalar))
         (block,) = self.step(
             op,
-            (*left, *own, *right, *scalar),
+            (*(piece for _, piece in pieces), *scalar),
             (Block(_with(block.shape, dim, halo.rows), block.dtype, varying),),
         )
         if halo.left_over is not None:
@@ -745,28 +758,23 @@ class Builder:
 
     def with_neighbours(
         self, block: Block, dim: int, axes: tuple[str, ...], halo: Halo
-    ) -> tuple[list[Block], list[Block], list[Block]]:
-        """Pieces from the left, one's own block in pieces, pieces from the right, in order."""
+    ) -> list[tuple[int, Block]]:
+        """One's own block, in pieces, and what is received, in order; with their first rows."""
 
         def piece(rows: int) -> Block:
             return replace(block, shape=_with(block.shape, dim, rows))
 
-        own, send_left, send_right = [block], block, block
-        if halo.exchanged and halo.exchanged <= halo.block:
-            # Cut the block in three: what is sent is a piece of its own, whose gradient is added to
-            # that piece. Slices of the block would each return a gradient as large as the block.
-            sizes = (halo.right, halo.block - halo.exchanged, halo.left)
+        sizes = cut(halo)
+        own = [block]
+        if len(sizes) > 1:
             own = list(self.step(Cut(dim, sizes), (block,), [piece(rows) for rows in sizes]))
-            send_left, send_right = own[0], own[2]
-        parts = len(halo.starts)
-        left, right = (
-            [
-                self.step(Receive(dim, axes, parts, rows, sign * n), (sent,), (piece(rows),))[0]
-                for n, rows in hops(halo, wanted)
-            ]
-            for sent, wanted, sign in ((send_right, halo.left, 1), (send_left, halo.right, -1))
-        )
-        return left[::-1], own, right
+        offsets = itertools.accumulate(sizes, initial=0)
+        pieces = list(zip(offsets, own, strict=False))
+        for each in neighbours(halo):
+            op = Receive(dim, axes, len(halo.starts), each, halo.received.ring)
+            (received,) = self.step(op, (own[each.piece],), (piece(each.rows),))
+            pieces.append((each.start, received))
+        return sorted(pieces, key=lambda piece: piece[0])
 
     # --- padding ---
 

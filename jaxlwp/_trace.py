@@ -25,6 +25,7 @@ from jaxlwp.ops import (
     Labels,
     Signature,
     unread_results,
+    with_borders,
 )
 
 
@@ -76,14 +77,15 @@ def trace(
 
 
 def recognised(program: Program) -> Program:
-    """The program with operators in place of what only their known operands reveal."""
+    """The program with operators in place of what only several equations or operands reveal."""
     known = KnownValues(program)
     equations = []
     for eqn in program.equations:
         recognise = RECOGNISED.get(eqn.name)
         found = recognise(eqn, [known(i) for i in eqn.operands]) if recognise else None
         equations.append(found or eqn)
-    return without_dead_code(replace(program, equations=tuple(equations)))
+    program = with_borders(replace(program, equations=tuple(equations)))
+    return without_dead_code(program)
 
 
 def _check_leaves(arguments: Any) -> None:

@@ -1,15 +1,17 @@
 """Operator rules: one file per family of operators, and the only code that knows an operator."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from jaxlwp._program import Equation
+from jaxlwp._program import Equation, Program
 from jaxlwp.ops import (
     _arrange,
     _conv,
     _custom,
     _dense,
     _elementwise,
+    _extend,
     _pool,
     _reduce,
     _resize,
@@ -32,6 +34,7 @@ RULES: dict[str, Rule] = {
     **_conv.RULES,
     **_dense.RULES,
     **_elementwise.RULES,
+    **_extend.RULES,
     **_pool.RULES,
     **_reduce.RULES,
     **_resize.RULES,
@@ -44,7 +47,8 @@ def rule_of(eqn: Equation) -> tuple[Rule, Signature] | None:
     """Rule of an equation, and its signature; None if there is no rule for this use of it."""
     if "signature" not in eqn.notes:
         rule = RULES.get(eqn.name)
-        eqn.notes["signature"] = rule.signature(eqn) if rule else None
+        signature = rule.signature(eqn.extended) if rule else None
+        eqn.notes["signature"] = _behind_borders(eqn, signature) if signature is not None else None
     signature = eqn.notes["signature"]
     return (RULES[eqn.name], signature) if signature is not None else None
 
@@ -61,7 +65,23 @@ def unread_results(eqn: Equation) -> tuple[int, ...]:
     return tuple(eqn.results[n] for n in rule.unread(eqn)) if rule else ()
 
 
+def _behind_borders(eqn: Equation, signature: Signature) -> Signature:
+    """The signature with windows over the first operand alone, in place of it with its borders."""
+    windows = dict(signature.windows)
+    for dim, border in eqn.borders.items():
+        name = signature.operands[0][dim]
+        if name is not None:
+            windows[name] = windows.get(name, Window()).behind(border)
+    return replace(signature, windows=windows) if eqn.borders else signature
+
+
 RULES.update(_custom.rules(rule_of))
+
+
+def with_borders(program: Program) -> Program:
+    """The program with operators in place of the equations that pad an array with its own rows."""
+    return _extend.with_borders(program, rule_of)
+
 
 RECOGNISED = _resize.RECOGNISED
 """By the name of the primitive: `recognise(equation, known operands)` gives the equation as another
@@ -84,4 +104,5 @@ __all__ = [
     "spatial_names",
     "unread_results",
     "values_needed",
+    "with_borders",
 ]

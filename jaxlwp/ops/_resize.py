@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxlwp._program import Equation, StandIn
+from jaxlwp.ops._extend import border_of
 from jaxlwp.ops._rule import Labels, Local, Rows, Rule, Signature, anonymous
 
 NARROW = 8
@@ -73,7 +74,11 @@ def _from_gather(eqn: Equation, known: Sequence[np.ndarray | None]) -> _Made | N
         and all(sizes[d] == shape[d] for d in others)
     )
     inside = rows.size > 0 and rows.min() >= 0 and rows.max() < shape[dim]
-    return (0, rows, dim, dim, {}) if plain and inside and np.all(np.diff(rows) >= 0) else None
+    if not plain or not inside:
+        return None
+    # What wraps or reflects is recognised by its table as well (`_extend`).
+    near = np.all(np.diff(rows) >= 0) or border_of(rows, shape[dim]) is not None
+    return (0, rows, dim, dim, {}) if near else None
 
 
 def _from_dot(eqn: Equation, known: Sequence[np.ndarray | None]) -> _Made | None:

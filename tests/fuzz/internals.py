@@ -17,7 +17,7 @@ def layer_configs(layer: Layer, axis_sizes: Mapping[str, int]) -> tuple[Config, 
     found: Any = enumerate_configs(
         sizes=layer.dimensions,
         even=layer.even,
-        axis_groups=[tuple(axis_sizes)],
+        axis_groups=[tuple(axis for axis, size in axis_sizes.items() if size > 1)],
         axis_sizes=axis_sizes,
         interchangeable=False,
     )
