@@ -290,19 +290,32 @@ class Run:
         return self.masked_results(eqn, signature, config, results)
 
     def local(self, eqn: Equation, signature: Signature, config: Config) -> Local:
-        shapes, offsets = [], []
+        shapes, offsets, real = [], [], []
         for labels, value in zip(signature.results, eqn.result_values, strict=True):
             layout = config.layout(labels)
             shape = local_shape(value.shape, layout, self.axis_sizes)
+            start = tuple(
+                lax.axis_index(axes) * size if axes else 0
+                for axes, size in zip(layout, shape, strict=True)
+            )
             shapes.append(shape)
-            offsets.append(
+            offsets.append(start)
+            real.append(
                 tuple(
-                    lax.axis_index(axes) * size if axes else 0
-                    for axes, size in zip(layout, shape, strict=True)
+                    jnp.clip(whole - first, 0, size)
+                    if whole % degree(axes, self.axis_sizes)
+                    else None
+                    for whole, axes, first, size in zip(
+                        value.shape, layout, start, shape, strict=True
+                    )
                 )
             )
-        names = signature.operands[0] if signature.operands else ()
-        return Local(names=names, result_shapes=tuple(shapes), offsets=tuple(offsets))
+        return Local(
+            names=signature.operands[0] if signature.operands else (),
+            result_shapes=tuple(shapes),
+            offsets=tuple(offsets),
+            real=tuple(real),
+        )
 
     def with_halo(
         self,

@@ -1,6 +1,6 @@
 """Operator rules: one file per family of operators, and the only code that knows an operator."""
 
-from jaxlwp._program import Equation
+from jaxlwp._program import SCAN, Equation
 from jaxlwp.ops import (
     _arrange,
     _conv,
@@ -10,6 +10,7 @@ from jaxlwp.ops import (
     _pool,
     _reduce,
     _resize,
+    _scan,
     _shape,
 )
 from jaxlwp.ops._rule import (
@@ -45,7 +46,17 @@ def rule_of(eqn: Equation) -> tuple[Rule, Signature] | None:
     return (RULES[eqn.name], signature) if signature is not None else None
 
 
-RULES.update(_custom.rules(rule_of))
+def rule_inside(eqn: Equation) -> tuple[Rule, Signature] | None:
+    """As `rule_of`, for equations of a body: a scan that cannot be split is evaluated there too."""
+    found = rule_of(eqn)
+    if found is None and eqn.name == SCAN:
+        signature = _scan.unsplit(rule_inside, eqn)
+        return (RULES[SCAN], signature) if signature is not None else None
+    return found
+
+
+RULES.update(_custom.rules(rule_inside))
+RULES.update(_scan.rules(rule_inside))
 
 RECOGNISED = _resize.RECOGNISED
 """By the name of the primitive: `recognise(equation, known operands)` gives the equation as another
