@@ -210,7 +210,8 @@ def differentiated(lowered: Lowered) -> DifferentiatedProgram:
     traced = jax.make_jaxpr(mapped)(*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values))
     (eqn,) = (eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "shard_map")
     body = eqn.params["jaxpr"]
-    program = flatten(jex_core.ClosedJaxpr(getattr(body, "jaxpr", body), ()), derivatives=False)
+    body = jex_core.ClosedJaxpr(getattr(body, "jaxpr", body), ())
+    program = flatten(body, derivatives=False, unroll=False)
     place = {var: n for n, var in enumerate(traced.jaxpr.invars)}
     position = {
         place[var]: n

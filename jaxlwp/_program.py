@@ -206,22 +206,24 @@ class Scan:
 
 
 def scan_of(eqn: Equation) -> Scan:
-    """What an equation of the primitive `scan` does."""
-    if SCAN not in eqn.notes:
-        body = flatten(eqn.params["jaxpr"], unroll=False)
-        num_stacked = _count_different(eqn.operand_values, [body.values[i] for i in body.inputs])
-        num_made = _count_different(eqn.result_values, [body.values[i] for i in body.outputs])
-        num_carry = len(eqn.result_values) - num_made
-        eqn.notes[SCAN] = Scan(
-            body=body,
-            num_consts=len(eqn.operands) - num_carry - num_stacked,
-            num_carry=num_carry,
-            length=eqn.params["length"],
-            reverse=eqn.params["reverse"],
-            unroll=eqn.params["unroll"],
-        )
+    """What an equation of the primitive `scan` does; `flatten` has noted it."""
     scan: Scan = eqn.notes[SCAN]
     return scan
+
+
+def _scan(eqn: Equation, *, derivatives: bool) -> Scan:
+    body = flatten(eqn.params["jaxpr"], derivatives=derivatives, unroll=False)
+    num_stacked = _count_different(eqn.operand_values, [body.values[i] for i in body.inputs])
+    num_made = _count_different(eqn.result_values, [body.values[i] for i in body.outputs])
+    num_carry = len(eqn.result_values) - num_made
+    return Scan(
+        body=body,
+        num_consts=len(eqn.operands) - num_carry - num_stacked,
+        num_carry=num_carry,
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
 
 
 def _count_different(outside: Sequence[Value], inside: Sequence[Value]) -> int:
@@ -308,8 +310,13 @@ class _Builder:
     constants: dict[int, Any] = dataclasses.field(default_factory=dict)
     equations: list[Equation] = dataclasses.field(default_factory=list)
     checkpoints: tuple[Checkpoint, ...] = ()
-    inlined: tuple[str, ...] = INLINED
+    derivatives: bool = True
     unrolls: bool = True
+
+    @property
+    def inlined(self) -> tuple[str, ...]:
+        """Names of the primitives whose bodies are inlined."""
+        return INLINED if self.derivatives else INLINED + CUSTOM
 
     def new(self, aval: Any) -> int:
         self.values.append(Value(tuple(aval.shape), aval.dtype))
@@ -416,9 +423,9 @@ class _Builder:
             scope=scope,
             checkpoints=self.checkpoints,
         )
-        if self.unrolls and made.name == SCAN and eqn.params["length"] <= LONGEST_UNROLLED:
-            scan = scan_of(made)
-            if is_stack_of_layers(scan):
+        if made.name == SCAN:
+            made.notes[SCAN] = scan = _scan(made, derivatives=self.derivatives)
+            if self.unrolls and scan.length <= LONGEST_UNROLLED and is_stack_of_layers(scan):
                 return self.unroll(made, scan)
         results = [self.new(var.aval) for var in eqn.outvars]
         self.equations.append(dataclasses.replace(made, results=tuple(results)))
@@ -450,7 +457,7 @@ def flatten(closed_jaxpr: Any, *, derivatives: bool = True, unroll: bool = True)
     Raises:
       ValueError: an equation has side effects.
     """
-    builder = _Builder(inlined=INLINED if derivatives else INLINED + CUSTOM, unrolls=unroll)
+    builder = _Builder(derivatives=derivatives, unrolls=unroll)
     jaxpr, consts = (
         getattr(closed_jaxpr, "jaxpr", closed_jaxpr),
         getattr(closed_jaxpr, "consts", ()),
