@@ -204,6 +204,46 @@ class Scan:
         )
         return (*carry, *stacked)
 
+    def only(self, results: Sequence[int]) -> tuple[Scan, tuple[int, ...], tuple[int, ...]]:
+        """The scan without what some of its results need not.
+
+        Args:
+          results: positions of the results that are wanted.
+
+        Returns:
+          The scan, and the positions of the operands and results that it has: carries that are
+          needed for the wanted results are among them.
+        """
+        first, last = self.num_consts, self.num_consts + self.num_carry
+        kept: set[int] = set()
+        more = set(results)
+        while more - kept:
+            kept |= more
+            needed = set(self.body.outputs[n] for n in kept)
+            for eqn in reversed(self.body.equations):
+                if needed.intersection(eqn.results):
+                    needed.update(eqn.operands)
+            inputs = self.body.inputs[first:last]
+            more = {n for n, value in enumerate(inputs) if value in needed}
+        operands = tuple(
+            n
+            for n, value in enumerate(self.body.inputs)
+            if (n - first in kept if first <= n < last else value in needed)
+        )
+        made = tuple(sorted(kept))
+        body = dataclasses.replace(
+            self.body,
+            inputs=tuple(self.body.inputs[n] for n in operands),
+            outputs=tuple(self.body.outputs[n] for n in made),
+        )
+        scan = dataclasses.replace(
+            self,
+            body=without_dead_code(body),
+            num_consts=sum(n < first for n in operands),
+            num_carry=sum(n < self.num_carry for n in made),
+        )
+        return scan, operands, made
+
 
 def scan_of(eqn: Equation) -> Scan:
     """What an equation of the primitive `scan` does; `flatten` has noted it."""
@@ -369,7 +409,7 @@ class _Builder:
         body, consts = _opened(eqn.params["jaxpr"])
         first, last = scan.num_consts, scan.num_consts + scan.num_carry
         carry, stacked = list(eqn.operands[first:last]), eqn.operands[last:]
-        outputs: list[list[int]] = [[] for _ in eqn.results[scan.num_carry :]]
+        outputs: list[list[int]] = [[] for _ in eqn.result_values[scan.num_carry :]]
         order = range(scan.length)
         for i in reversed(order) if scan.reverse else order:
             rows = [self.row(value, i, eqn.scope) for value in stacked]

@@ -15,8 +15,8 @@ import jax
 
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._group import Draft, Grouping, pull, whole
-from jaxlwp._program import Equation, KnownValues, Program, flatten, without_dead_code
-from jaxlwp.ops import RECOGNISED, Labels, Signature
+from jaxlwp._program import Equation, KnownValues, Program, Value, flatten, without_dead_code
+from jaxlwp.ops import PARTS, RECOGNISED, Labels, Signature
 
 ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
 """Operators through which no cotangent flows."""
@@ -54,7 +54,7 @@ def trace(
         changed[:] = [i for i, (old, new) in pairs if new is not old]
         return *jax.tree.leaves(out), *(after[i] for i in changed)
 
-    program = recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves)))
+    program = in_parts(recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves))))
     paths = jax.tree_util.tree_flatten_with_path((params, *args))[0]
     names = tuple(_path_name(path) for path, _ in paths)
     count = len(jax.tree.leaves(params))
@@ -71,6 +71,25 @@ def recognised(program: Program) -> Program:
         found = recognise(eqn, [known(i) for i in eqn.operands]) if recognise else None
         equations.append(found or eqn)
     return without_dead_code(replace(program, equations=tuple(equations)))
+
+
+def in_parts(program: Program) -> Program:
+    """The program with what nothing reads left out of its scans, and what they make whole apart."""
+    values = list(program.values)
+    read = set(program.outputs)
+    equations: list[Equation] = []
+
+    def new(value: Value) -> int:
+        values.append(value)
+        return len(values) - 1
+
+    for eqn in reversed(program.equations):
+        parts = PARTS[eqn.name](eqn, read, new) if eqn.name in PARTS else [eqn]
+        for part in parts:
+            equations.append(part)
+            read.update(part.operands)
+    program = replace(program, values=tuple(values), equations=tuple(reversed(equations)))
+    return without_dead_code(program)
 
 
 def _check_leaves(arguments: Any) -> None:

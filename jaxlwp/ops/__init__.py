@@ -1,5 +1,7 @@
 """Operator rules: one file per family of operators, and the only code that knows an operator."""
 
+import functools
+
 from jaxlwp._program import SCAN, Equation
 from jaxlwp.ops import (
     _arrange,
@@ -58,11 +60,16 @@ def rule_inside(eqn: Equation) -> tuple[Rule, Signature] | None:
 RULES.update(_custom.rules(rule_inside))
 RULES.update(_scan.rules(rule_inside))
 
+PARTS = {SCAN: functools.partial(_scan.parts, rule_inside)}
+"""By the name of the primitive: `parts(equation, values that are read, new)` gives the equations to
+put in an equation's place; `new` makes a value of the program."""
+
 RECOGNISED = _resize.RECOGNISED
 """By the name of the primitive: `recognise(equation, known operands)` gives the equation as another
 operator, or None. Called where some operands depend on no argument of the program."""
 
 __all__ = [
+    "PARTS",
     "RECOGNISED",
     "RULES",
     "Labels",

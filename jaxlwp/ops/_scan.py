@@ -13,15 +13,16 @@ for a weight.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlwp._program import SCAN, Equation, Program, Value, scan_of
+from jaxlwp._program import SCAN, Equation, Program, Scan, StandIn, Value, scan_of
 from jaxlwp.ops._blocks import (
     Blocks,
     Classes,
@@ -35,6 +36,15 @@ from jaxlwp.ops._rule import Labels, Local, Rule, Signature, default_names, elem
 BODY = "body"
 SCANNED: Dim = ("scanned", 0, 0)
 """The dimension of stacked inputs and outputs along which a scan runs."""
+
+READ = "read"
+"""Note of a scan: positions of the results that something reads."""
+
+APART = "apart"
+"""Note of a scan that makes what is the same on every device: there is nothing to split."""
+
+SMALL = 0.25
+"""Share of a scan's operations that may be done once more, apart from it: two devices still gain."""
 
 
 def _classes(rule_of: SignatureOf, eqn: Equation) -> Classes:
@@ -78,10 +88,9 @@ def _tensors(eqn: Equation) -> list[list[tuple[Dim, int]]]:
 
 
 def _signature(rule_of: SignatureOf, eqn: Equation) -> Signature | None:
-    signature = unsplit(rule_of, eqn)
-    names = _names(rule_of, eqn)
+    signature, names = unsplit(rule_of, eqn), _names(rule_of, eqn)
     if signature is None or not names:
-        return None
+        return signature if APART in eqn.notes else None
     scan, classes = scan_of(eqn), _classes(rule_of, eqn)
     labels = [
         tuple(names.get(classes.find(dim)) if n > 1 else None for dim, n in each)
@@ -113,20 +122,37 @@ def unsplit(rule_of: SignatureOf, eqn: Equation) -> Signature | None:
 
 
 def _names(rule_of: SignatureOf, eqn: Equation) -> dict[Dim, str]:
-    """The classes of dimensions that can be split, and names for them."""
-    classes, tensors = _classes(rule_of, eqn), _tensors(eqn)
-    found = [
-        [classes.find(dim) for dim, n in tensor if n > 1 and classes.can_split(dim)]
-        for tensor in tensors
-    ]
-    kept = dict.fromkeys(dim for each in found[len(eqn.operands) :] for dim in each)
-    doubled = {dim for each in found for dim in each if each.count(dim) > 1}
-    allowed = _summed_gradients(classes, scan_of(eqn).body)
-    return {
-        dim: f"#{n}"
-        for n, dim in enumerate(kept)
-        if dim not in doubled and (dim == SCANNED or allowed is None or dim in allowed)
-    }
+    """The classes of dimensions by which the scan can be split, and names for them.
+
+    All blocks vary over all mesh axes that split something; a result that is the same on all
+    devices cannot say so. So what is split is in every result that is read, but in a body.
+    """
+    found = _mapped(rule_of, eqn)
+    read = eqn.notes.get(READ)
+    if read is not None:
+        results = _tensors(eqn)[len(eqn.operands) :]
+        classes = _classes(rule_of, eqn)
+        each = [{classes.find(dim) for dim, _ in results[n]} for n in read]
+        found = [dim for dim in found if all(dim in dims for dims in each)]
+    return {dim: f"#{n}" for n, dim in enumerate(found)}
+
+
+def _mapped(rule_of: SignatureOf, eqn: Equation) -> list[Dim]:
+    """The classes of dimensions of results that the scan merely maps."""
+    classes, body = _classes(rule_of, eqn), scan_of(eqn).body
+    found = dict.fromkeys(
+        classes.find(dim)
+        for tensor in _tensors(eqn)[len(eqn.operands) :]
+        for dim, n in tensor
+        if n > 1 and classes.can_split(dim)
+    )
+    for value in range(len(body.values)):  # a matrix of samples and samples
+        dims = [classes.find(dim) for dim in dims_of(BODY, body, value)]
+        for dim in dims:
+            if dims.count(dim) > 1:
+                found.pop(dim, None)
+    allowed = _summed_gradients(classes, body)
+    return [dim for dim in found if dim == SCANNED or allowed is None or dim in allowed]
 
 
 def _summed_gradients(classes: Classes, body: Program) -> set[Dim] | None:
@@ -181,6 +207,71 @@ def _likely(eqn: Equation) -> tuple[Labels, ...]:
         *(names(n, v, scan.num_consts, last) for n, v in enumerate(eqn.operand_values)),
         *(names(n, v, 0, scan.num_carry) for n, v in enumerate(eqn.result_values)),
     )
+
+
+# --- parts of a scan -----------------------------------------------------------------------------
+
+
+def parts(
+    rule_of: SignatureOf, eqn: Equation, read: Collection[int], new: Callable[[Value], int]
+) -> list[Equation]:
+    """A scan of a program without what nothing reads, and what it makes whole apart.
+
+    A counter, a random key, what is made of weights alone are the same on every device. A scan of
+    their own makes them, if that is little work, so that the rest can be split.
+
+    Args:
+      rule_of: rule and signature of the equations in the body.
+      eqn: the scan.
+      read: the values that something reads.
+      new: makes a value of the program, for results that nothing reads.
+    """
+    wanted = [n for n, value in enumerate(eqn.results) if value in read]
+    if _classes(rule_of, eqn).closed:
+        return [eqn] if wanted else []
+    found, classes = set(_mapped(rule_of, eqn)), _classes(rule_of, eqn)
+    results = _tensors(eqn)[len(eqn.operands) :]
+    split = [n for n in wanted if any(classes.find(dim) in found for dim, _ in results[n])]
+    whole = [n for n in wanted if n not in split]
+    if split and whole:
+        apart = [_part(rule_of, eqn, some, new) for some in (whole, split)]
+        work = [_flops_of(rule_of, each) for each in (apart[0], eqn)]
+        if work[0] <= SMALL * work[1]:
+            apart[0].notes[APART] = True
+            return apart
+    return [_part(rule_of, eqn, wanted, new)] if wanted else []
+
+
+def _part(
+    rule_of: SignatureOf, eqn: Equation, wanted: Sequence[int], new: Callable[[Value], int]
+) -> Equation:
+    """The scan with the wanted results alone, and the carries that they need."""
+    scan, operands, results = scan_of(eqn).only(wanted)
+    values = tuple(eqn.result_values[n] for n in results)
+    return dataclasses.replace(
+        eqn,
+        primitive=StandIn(SCAN, functools.partial(_whole, rule_of, scan), multiple_results=True),
+        params={**eqn.params, "results": results},
+        operands=tuple(eqn.operands[n] for n in operands),
+        results=tuple(
+            eqn.results[n] if n in wanted else new(value)
+            for n, value in zip(results, values, strict=True)
+        ),
+        operand_values=tuple(eqn.operand_values[n] for n in operands),
+        result_values=values,
+        notes={SCAN: scan, READ: tuple(results.index(n) for n in wanted)},
+    )
+
+
+def _whole(rule_of: SignatureOf, scan: Scan, *operands: Any, **params: Any) -> tuple[Any, ...]:
+    """Evaluate a scan that is not split."""
+    blocks = Blocks(rule_of=rule_of, classes=Classes(), sizes={}, offsets={}, varying=())
+    return scan.run(lambda *given: blocks.run(BODY, scan.body, given), operands)
+
+
+def _flops_of(rule_of: SignatureOf, eqn: Equation) -> float:
+    shapes = [v.shape for v in eqn.operand_values], [v.shape for v in eqn.result_values]
+    return _flops(rule_of, eqn, *shapes)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
