@@ -21,7 +21,7 @@ from jaxlwp._devices import DeviceGraph
 from jaxlwp._graph import ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp._layout import copied_bytes, degree, even_layout, layout_axes
 from jaxlwp._tables import CostTables, FloatArray
-from jaxlwp.ops import RULES, Labels
+from jaxlwp.ops import RULES, Labels, Rule
 
 Key = TypeVar("Key")
 
@@ -247,15 +247,9 @@ class AnalyticCostModel:
         moved = np.zeros(blocks.count)
         for value, names in tensors:
             moved += blocks.elements(value.shape, names) * value.itemsize
-        passes = 1 + sum(member.gradient) + member.recomputed
-        rule = RULES.get(eqn.name)
-        rate = {
-            "conv": self.devices.conv_flops_per_s,
-            "dense": self.devices.dense_flops_per_s,
-        }.get(rule.kind if rule else "unknown")
+        rule, passes = RULES.get(eqn.name), passes_of(member)
+        rate = work_rate(rule, self.devices)
         if rule is None or rate is None:
-            # Elementwise work is fused with its neighbours: what counts is one pass over memory.
-            passes = min(passes, 2 + member.recomputed)
             return passes * moved / self.devices.memory_bytes_per_s
         local = zip(*(blocks.shapes(v.shape, names).tolist() for v, names in tensors), strict=True)
         inputs = len(eqn.operand_values)
@@ -264,6 +258,27 @@ class AnalyticCostModel:
         # is never as fast, and where operations dominate the maximum would hide that.
         once_s = flops / rate + moved / self.devices.memory_bytes_per_s
         return passes * (once_s + self.devices.overhead_s)
+
+
+def work_rate(rule: Rule | None, devices: DeviceGraph) -> float | None:
+    """Operations per second of an operator; None where memory traffic alone is priced."""
+    return {
+        "conv": devices.conv_flops_per_s,
+        "dense": devices.dense_flops_per_s,
+        "scan": devices.dense_flops_per_s,
+    }.get(rule.kind if rule else "unknown")
+
+
+def passes_of(member: Member) -> int:
+    """How often an operator's work is done in a step, forward and backward."""
+    rule = RULES.get(member.equation.name)
+    kind = rule.kind if rule else "unknown"
+    passes = 1 + sum(member.gradient)
+    if kind == "scan":
+        passes = min(passes, 3)  # as of a matrix product, however many operands there are
+    elif kind not in ("conv", "dense"):
+        passes = min(passes, 2)  # fused with its neighbours: what counts is one pass over memory
+    return passes + member.recomputed
 
 
 class _Blocks:

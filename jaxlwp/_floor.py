@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxlwp._collectives import spare_sums
 from jaxlwp._config import dimension_order
-from jaxlwp._cost import AnalyticCostModel, layer_key
+from jaxlwp._cost import AnalyticCostModel, layer_key, passes_of, work_rate
 from jaxlwp._devices import DeviceGraph, MeshAxis
 from jaxlwp._graph import ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp._layout import COLLECTIVES, wire_share
@@ -220,13 +220,10 @@ def _work_s(
         (math.prod(v.shape) * v.itemsize / _product(degrees, names) for v, names in tensors),
         0 * degrees[""],
     )
-    passes = 1 + sum(member.gradient) + member.recomputed
-    rule = RULES.get(eqn.name)
-    rate = {"conv": devices.conv_flops_per_s, "dense": devices.dense_flops_per_s}.get(
-        rule.kind if rule else "unknown"
-    )
+    rule, passes = RULES.get(eqn.name), passes_of(member)
+    rate = work_rate(rule, devices)
     if rule is None or rate is None:
-        work_s = min(passes, 2 + member.recomputed) * moved / devices.memory_bytes_per_s
+        work_s = passes * moved / devices.memory_bytes_per_s
     else:
         shapes = [v.shape for v in eqn.operand_values], [v.shape for v in eqn.result_values]
         flops = rule.flops(eqn, *shapes) / _product(degrees, signature.names)

@@ -237,9 +237,10 @@ class Grouping:
             give(letters, self.names_of(operand))
         tensors = (*signature.operands, *signature.results)
         penalty = self.of_parameters.issuperset(eqn.results) and not any(signature.results)
-        for letters in tensors:
+        likely = signature.likely or tuple(default_names(len(letters)) for letters in tensors)
+        for letters, labels in zip(tensors, likely, strict=True):
             if not penalty:  # the sum over a kernel, whose first dimension is no sample
-                give(letters, default_names(len(letters)))
+                give(letters, labels)
         for letters in tensors:
             give(letters, tuple(f"dim{dim}" for dim in range(len(letters))))
         return rename(signature, names)

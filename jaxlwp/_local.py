@@ -23,7 +23,7 @@ from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._layout import degree, local_shape
 from jaxlwp._lower import run
-from jaxlwp._program import Equation, Program, Value, flatten
+from jaxlwp._program import SCAN, Equation, Program, Value, flatten, scan_of
 from jaxlwp._spmd import OnBlocks, trace_on_blocks
 from jaxlwp._steps import build_layer, read_elsewhere
 
@@ -71,17 +71,24 @@ class LocalStep:
 
     def __call__(self, *operands: Any) -> tuple[Any, ...]:
         """Evaluate once."""
-        made: dict[int, Any] = dict(zip(self.program.inputs, operands, strict=True))
-        made.update(self.program.constants)
-        for eqn in self.program.equations:
-            results = _evaluate(eqn, [made[i] for i in eqn.operands])
-            made.update(zip(eqn.results, results, strict=True))
-        return tuple(jnp.asarray(made[i]) for i in self.program.outputs)
+        return tuple(map(jnp.asarray, _run(self.program, operands)))
+
+
+def _run(program: Program, operands: Sequence[Any]) -> tuple[Any, ...]:
+    made: dict[int, Any] = dict(zip(program.inputs, operands, strict=True))
+    made.update(program.constants)
+    for eqn in program.equations:
+        results = _evaluate(eqn, [made[i] for i in eqn.operands])
+        made.update(zip(eqn.results, results, strict=True))
+    return tuple(made[i] for i in program.outputs)
 
 
 def _evaluate(eqn: Equation, operands: Sequence[Any]) -> Sequence[Any]:
     if eqn.name == "axis_index":
         return (jnp.zeros((), jnp.int32),)
+    if eqn.name == SCAN:
+        scan = scan_of(eqn)
+        return scan.run(lambda *given: _run(scan.body, given), operands)
     if eqn.name not in COLLECTIVES:
         return eqn.bind(*operands)
     return [
@@ -179,7 +186,7 @@ def _padded(info: Value, layout: Layout, axis_sizes: dict[str, int]) -> jax.Shap
 
 def _local_program(traced: OnBlocks) -> Program:
     """The program of one device, its operands in the order of the arguments."""
-    program = flatten(traced.jaxpr, derivatives=False)
+    program = flatten(traced.jaxpr, derivatives=False, unroll=False)
     inputs = [-1] * len(traced.positions)
     constants = dict(program.constants)
     for n, value in enumerate(program.inputs):
@@ -187,28 +194,32 @@ def _local_program(traced: OnBlocks) -> Program:
             inputs[traced.positions[n]] = value
         else:
             constants[value] = traced.constants[n]
-    equations = tuple(
-        # Shardings name the mesh that the program was traced for.
-        dataclasses.replace(eqn, params={**eqn.params, "sharding": None})
-        if "sharding" in eqn.params
-        else eqn
-        for eqn in program.equations
-    )
-    # Constants remember that mesh as well; as plain arrays they do not. Weak types are lost, but
-    # every equation's operands have been promoted already.
-    plain = {
+    return _plain(dataclasses.replace(program, constants=constants, inputs=tuple(inputs)))
+
+
+def _plain(program: Program) -> Program:
+    """The program without the mesh that it was traced for."""
+    # Constants remember that mesh, too; as plain arrays they do not. Weak types are lost, but every
+    # equation's operands have been promoted already.
+    constants = {
         value: np.asarray(constant, program.values[value].dtype)
         if isinstance(program.values[value].dtype, np.dtype)
         else constant
-        for value, constant in constants.items()
+        for value, constant in program.constants.items()
     }
-    return Program(
-        values=program.values,
-        constants=plain,
-        inputs=tuple(inputs),
-        equations=equations,
-        outputs=program.outputs,
-    )
+    equations = tuple(map(_plain_equation, program.equations))
+    return dataclasses.replace(program, constants=constants, equations=equations)
+
+
+def _plain_equation(eqn: Equation) -> Equation:
+    if eqn.name == SCAN:
+        scan = scan_of(eqn)
+        return dataclasses.replace(
+            eqn, notes={SCAN: dataclasses.replace(scan, body=_plain(scan.body))}
+        )
+    if "sharding" in eqn.params:
+        return dataclasses.replace(eqn, params={**eqn.params, "sharding": None})
+    return eqn
 
 
 def _hash(program: Program) -> str:
@@ -225,6 +236,10 @@ def _hash(program: Program) -> str:
         results = [f"{number[v]}:{_type(program.values[v])}" for v in eqn.results]
         talks = eqn.name in COLLECTIVES or eqn.name == "axis_index"
         params = [] if talks else sorted((k, text_of(v)) for k, v in eqn.params.items())
+        if eqn.name == SCAN:
+            scan = scan_of(eqn)
+            params = [(key, str(eqn.params[key])) for key in ("length", "reverse", "unroll")]
+            params += [("body", _hash(scan.body)), ("num_consts", str(scan.num_consts))]
         lines.append(f"{results} = {eqn.name}{params} {operands}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
 

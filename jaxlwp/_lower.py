@@ -211,17 +211,24 @@ def _operate(op: Operate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
 
 def _local(op: Operate) -> Local:
     axis_sizes = dict(op.axes)
-    shapes = [
-        local_shape(value.shape, layout, axis_sizes)
-        for value, layout in zip(op.eqn.result_values, op.layouts, strict=True)
-    ]
+    shapes, offsets, real = [], [], []
+    for value, layout in zip(op.eqn.result_values, op.layouts, strict=True):
+        shape = local_shape(value.shape, layout, axis_sizes)
+        start = tuple(device_index(axes) * size for axes, size in zip(layout, shape, strict=True))
+        uneven = (n % degree(axes, axis_sizes) for n, axes in zip(value.shape, layout, strict=True))
+        shapes.append(shape)
+        offsets.append(start)
+        real.append(
+            tuple(
+                jnp.clip(whole - first, 0, size) if odd else None
+                for whole, first, size, odd in zip(value.shape, start, shape, uneven, strict=True)
+            )
+        )
     return Local(
         names=tuple(str(dim) for dim in range(len(op.names))),
         result_shapes=tuple(shapes),
-        offsets=tuple(
-            tuple(device_index(axes) * size for axes, size in zip(layout, shape, strict=True))
-            for layout, shape in zip(op.layouts, shapes, strict=True)
-        ),
+        offsets=tuple(offsets),
+        real=tuple(real),
         haloed={str(dim): left_over for dim, left_over in op.haloed},
         varying=op.varying,
         reduced_axes=op.reduced_axes,

@@ -194,7 +194,7 @@ def differentiated(lowered: Lowered) -> DifferentiatedProgram:
         [*(layouts[n] for n in trained), *lowered.output_layouts()],
         sizes,
     )
-    program = flatten(traced.jaxpr, derivatives=False)
+    program = flatten(traced.jaxpr, derivatives=False, unroll=False)
     position = {place: n for n, place in traced.positions.items()}
     return DifferentiatedProgram(
         program=program,

@@ -1,9 +1,10 @@
 """A flat program: the traced function as one list of equations.
 
 Nested `jit` calls are inlined, so that every layer is visible. So are `jax.checkpoint` calls, whose
-equations remember the call, and loops (`scan`) of few iterations, which become that many copies.
-`custom_jvp` and `custom_vjp` calls stay whole, because their derivative rules are part of the
-function.
+equations remember the call, and scans over a stack of layers (`is_stack_of_layers`), which become
+as many copies as there are layers. Other scans stay whole: one equation, whose body is a program of
+its own (`Scan`). `custom_jvp` and `custom_vjp` calls stay whole, because their derivative rules are
+part of the function.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ that of JAX's coming `jax_custom_vjp3`."""
 CHECKPOINTS = ("checkpoint", "remat2", "RematTraced")
 """Names of the primitive of `jax.checkpoint`; the last is that of JAX's coming `jax_remat3`."""
 
+SCAN = "scan"
+"""Name of the primitive of `jax.lax.scan`."""
+
 LONGEST_UNROLLED = 64
-"""Iterations of the longest scan that is unrolled: a stack of layers, not a recurrence in time."""
+"""Layers of the longest stack that is unrolled."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +183,208 @@ class Program:
         """Evaluate on whole arrays."""
         made: dict[int, Any] = {**self.constants, **dict(zip(self.inputs, operands, strict=True))}
         for eqn in self.equations:
-            made.update(zip(eqn.results, eqn.bind(*(made[i] for i in eqn.operands)), strict=True))
+            given = [made[i] for i in eqn.operands]
+            scan = scan_of(eqn) if eqn.name == SCAN else None
+            results = scan.run(scan.body, given) if scan else eqn.bind(*given)
+            made.update(zip(eqn.results, results, strict=True))
         return tuple(jax.numpy.asarray(made[i]) for i in self.outputs)
+
+
+# --- scans -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """A scan's body, and what its operands are: constants, then carries, then stacked inputs.
+
+    The body reads the constants, the carries, and one row of each stacked input; it makes the new
+    carries, and one row of each stacked output.
+
+    Attributes:
+      body: the body.
+      num_consts: how many operands are the same in every iteration.
+      num_carry: how many are handed from one iteration to the next.
+      length: iterations.
+      reverse: from the last row to the first.
+      unroll: iterations that the compiled loop does at a time.
+    """
+
+    body: Program
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+    unroll: int | bool
+
+    def run(
+        self,
+        step: Callable[..., Sequence[Any]],
+        operands: Sequence[Any],
+        length: int | None = None,
+    ) -> tuple[Any, ...]:
+        """The results, with `step` in place of the body.
+
+        Args:
+          step: called with the constants, the carries and a row of each stacked input; returns the
+            carries and a row of each stacked output.
+          operands: those of the scan, or a device's blocks of them.
+          length: iterations, if these are not all.
+        """
+        last = self.num_consts + self.num_carry
+        consts = operands[: self.num_consts]
+
+        def body(carry: Any, rows: Any) -> tuple[Any, Any]:
+            made = tuple(step(*consts, *carry, *rows))
+            return made[: self.num_carry], made[self.num_carry :]
+
+        carry, stacked = jax.lax.scan(
+            body,
+            tuple(operands[self.num_consts : last]),
+            tuple(operands[last:]),
+            length=self.length if length is None else length,
+            reverse=self.reverse,
+            unroll=self.unroll,
+        )
+        return (*carry, *stacked)
+
+    def only(self, results: Sequence[int]) -> tuple[Scan, tuple[int, ...], tuple[int, ...]]:
+        """The scan without what some of its results need not.
+
+        Args:
+          results: positions of the results that are wanted.
+
+        Returns:
+          The scan, and the positions of the operands and results that it has: carries that are
+          needed for the wanted results are among them.
+        """
+        first, last = self.num_consts, self.num_consts + self.num_carry
+        kept: set[int] = set()
+        more = set(results)
+        while more - kept:
+            kept |= more
+            needed = set(self.body.outputs[n] for n in kept)
+            for eqn in reversed(self.body.equations):
+                if needed.intersection(eqn.results):
+                    needed.update(eqn.operands)
+            inputs = self.body.inputs[first:last]
+            more = {n for n, value in enumerate(inputs) if value in needed}
+        operands = tuple(
+            n
+            for n, value in enumerate(self.body.inputs)
+            if (n - first in kept if first <= n < last else value in needed)
+        )
+        made = tuple(sorted(kept))
+        body = dataclasses.replace(
+            self.body,
+            inputs=tuple(self.body.inputs[n] for n in operands),
+            outputs=tuple(self.body.outputs[n] for n in made),
+        )
+        scan = dataclasses.replace(
+            self,
+            body=without_dead_code(body),
+            num_consts=sum(n < first for n in operands),
+            num_carry=sum(n < self.num_carry for n in made),
+        )
+        return scan, operands, made
+
+
+def scan_of(eqn: Equation) -> Scan:
+    """What an equation of the primitive `scan` does; `flatten` has noted it."""
+    scan: Scan = eqn.notes[SCAN]
+    return scan
+
+
+def _scan(eqn: Equation, *, derivatives: bool) -> Scan:
+    body = flatten(eqn.params["jaxpr"], derivatives=derivatives, unroll=False)
+    num_stacked = _count_different(eqn.operand_values, [body.values[i] for i in body.inputs])
+    num_made = _count_different(eqn.result_values, [body.values[i] for i in body.outputs])
+    num_carry = len(eqn.result_values) - num_made
+    return Scan(
+        body=body,
+        num_consts=len(eqn.operands) - num_carry - num_stacked,
+        num_carry=num_carry,
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+
+
+def _count_different(outside: Sequence[Value], inside: Sequence[Value]) -> int:
+    """How many values of a scan are stacked: the body sees one row of them.
+
+    The parameters that say so are private from JAX 0.11 on.
+    """
+    return sum(a.shape != b.shape for a, b in zip(outside, inside, strict=True))
+
+
+def is_stack_of_layers(scan: Scan) -> bool:
+    """Whether a scan is a stack of layers, to be unrolled, or one layer that runs as a scan.
+
+    It is a stack if something is handed on (carries) and the body has
+    - a convolution, or
+    - a dense layer whose weight is stacked along the scanned dimension: a matrix product, without
+      batch dimensions, of what is handed on and of what is made of stacked inputs alone, which
+      leaves the first dimension of what is handed on, the samples, as it is.
+
+    Each layer of a stack may be split its own way, so up to `LONGEST_UNROLLED` of them are
+    unrolled. Everything else is one layer: recurrences, whose weights are the same in every
+    iteration and whose stacked inputs are data (LSTM, CTC loss); maps (`jax.lax.map`), whose
+    iterations have nothing to do with each other; weights that only scale or shift. So are longer
+    stacks: a copy of the body for each layer would take minutes to compile.
+    """
+    if not scan.num_carry:
+        return False
+    count = len(scan.body.inputs)
+    last = scan.num_consts + scan.num_carry
+    origins = [_CONST] * scan.num_consts + [_CARRY] * scan.num_carry + [_ROW] * (count - last)
+    return _has_layer(scan.body, origins)
+
+
+_CONST = frozenset[str]()
+_CARRY = frozenset({"carry"})
+_ROW = frozenset({"row"})
+"""Origins of a value in a scan's body: which of its operands it is made of."""
+
+
+def _has_layer(program: Program, origins: Sequence[frozenset[str]]) -> bool:
+    """See `is_stack_of_layers`; `origins` are those of the program's inputs."""
+    origin = dict(zip(program.inputs, origins, strict=True))
+    for eqn in program.equations:
+        read = [origin.get(i, _CONST) for i in eqn.operands]
+        inner = _bodies(eqn)
+        if eqn.name == "conv_general_dilated" or any(
+            _has_layer(body, read if len(read) == len(body.inputs) else [_CONST] * len(body.inputs))
+            for body in inner
+        ):
+            return True
+        if eqn.name == "dot_general":
+            contracted, batch = eqn.params["dimension_numbers"]
+            for given, weight, dims in zip(read, reversed(read), contracted, strict=True):
+                dense = "carry" in given and weight == _ROW and 0 not in dims
+                if dense and not any(batch):
+                    return True
+        origin.update(dict.fromkeys(eqn.results, _CONST.union(*read)))
+    return False
+
+
+def _bodies(eqn: Equation) -> list[Program]:
+    """The programs that an equation evaluates: the body of a loop, the branches of a condition."""
+    if eqn.name == SCAN:
+        return [scan_of(eqn).body]
+    return [flatten(jaxpr, unroll=False) for jaxpr in inner_jaxprs(eqn)]
+
+
+def inner_jaxprs(eqn: Equation) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    parameters = [
+        item
+        for value in eqn.params.values()
+        for item in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
+    return [item for item in parameters if hasattr(item, "eqns")]
+
+
+# --- flattening --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -189,7 +393,13 @@ class _Builder:
     constants: dict[int, Any] = dataclasses.field(default_factory=dict)
     equations: list[Equation] = dataclasses.field(default_factory=list)
     checkpoints: tuple[Checkpoint, ...] = ()
-    inlined: tuple[str, ...] = INLINED
+    derivatives: bool = True
+    unrolls: bool = True
+
+    @property
+    def inlined(self) -> tuple[str, ...]:
+        """Names of the primitives whose bodies are inlined."""
+        return INLINED if self.derivatives else INLINED + CUSTOM
 
     def new(self, aval: Any) -> int:
         self.values.append(Value(tuple(aval.shape), aval.dtype))
@@ -223,11 +433,8 @@ class _Builder:
                 results = list(operands)  # where tensors are split is for the strategy to say
             elif eqn.primitive.name in CHECKPOINTS:
                 results = self.checkpoint(eqn, operands, where)
-            elif eqn.primitive.name == "scan" and eqn.params["length"] <= LONGEST_UNROLLED:
-                results = self.unroll(eqn, operands, where)
             else:
-                results = [self.new(var.aval) for var in eqn.outvars]
-                self.append(eqn, operands, tuple(results), where)
+                results = self.append(eqn, operands, where)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -240,27 +447,22 @@ class _Builder:
         self.checkpoints = outer
         return results
 
-    def unroll(self, eqn: Any, operands: tuple[int, ...], scope: str) -> list[int]:
+    def unroll(self, eqn: Equation, scan: Scan) -> list[int]:
         """Inline a scan, once per iteration."""
-        length = eqn.params["length"]
-        # Closed up to JAX 0.10, open from 0.11 on, where the counts below are private as well.
-        body = eqn.params["jaxpr"]
-        consts, body = getattr(body, "consts", ()), getattr(body, "jaxpr", body)
-        last = len(eqn.invars) - _count_different(eqn.invars, body.invars)
-        num_carry = len(eqn.outvars) - _count_different(eqn.outvars, body.outvars)
-        first = last - num_carry
-        carry, stacked = list(operands[first:last]), operands[last:]
-        outputs: list[list[int]] = [[] for _ in eqn.outvars[last - first :]]
-        order = range(length)
-        for i in reversed(order) if eqn.params["reverse"] else order:
-            rows = [self.row(value, i, scope) for value in stacked]
-            arguments = [*operands[:first], *carry, *rows]
-            where = "/".join(p for p in (scope, f"scan{i}") if p)
+        body, consts = _opened(eqn.params["jaxpr"])
+        first, last = scan.num_consts, scan.num_consts + scan.num_carry
+        carry, stacked = list(eqn.operands[first:last]), eqn.operands[last:]
+        outputs: list[list[int]] = [[] for _ in eqn.result_values[scan.num_carry :]]
+        order = range(scan.length)
+        for i in reversed(order) if scan.reverse else order:
+            rows = [self.row(value, i, eqn.scope) for value in stacked]
+            arguments = [*eqn.operands[:first], *carry, *rows]
+            where = "/".join(p for p in (eqn.scope, f"scan{i}") if p)
             results = self.inline(body, consts, arguments, where)
-            carry, made = results[: last - first], results[last - first :]
+            carry, made = results[: scan.num_carry], results[scan.num_carry :]
             for values, value in zip(outputs, made, strict=True):
-                values.insert(0 if eqn.params["reverse"] else len(values), value)
-        return carry + [self.stack(values, scope) for values in outputs]
+                values.insert(0 if scan.reverse else len(values), value)
+        return carry + [self.stack(values, eqn.scope) for values in outputs]
 
     def row(self, value: int, index: int, scope: str) -> int:
         """Append the equation of one row of a stacked array."""
@@ -286,32 +488,36 @@ class _Builder:
         stacking = jax.make_jaxpr(lambda *rows: jax.numpy.stack(rows))(*avals)
         return self.inline(stacking.jaxpr, stacking.consts, rows, scope)[0]
 
-    def append(
-        self, eqn: Any, operands: tuple[int, ...], results: tuple[int, ...], scope: str
-    ) -> None:
+    def append(self, eqn: Any, operands: tuple[int, ...], scope: str) -> list[int]:
+        """Append an equation, a stack of layers unrolled; returns the indices of its results."""
         if any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects):
             raise ValueError(
                 f"trace: {eqn.primitive.name} at {scope or 'the top level'} has the side effects "
                 f"{set(map(str, eqn.effects))}; a sharded step must be pure: remove debug prints "
                 "and callbacks from the function"
             )
-        self.equations.append(
-            Equation(
-                primitive=eqn.primitive,
-                params=dict(eqn.params),
-                operands=operands,
-                results=results,
-                operand_values=tuple(self.values[i] for i in operands),
-                result_values=tuple(self.values[i] for i in results),
-                scope=scope,
-                checkpoints=self.checkpoints,
-            )
+        made = Equation(
+            primitive=eqn.primitive,
+            params=dict(eqn.params),
+            operands=operands,
+            results=(),
+            operand_values=tuple(self.values[i] for i in operands),
+            result_values=tuple(Value(tuple(v.aval.shape), v.aval.dtype) for v in eqn.outvars),
+            scope=scope,
+            checkpoints=self.checkpoints,
         )
+        if made.name == SCAN:
+            made.notes[SCAN] = scan = _scan(made, derivatives=self.derivatives)
+            if self.unrolls and scan.length <= LONGEST_UNROLLED and is_stack_of_layers(scan):
+                return self.unroll(made, scan)
+        results = [self.new(var.aval) for var in eqn.outvars]
+        self.equations.append(dataclasses.replace(made, results=tuple(results)))
+        return results
 
 
-def _count_different(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """How many values of a scan are stacked: the body sees one row of them."""
-    return sum(a.aval.shape != b.aval.shape for a, b in zip(outside, inside, strict=True))
+def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr and its constants; bodies of loops are closed up to JAX 0.10, open from 0.11 on."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
 def _row(x: Any, *, index: int) -> Any:
@@ -321,20 +527,26 @@ def _row(x: Any, *, index: int) -> Any:
 ROW = StandIn("row", _row)
 
 
-def flatten(closed_jaxpr: Any, *, derivatives: bool = True) -> Program:
+def flatten(closed_jaxpr: Any, *, derivatives: bool = True, unroll: bool = True) -> Program:
     """Flatten a closed jaxpr into a `Program`.
 
     Args:
-      closed_jaxpr: from `jax.make_jaxpr`.
+      closed_jaxpr: from `jax.make_jaxpr`; the body of a scan may be open.
       derivatives: the program will be differentiated, so calls with a derivative of their own stay
         whole; False inlines them too.
+      unroll: stacks of layers are unrolled; False keeps every scan, for programs that no layers are
+        made of. The backward pass of a recurrence would look like a stack.
 
     Raises:
       ValueError: an equation has side effects.
     """
-    builder = _Builder(inlined=INLINED if derivatives else INLINED + CUSTOM)
-    inputs = [builder.new(var.aval) for var in closed_jaxpr.jaxpr.invars]
-    outputs = builder.inline(closed_jaxpr.jaxpr, closed_jaxpr.consts, inputs, "")
+    builder = _Builder(derivatives=derivatives, unrolls=unroll)
+    jaxpr, consts = (
+        getattr(closed_jaxpr, "jaxpr", closed_jaxpr),
+        getattr(closed_jaxpr, "consts", ()),
+    )
+    inputs = [builder.new(var.aval) for var in jaxpr.invars]
+    outputs = builder.inline(jaxpr, consts, inputs, "")
     return without_dead_code(
         Program(
             values=tuple(builder.values),

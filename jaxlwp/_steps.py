@@ -957,18 +957,21 @@ class _Sharing:
             return step.operands[1]
         if isinstance(step.op, Change) and step.op.move.kind == "cast":
             return self.untyped(step.operands[0], added)
-        if receives(step.op) or (isinstance(step.op, Operate) and step.op.combines):
+        if receives(step.op):
             return block
+        plain = step.op.plain
+        if isinstance(plain, Operate) and block.varying <= frozenset(plain.varying):
+            return block  # of a layer: its results vary over the axes of its layout alone
         operands = tuple(self.untyped(operand, added) for operand in step.operands)
-        if operands == step.operands and step.op.plain == step.op:
+        if operands == step.operands and plain == step.op:
             return block
         varying = frozenset[str]().union(*(operand.varying for operand in operands))
-        if isinstance(step.op, Operate) and not operands:
-            varying = frozenset(getattr(step.op.plain, "varying", ()))
-        elif isinstance(step.op, Change):
-            varying |= frozenset(step.op.move.axes)
+        if isinstance(plain, Operate):
+            varying |= frozenset(plain.varying)
+        elif isinstance(plain, Change):
+            varying |= frozenset(plain.move.axes)
         results = tuple(replace(result, varying=varying) for result in step.results)
-        added.append(Step(step.op.plain, operands, results, step.layer))
+        added.append(Step(plain, operands, results, step.layer))
         self.bare.update(zip(step.results, results, strict=True))
         return results[step.results.index(block)]
 

@@ -16,10 +16,11 @@ import jax
 from jaxlwp._arguments import argument_name
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._group import Draft, Grouping, pull, whole
-from jaxlwp._program import Equation, KnownValues, Program, flatten, without_dead_code
+from jaxlwp._program import Equation, KnownValues, Program, Value, flatten, without_dead_code
 from jaxlwp._spmd import no_mesh
 from jaxlwp.ops import (
     LINEAR,
+    PARTS,
     RECOGNISED,
     ZERO_DERIVATIVE,
     Labels,
@@ -68,7 +69,7 @@ def trace(
         return *jax.tree.leaves(out), *(after[i] for i in changed)
 
     with no_mesh():  # the plan's mesh is another matter than the one that is set
-        program = recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves)))
+        program = in_parts(recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves))))
     paths = jax.tree_util.tree_flatten_with_path(given)[0]
     names = tuple(argument_name(path) for path, _ in paths)
     count = len(jax.tree.leaves(params))
@@ -85,6 +86,25 @@ def recognised(program: Program) -> Program:
         found = recognise(eqn, [known(i) for i in eqn.operands]) if recognise else None
         equations.append(found or eqn)
     program = with_borders(replace(program, equations=tuple(equations)))
+    return without_dead_code(program)
+
+
+def in_parts(program: Program) -> Program:
+    """The program with what nothing reads left out of its scans, and what they make whole apart."""
+    values = list(program.values)
+    read = set(program.outputs)
+    equations: list[Equation] = []
+
+    def new(value: Value) -> int:
+        values.append(value)
+        return len(values) - 1
+
+    for eqn in reversed(program.equations):
+        parts = PARTS[eqn.name](eqn, read, new) if eqn.name in PARTS else [eqn]
+        for part in parts:
+            equations.append(part)
+            read.update(part.operands)
+    program = replace(program, values=tuple(values), equations=tuple(reversed(equations)))
     return without_dead_code(program)
 
 

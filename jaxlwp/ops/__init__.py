@@ -1,10 +1,11 @@
 """Operator rules: one file per family of operators, and the only code that knows an operator."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from jaxlwp._program import Equation, Program
+from jaxlwp._program import SCAN, Equation, Program
 from jaxlwp.ops import (
     _arrange,
     _conv,
@@ -15,6 +16,7 @@ from jaxlwp.ops import (
     _pool,
     _reduce,
     _resize,
+    _scan,
     _shape,
 )
 from jaxlwp.ops._derivative import LINEAR, ZERO_DERIVATIVE, values_needed
@@ -75,7 +77,21 @@ def _behind_borders(eqn: Equation, signature: Signature) -> Signature:
     return replace(signature, windows=windows) if eqn.borders else signature
 
 
-RULES.update(_custom.rules(rule_of))
+def rule_inside(eqn: Equation) -> tuple[Rule, Signature] | None:
+    """As `rule_of`, for equations of a body: a scan that cannot be split is evaluated there too."""
+    found = rule_of(eqn)
+    if found is None and eqn.name == SCAN:
+        signature = _scan.unsplit(rule_inside, eqn)
+        return (RULES[SCAN], signature) if signature is not None else None
+    return found
+
+
+RULES.update(_custom.rules(rule_inside))
+RULES.update(_scan.rules(rule_inside))
+
+PARTS = {SCAN: functools.partial(_scan.parts, rule_inside)}
+"""By the name of the primitive: `parts(equation, values that are read, new)` gives the equations to
+put in an equation's place; `new` makes a value of the program."""
 
 
 def with_borders(program: Program) -> Program:
@@ -89,6 +105,7 @@ operator, or None. Called where some operands depend on no argument of the progr
 
 __all__ = [
     "LINEAR",
+    "PARTS",
     "RECOGNISED",
     "RULES",
     "ZERO_DERIVATIVE",

@@ -26,71 +26,9 @@ from jaxlwp._program import (
     Value,
     flatten,
 )
-from jaxlwp._spmd import no_mesh, vary
-from jaxlwp.ops._rule import Labels, Local, Rule, Signature
-
-Dim = tuple[str, int, int]
-"""A dimension of a value of a program: program, value, position."""
-
-SignatureOf = Callable[[Equation], tuple[Rule, Signature] | None]
-
-
-class _Classes:
-    """Dimensions that must be split together, and whether they can be."""
-
-    def __init__(self) -> None:
-        self.parent: dict[Dim, Dim] = {}
-        self.blocked: set[Dim] = set()
-
-    def find(self, dim: Dim) -> Dim:
-        while self.parent.setdefault(dim, dim) != dim:
-            dim = self.parent[dim]
-        return dim
-
-    def union(self, a: Dim, b: Dim) -> None:
-        a, b = self.find(a), self.find(b)
-        if a != b:
-            self.parent[b] = a
-            if b in self.blocked:
-                self.blocked.add(a)
-
-    def block(self, dim: Dim) -> None:
-        self.blocked.add(self.find(dim))
-
-    def can_split(self, dim: Dim) -> bool:
-        return self.find(dim) not in self.blocked
-
-
-def _dims(name: str, program: Program, value: int) -> list[Dim]:
-    return [(name, value, d) for d in range(len(program.values[value].shape))]
-
-
-def _relate(classes: _Classes, name: str, program: Program, rule_of: SignatureOf) -> None:
-    """Unite the dimensions that a program's equations map to each other; block all others."""
-    for constant in program.constants:
-        for dim, size in zip(
-            _dims(name, program, constant), program.values[constant].shape, strict=True
-        ):
-            if size > 1:
-                classes.block(dim)
-    for eqn in program.equations:
-        found = rule_of(eqn)
-        tensors = [_dims(name, program, i) for i in (*eqn.operands, *eqn.results)]
-        if found is None or eqn.name == "iota":
-            for dim in (d for dims in tensors for d in dims):
-                classes.block(dim)
-            continue
-        _, signature = found
-        mixed = {*signature.windows, *signature.even, *signature.reduced}
-        first: dict[str, Dim] = {}
-        labels = (*signature.operands, *signature.results)
-        sizes = (*eqn.operand_values, *eqn.result_values)
-        for dims, names, value in zip(tensors, labels, sizes, strict=True):
-            for dim, letter, size in zip(dims, names, value.shape, strict=True):
-                if letter is not None:
-                    classes.union(first.setdefault(letter, dim), dim)
-                if letter in mixed or (letter is None and size > 1):
-                    classes.block(dim)
+from jaxlwp._spmd import no_mesh
+from jaxlwp.ops._blocks import Blocks, Classes, SignatureOf, dims_of, labels_of, relate
+from jaxlwp.ops._rule import Local, Rule, Signature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +59,10 @@ def _programs(eqn: Equation) -> _Programs:
         error: Exception | None = None
         # Neither is differentiated again: a derivative may well call the function itself.
         with no_mesh():
-            body = flatten(eqn.params["call_jaxpr"], derivatives=False)
+            body = flatten(eqn.params["call_jaxpr"], derivatives=False, unroll=False)
             try:
                 traced = jax.make_jaxpr(functools.partial(_derivative, eqn, forward))(*shapes)
-                derivative = flatten(traced, derivatives=False)
+                derivative = flatten(traced, derivatives=False, unroll=False)
             except Exception as raised:  # whatever the user's rule raises; nobody may ask for it
                 error, derivative = raised, body
         eqn.notes["programs"] = _Programs(
@@ -169,20 +107,20 @@ def _call(eqn: Equation, *operands: Any) -> tuple[Any, ...]:
     return eqn.bind(*operands)
 
 
-def _classes(rule_of: SignatureOf, eqn: Equation) -> _Classes:
+def _classes(rule_of: SignatureOf, eqn: Equation) -> Classes:
     """Which dimensions of body and derivative go together, and which of them can be split."""
     if "classes" not in eqn.notes:
         eqn.notes["classes"] = _related(rule_of, eqn)
-    classes: _Classes = eqn.notes["classes"]
+    classes: Classes = eqn.notes["classes"]
     return classes
 
 
-def _related(rule_of: SignatureOf, eqn: Equation) -> _Classes:
+def _related(rule_of: SignatureOf, eqn: Equation) -> Classes:
     programs = _programs(eqn)
     body, derivative = programs.body, programs.derivative
-    classes = _Classes()
+    classes = Classes()
     for name, program in (("body", body), ("derivative", derivative)):
-        _relate(classes, name, program, rule_of)
+        relate(classes, name, program, rule_of, cuts=False)
     # Tangents are like the operands, and give those of the results; cotangents the other way.
     ends = (body.inputs, body.outputs) if programs.forward else (body.outputs, body.inputs)
     given, made = ([i for i in end if body.values[i].differentiable] for end in ends)
@@ -190,7 +128,9 @@ def _related(rule_of: SignatureOf, eqn: Equation) -> _Classes:
         (*body.inputs, *given, *made), (*derivative.inputs, *derivative.outputs), strict=True
     )
     for a, b in same:
-        for x, y in zip(_dims("body", body, a), _dims("derivative", derivative, b), strict=True):
+        for x, y in zip(
+            dims_of("body", body, a), dims_of("derivative", derivative, b), strict=True
+        ):
             classes.union(x, y)
     if not programs.forward:
         _keep_cotangents_whole(classes, body, made, derivative)
@@ -198,7 +138,7 @@ def _related(rule_of: SignatureOf, eqn: Equation) -> _Classes:
 
 
 def _keep_cotangents_whole(
-    classes: _Classes, body: Program, operands: Sequence[int], derivative: Program
+    classes: Classes, body: Program, operands: Sequence[int], derivative: Program
 ) -> None:
     """Block what an operand with a cotangent does not have.
 
@@ -207,12 +147,12 @@ def _keep_cotangents_whole(
     """
     known = KnownValues(derivative)
     every = {
-        classes.find(dim) for i in (*body.inputs, *body.outputs) for dim in _dims("body", body, i)
+        classes.find(dim) for i in (*body.inputs, *body.outputs) for dim in dims_of("body", body, i)
     }
     for operand, cotangent in zip(operands, derivative.outputs, strict=True):
         value = known(cotangent)
         if value is None or np.any(value):
-            own = {classes.find(dim) for dim in _dims("body", body, operand)}
+            own = {classes.find(dim) for dim in dims_of("body", body, operand)}
             for dim in every - own:
                 classes.block(dim)
 
@@ -223,7 +163,7 @@ def _signature(rule_of: SignatureOf, eqn: Equation) -> Signature | None:
         return None
     classes, body = _classes(rule_of, eqn), _programs(eqn).body
     labels = [
-        _labels(classes, _dims("body", body, i), body.values[i].shape)
+        labels_of(classes, dims_of("body", body, i), body.values[i].shape)
         for i in (*body.inputs, *body.outputs)
     ]
     found = {label for names in labels for label in names} - {None}
@@ -255,7 +195,7 @@ def _signature(rule_of: SignatureOf, eqn: Equation) -> Signature | None:
     # A dimension that is in no result, or twice in a tensor, is not merely mapped.
     doubled = any(len(set(names) - {None}) < sum(x is not None for x in names) for names in labels)
     useless = not found and any(math.prod(value.shape) > 1 for value in values)
-    return None if useless or doubled or signature.reduced else signature
+    return None if useless or doubled or signature.reduced or classes.closed else signature
 
 
 def _unread(eqn: Equation) -> tuple[int, ...]:
@@ -273,68 +213,6 @@ def _unread(eqn: Equation) -> tuple[int, ...]:
     )
 
 
-def _labels(classes: _Classes, dims: Sequence[Dim], shape: Sequence[int]) -> Labels:
-    return tuple(
-        "#" + "/".join(map(str, classes.find(dim))) if size > 1 and classes.can_split(dim) else None
-        for dim, size in zip(dims, shape, strict=True)
-    )
-
-
-# --- evaluation on blocks ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Blocks:
-    """How body and derivative are evaluated on blocks.
-
-    Attributes:
-      rule_of: rule and signature of an equation.
-      classes: which dimensions go together.
-      sizes: class of dimensions -> size of the block.
-      varying: mesh axes over which the blocks vary.
-    """
-
-    rule_of: SignatureOf
-    classes: _Classes
-    sizes: dict[Dim, int]
-    varying: tuple[str, ...]
-
-    def run(self, name: str, program: Program, operands: Sequence[Any]) -> tuple[Any, ...]:
-        """Evaluate a program, its operands blocks."""
-        env: dict[int, Any] = {i: self.vary(c) for i, c in program.constants.items()}
-        env.update(zip(program.inputs, operands, strict=True))
-        for eqn in program.equations:
-            args = [env[i] for i in eqn.operands]
-            found = self.rule_of(eqn)
-            results = (
-                found[0].lower(eqn, args, self.local(name, program, eqn))
-                if found
-                else eqn.bind(*args)
-            )
-            env.update(zip(eqn.results, results, strict=True))
-        return tuple(env[i] for i in program.outputs)
-
-    def local(self, name: str, program: Program, eqn: Equation) -> Local:
-        shapes = tuple(
-            tuple(
-                self.sizes.get(self.classes.find(dim), size)
-                for dim, size in zip(_dims(name, program, i), value.shape, strict=True)
-            )
-            for i, value in zip(eqn.results, eqn.result_values, strict=True)
-        )
-        rank = len(eqn.operand_values[0].shape) if eqn.operands else 0
-        return Local(
-            names=(None,) * rank,
-            result_shapes=shapes,
-            offsets=tuple((0,) * len(shape) for shape in shapes),
-            varying=self.varying,
-        )
-
-    def vary(self, constant: Any) -> Any:
-        """A constant, varying over the mesh axes over which the operands vary."""
-        return vary(jnp.asarray(constant), self.varying)
-
-
 def _lower(
     rule_of: SignatureOf, eqn: Equation, operands: Sequence[Any], local: Local
 ) -> tuple[Any, ...]:
@@ -344,9 +222,12 @@ def _lower(
     sizes = {
         classes.find(dim): size
         for value, block in zip(body.inputs, operands, strict=True)
-        for dim, size in zip(_dims("body", body, value), jnp.shape(block), strict=True)
+        for dim, size in zip(dims_of("body", body, value), jnp.shape(block), strict=True)
+        if classes.can_split(dim)
     }
-    blocks = _Blocks(rule_of=rule_of, classes=classes, sizes=sizes, varying=local.varying)
+    blocks = Blocks(
+        rule_of=rule_of, classes=classes, sizes=sizes, offsets={}, varying=local.varying
+    )
     return _evaluate(eqn, blocks.run, operands)
 
 

@@ -158,6 +158,8 @@ class Signature:
       fill: what padding holds in the operands: the neutral element ("zero", "lowest", "highest"),
         or "value" for the second operand, a scalar; None for operators whose padding does not mix
         with data.
+      likely: for each operand and result, names for dimensions that have none yet; None stands for
+        `default_names` everywhere.
     """
 
     role: Role
@@ -166,6 +168,7 @@ class Signature:
     windows: Mapping[str, Reach] = field(default_factory=dict)
     even: Mapping[str, int] = field(default_factory=dict)
     fill: Fill = None
+    likely: tuple[Labels, ...] | None = None
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -194,6 +197,8 @@ class Local:
       varying: mesh axes over which the operands vary.
       reduced_axes: mesh axes that split a reduced dimension. Partial sums are added by the caller;
         a lowering with `combines` set does its own combination over them.
+      real: for each result, how many elements of its block are no padding in each dimension
+        (a traced integer); None where blocks have no padding.
     """
 
     names: Labels
@@ -202,6 +207,7 @@ class Local:
     haloed: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     varying: tuple[str, ...] = ()
     reduced_axes: tuple[str, ...] = ()
+    real: tuple[tuple[Any, ...], ...] = ()
 
 
 Lowering = Callable[[Equation, Sequence[Any], Local], tuple[Any, ...]]
