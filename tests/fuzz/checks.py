@@ -320,8 +320,7 @@ def _check_prices(outcome: Outcome, plans: dict[str, jaxlwp.Plan], log: Log) -> 
             rows = [row for row in check_layers(plan) if not row.agrees]
             done += 1
             if rows:
-                kinds = {k for row in rows for k in _differing(row.predicted, row.program)}
-                group = f"priced differs: {_plain(rows[0].name)}: {', '.join(sorted(kinds))}"
+                group = f"priced differs: {_where(rows)}"
                 text = "; ".join(
                     f"{row.name} [{row.config}] priced {_bytes(row.predicted)}, "
                     f"program {_bytes(row.program)}"
@@ -331,18 +330,15 @@ def _check_prices(outcome: Outcome, plans: dict[str, jaxlwp.Plan], log: Log) -> 
     return dataclasses.replace(outcome, priced=done)
 
 
-def _plain(layer: str) -> str:
-    return re.sub(r"\d+", "", layer)
-
-
-def _differing(a: Any, b: Any) -> set[str]:
-    """Kinds of collectives of which one side has more."""
-    found = set()
-    for key in {*a, *b}:
-        more, less = b.get(key, 0), a.get(key, 0)
-        if more != less:
-            found.add(f"{key[0]} {'missing' if more > less else 'too many'} in price")
-    return found
+def _where(rows: Sequence[Any]) -> str:
+    """Where the price is wrong, and in which direction."""
+    places = {"(outputs)" if row.name == "(outputs)" else "layers" for row in rows}
+    ways = set()
+    for row in rows:
+        for key in {*row.predicted, *row.program}:
+            priced, runs = row.predicted.get(key, 0), row.program.get(key, 0)
+            ways |= {"too little"} if priced < runs else {"too much"} if priced > runs else set()
+    return f"{' and '.join(sorted(places))}, {' and '.join(sorted(ways))}"
 
 
 def _bytes(traffic: Any) -> str:

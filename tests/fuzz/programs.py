@@ -338,7 +338,7 @@ def _draw_steps(
     steps: list[Step] = []
     table = list(OPERATORS.values())
     weights = [operator.weight for operator in table]
-    wanted, attempts = rng.randint(2, 6), 0
+    wanted, attempts = rng.choice((2, 3, 3, 4, 4, 5, 6)), 0
     while len(steps) < wanted and attempts < 80:
         attempts += 1
         operator = rng.choices(table, weights)[0]

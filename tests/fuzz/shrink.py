@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ from .strategies import MeshCase, Splits
 
 SECONDS = 120.0
 """How long one case is made smaller."""
+
+TOGETHER = 6
+"""Smaller strategies that are tried in one compiled program."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,11 +81,20 @@ def _candidates(case: Case) -> Iterator[Case]:
         except (Unfit, KeyError):
             continue
         yield dataclasses.replace(case, written=written)
-    for mesh in _meshes(case.mesh):
+    used = {
+        axis
+        for one in case.strategies.values()
+        for s in one.values()
+        for a in s.values()
+        for axis in a
+    }
+    for mesh in _meshes(case.mesh, used):
         yield dataclasses.replace(case, mesh=mesh)
-    for name, splits in case.strategies.items():
-        for fewer in _fewer(splits):
-            yield dataclasses.replace(case, strategies={name: fewer})
+    for splits in case.strategies.values():
+        fewer = list(_fewer(splits))
+        for start in range(0, len(fewer), TOGETHER):
+            tried = enumerate(fewer[start : start + TOGETHER])
+            yield dataclasses.replace(case, strategies={f"fewer{n}": one for n, one in tried})
 
 
 def _programs(program: Program) -> Iterator[Program]:
@@ -152,9 +165,14 @@ def _pruned(program: Program) -> Program:
     return dataclasses.replace(program, steps=tuple(reversed(steps)), inputs=inputs)
 
 
-def _meshes(mesh: MeshCase) -> Iterator[MeshCase]:
-    """A mesh with simpler habits; its axes stay, for the strategy's sake."""
+def _meshes(mesh: MeshCase, used: set[str]) -> Iterator[MeshCase]:
+    """A mesh without an axis that splits nothing, or with simpler habits."""
     change = dataclasses.replace
+    for n, name in enumerate(mesh.names):
+        if name not in used and len(mesh.names) > 1:
+            shape = (*mesh.shape[:n], *mesh.shape[n + 1 :])
+            names = (*mesh.names[:n], *mesh.names[n + 1 :])
+            yield change(mesh, shape=shape, names=names, devices=tuple(range(math.prod(shape))))
     if mesh.devices != tuple(range(len(mesh.devices))):
         yield change(mesh, devices=tuple(range(len(mesh.devices))))
     for habit in ("explicit", "entered", "placed", "checked_first"):

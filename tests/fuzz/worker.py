@@ -7,11 +7,22 @@ says which, so that the pool can name it.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import sys
 import time
 from typing import Any
+
+
+def configure() -> None:
+    """Set this process up: double precision, whole tracebacks, little overhead of tracing."""
+    import jax
+
+    gc.set_threshold(200_000, 20, 100)  # tracing makes many small objects and little garbage
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_traceback_filtering", "off")
+    jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 def main() -> None:
@@ -25,8 +36,7 @@ def main() -> None:
 
     import jax
 
-    jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_traceback_filtering", "off")
+    configure()
 
     say({"ready": jax.__version__})
     done = 0
