@@ -429,8 +429,8 @@ class _Builder:
             if eqn.primitive.name in self.inlined:
                 body = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
                 results = self.inline(body.jaxpr, body.consts, operands, where)
-            elif eqn.primitive.name == "sharding_constraint":
-                results = list(operands)  # where tensors are split is for the strategy to say
+            elif eqn.primitive.name in ("sharding_constraint", "device_put"):
+                results = list(operands)  # where tensors are is for the strategy to say
             elif eqn.primitive.name in CHECKPOINTS:
                 results = self.checkpoint(eqn, operands, where)
             else:

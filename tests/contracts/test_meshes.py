@@ -24,8 +24,9 @@ from .harness import SEED_VARIABLE, Case, draw_seed, sweep
 SEED = draw_seed()
 SHAPES = ((2, 4), (4, 2), (2, 3), (3, 2), (2, 1, 3))
 TWELVE = ((3, 4), (2, 3, 2))
+INSIDE = "JAXLWP_TEST_DEVICES" in os.environ  # the process of `test_twelve_devices`
 KINDS = ("Auto", "Explicit")
-FAST = ("conv-3x3/1-14x15", "max-space-7x9-ties", "dense-5x13")
+FAST = ("conv-3x3/1-14x15", "max_pool-3/2-SAME-27x15-ties", "dense-5x13")
 MOST = 24
 
 
@@ -62,7 +63,7 @@ def chosen(name: str) -> Case:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", TWELVE if INSIDE else SHAPES, ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_meshes(name: str, shape: tuple[int, ...], kind: str) -> None:
     check(chosen(name), shape, kind, MOST)
@@ -76,22 +77,15 @@ def test_meshes_every_case(case: Case, shape: tuple[int, ...], kind: str) -> Non
     check(case, shape, kind, 4 * MOST)
 
 
-@pytest.mark.skipif("JAXLWP_TEST_DEVICES" not in os.environ, reason="run by test_twelve_devices")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", TWELVE, ids=str)
-@pytest.mark.parametrize("name", FAST)
-def test_meshes_of_twelve(name: str, shape: tuple[int, ...], kind: str) -> None:
-    check(chosen(name), shape, kind, MOST)
+if not INSIDE:
 
-
-@pytest.mark.skipif("JAXLWP_TEST_DEVICES" in os.environ, reason="is run by itself")
-def test_twelve_devices() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(
-        [*command, f"{__file__}::test_meshes_of_twelve"],
-        env={**os.environ, "JAXLWP_TEST_DEVICES": "12", SEED_VARIABLE: str(SEED)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert f"{len(FAST) * len(TWELVE) * len(KINDS)} passed" in done.stdout
+    def test_twelve_devices() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        done = subprocess.run(
+            [*command, f"{__file__}::test_meshes"],
+            env={**os.environ, "JAXLWP_TEST_DEVICES": "12", SEED_VARIABLE: str(SEED)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert f"{len(FAST) * len(TWELVE) * len(KINDS)} passed" in done.stdout
