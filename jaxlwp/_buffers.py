@@ -26,6 +26,8 @@ is imitated, by rule, as far as it decides about memory:
   ones; the updates last. So every convolution's input and output gradient are kept until the chain
   has ended. A small reduction is evaluated beside the kernel that made or read its operand
   (multi-output fusion).
+- *Loops* (scans) are kernels of their own, with what one iteration holds beside their operands and
+  results.
 - *Reuse*: an elementwise kernel writes over an operand of the same size that nobody reads later;
   parameters and optimizer state are donated and updated in place.
 
@@ -49,7 +51,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlwp._program import Equation, Program
+from jaxlwp._program import SCAN, Equation, Program, scan_of
 
 COMBINED_BYTES = 30 * 1024 * 1024
 """Largest combined all-reduce: XLA's `xla_gpu_all_reduce_combine_threshold_bytes`."""
@@ -286,6 +288,8 @@ class _Builder:
             return self.exchange(eqn, operands[0])
         if name.startswith("select_and_scatter"):
             return self.scatter_maxima(eqn, operands)
+        if name == SCAN:
+            operands = [*operands, self.scratch(eqn)]
         if name in ("dot_general", "ppermute", "pbroadcast", *ALONE):
             every = frozenset(range(len(operands)))
             return Node(name, num_bytes, tuple(operands), True, every, origin=value)
@@ -299,6 +303,12 @@ class _Builder:
             self.spread(node, v, eqn) for node, v in zip(operands, eqn.operands, strict=True)
         )
         return Node(name, num_bytes, spread, in_place=True, origin=value)
+
+    def scratch(self, eqn: Equation) -> Node:
+        """What one iteration of a loop holds at most; the next one uses the same memory."""
+        kernels = _fuse(_Builder(scan_of(eqn).body).root({}))
+        live = _most(_order(kernels), kernels)
+        return Node("scratch", sum(node.num_bytes for node in live), writes=True)
 
     def spread(self, node: Node, value: int, eqn: Equation) -> Node:
         """A scalar constant as the operand that elementwise operators read: an array."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optax
@@ -21,7 +21,7 @@ from jaxlwp._layout import Collective
 from jaxlwp._lower import LAYER_SCOPE
 from jaxlwp._memory import OPTIMIZER, differentiated, plan_memory
 from jaxlwp._plan import Plan
-from jaxlwp._program import Equation
+from jaxlwp._program import SCAN, Equation, scan_of
 from jaxlwp._step import lower_step, program_memory, state_shapes
 
 KINDS = {
@@ -186,8 +186,8 @@ def check_layers(plan: Plan) -> tuple[LayerCheck, ...]:
         priced.setdefault(index, []).append(collective)
     found: dict[int | None, list[Collective]] = {}
     for eqn in differentiated(plan.lowered).program.equations:
-        if eqn.name in KINDS:
-            found.setdefault(_layer_of(eqn), []).extend(_collectives(eqn, tuple(sizes)))
+        if here := _collectives(eqn):
+            found.setdefault(_layer_of(eqn), []).extend(here)
     rows = [
         LayerCheck(
             name=layer.name,
@@ -219,8 +219,14 @@ def _layer_of(eqn: Equation) -> int | None:
     return int(scopes[-1]) if scopes else None
 
 
-def _collectives(eqn: Equation, names: tuple[str, ...]) -> list[Collective]:
-    """The collectives of an equation; sums over no axis are none."""
+def _collectives(eqn: Equation) -> list[Collective]:
+    """The collectives of an equation; sums over no axis are none, and a loop repeats its own."""
+    if eqn.name == SCAN:
+        scan = scan_of(eqn)
+        once = [c for inner in scan.body.equations for c in _collectives(inner)]
+        return [replace(c, num_bytes=scan.length * c.num_bytes) for c in once]
+    if eqn.name not in KINDS:
+        return []
     axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
     axes = (axes,) if isinstance(axes, str) else tuple(str(axis) for axis in axes)
     if not axes:

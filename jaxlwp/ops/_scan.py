@@ -44,7 +44,7 @@ APART = "apart"
 """Note of a scan that makes what is the same on every device: there is nothing to split."""
 
 SMALL = 0.25
-"""Share of a scan's work that may be done once more, apart from it: two devices still gain."""
+"""Share of a scan's operations that may be done once more, apart: two devices still gain."""
 
 
 def _classes(rule_of: SignatureOf, eqn: Equation) -> Classes:
