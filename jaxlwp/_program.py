@@ -9,7 +9,6 @@ function.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -319,44 +318,3 @@ def without_dead_code(program: Program) -> Program:
         constants={i: c for i, c in program.constants.items() if i in used},
         equations=tuple(reversed(kept)),
     )
-
-
-LARGEST_KNOWN = 1 << 24
-"""Elements of the largest value that is evaluated at trace time."""
-
-
-class KnownValues:
-    """Values of a program that depend on none of its inputs, evaluated when asked for."""
-
-    def __init__(self, program: Program) -> None:
-        self.values = program.values
-        self.constants = program.constants
-        self.sources: dict[int, Equation] = {}
-        self.made: dict[int, np.ndarray | None] = dict.fromkeys(program.inputs)
-        for eqn in program.equations:
-            if any(i in self.made for i in eqn.operands):
-                self.made.update(dict.fromkeys(eqn.results))
-            else:
-                self.sources.update(dict.fromkeys(eqn.results, eqn))
-
-    def __call__(self, index: int) -> np.ndarray | None:
-        """The value, or None if it depends on an input (or is a random key, or very large)."""
-        if index not in self.made:
-            self.made[index] = self._make(index)
-        return self.made[index]
-
-    def _make(self, index: int) -> np.ndarray | None:
-        value = self.values[index]
-        plain = isinstance(value.dtype, np.dtype)
-        if not plain or math.prod(value.shape) > LARGEST_KNOWN:
-            return None
-        if index in self.constants:
-            return np.asarray(self.constants[index])
-        eqn = self.sources[index]
-        operands = [self(operand) for operand in eqn.operands]
-        if any(operand is None for operand in operands):
-            return None
-        with jax.ensure_compile_time_eval():
-            results = eqn.bind(*map(jax.numpy.asarray, operands))
-        self.made.update((i, np.asarray(x)) for i, x in zip(eqn.results, results, strict=True))
-        return self.made[index]

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
+from jaxlwp._constants import KnownValues, with_constants
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._group import Draft, Grouping, pull, whole
-from jaxlwp._program import Equation, KnownValues, Program, flatten, without_dead_code
+from jaxlwp._program import Equation, Program, flatten, without_dead_code
 from jaxlwp.ops import RECOGNISED, Labels, Signature
 
 ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
@@ -63,14 +64,19 @@ def trace(
 
 
 def recognised(program: Program) -> Program:
-    """The program with operators in place of what only their known operands reveal."""
+    """The program with what its known values reveal.
+
+    Operators of our own take the place of those that only known operands tell from others, and
+    constants that of what makes them.
+    """
     known = KnownValues(program)
     equations = []
     for eqn in program.equations:
         recognise = RECOGNISED.get(eqn.name)
         found = recognise(eqn, [known(i) for i in eqn.operands]) if recognise else None
         equations.append(found or eqn)
-    return without_dead_code(replace(program, equations=tuple(equations)))
+    program = without_dead_code(replace(program, equations=tuple(equations)))
+    return with_constants(program, known)
 
 
 def _check_leaves(arguments: Any) -> None:
