@@ -10,7 +10,6 @@ part of the function.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex_core
 
-from jaxlwp._border import Border, extend
+from jaxlwp._border import Border
 
 INLINED = ("jit", "pjit", "closed_call", "core_call")
 """Primitives whose body is inlined; the body is under the parameter `jaxpr` or `call_jaxpr`."""
@@ -141,13 +140,6 @@ class Equation:
                 self, operand_values=(first, *self.operand_values[1:]), borders={}, notes={}
             )
         return self.notes["extended"]  # type: ignore[no-any-return]
-
-    def evaluate(self, *operands: Any) -> tuple[Any, ...]:
-        """All results for whole operands."""
-        arrays = list(operands)
-        for dim, border in self.borders.items():
-            arrays[0] = extend(arrays[0], dim, border)
-        return self.bind(*arrays)
 
     def bind(self, *operands: Any, **changes: Any) -> tuple[Any, ...]:
         """Apply the primitive, with some parameters replaced; returns all results.
@@ -571,44 +563,3 @@ def without_dead_code(program: Program) -> Program:
         constants={i: c for i, c in program.constants.items() if i in used},
         equations=tuple(reversed(kept)),
     )
-
-
-LARGEST_KNOWN = 1 << 24
-"""Elements of the largest value that is evaluated at trace time."""
-
-
-class KnownValues:
-    """Values of a program that depend on none of its inputs, evaluated when asked for."""
-
-    def __init__(self, program: Program) -> None:
-        self.values = program.values
-        self.constants = program.constants
-        self.sources: dict[int, Equation] = {}
-        self.made: dict[int, np.ndarray | None] = dict.fromkeys(program.inputs)
-        for eqn in program.equations:
-            if any(i in self.made for i in eqn.operands):
-                self.made.update(dict.fromkeys(eqn.results))
-            else:
-                self.sources.update(dict.fromkeys(eqn.results, eqn))
-
-    def __call__(self, index: int) -> np.ndarray | None:
-        """The value, or None if it depends on an input (or is a random key, or very large)."""
-        if index not in self.made:
-            self.made[index] = self._make(index)
-        return self.made[index]
-
-    def _make(self, index: int) -> np.ndarray | None:
-        value = self.values[index]
-        plain = isinstance(value.dtype, np.dtype)
-        if not plain or math.prod(value.shape) > LARGEST_KNOWN:
-            return None
-        if index in self.constants:
-            return np.asarray(self.constants[index])
-        eqn = self.sources[index]
-        operands = [self(operand) for operand in eqn.operands]
-        if any(operand is None for operand in operands):
-            return None
-        with jax.ensure_compile_time_eval():
-            results = eqn.evaluate(*map(jax.numpy.asarray, operands))
-        self.made.update((i, np.asarray(x)) for i, x in zip(eqn.results, results, strict=True))
-        return self.made[index]

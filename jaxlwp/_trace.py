@@ -14,9 +14,10 @@ from typing import Any
 import jax
 
 from jaxlwp._arguments import argument_name
+from jaxlwp._constants import KnownValues, with_constants
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._group import Draft, Grouping, pull, whole
-from jaxlwp._program import Equation, KnownValues, Program, Value, flatten, without_dead_code
+from jaxlwp._program import Equation, Program, Value, flatten, without_dead_code
 from jaxlwp._spmd import no_mesh
 from jaxlwp.ops import (
     LINEAR,
@@ -78,15 +79,19 @@ def trace(
 
 
 def recognised(program: Program) -> Program:
-    """The program with operators in place of what only several equations or operands reveal."""
+    """The program with what only several equations, or known values, reveal.
+
+    Operators of our own take the place of those that only known operands tell from others, or that
+    are written as several equations, and constants that of what makes them.
+    """
     known = KnownValues(program)
     equations = []
     for eqn in program.equations:
         recognise = RECOGNISED.get(eqn.name)
         found = recognise(eqn, [known(i) for i in eqn.operands]) if recognise else None
         equations.append(found or eqn)
-    program = with_borders(replace(program, equations=tuple(equations)))
-    return without_dead_code(program)
+    program = without_dead_code(replace(program, equations=tuple(equations)))
+    return without_dead_code(with_borders(with_constants(program, known)))
 
 
 def in_parts(program: Program) -> Program:

@@ -22,8 +22,8 @@ NUMBERS_ONLY = (
     *SOLVER,
 )
 COST_FREE = (
-    *("_program", "_graph", "_group", "_trace", "_halo", "_reshard", "_lower", "_buffers"),
-    *("_memory", "ops"),
+    *("_program", "_constants", "_graph", "_group", "_trace", "_halo", "_reshard", "_lower"),
+    *("_buffers", "_memory", "ops"),
 )
 COSTS = (
     "_collectives",

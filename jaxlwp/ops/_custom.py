@@ -21,7 +21,6 @@ from jaxlwp._program import (
     CUSTOM_JVP,
     CUSTOM_VJP,
     Equation,
-    KnownValues,
     Program,
     Value,
     flatten,
@@ -145,16 +144,23 @@ def _keep_cotangents_whole(
     Each device would return a part of its cotangent, and the parts would be added up. A rule that
     is not linear in the cotangent of the result (one that clips it) may return anything.
     """
-    known = KnownValues(derivative)
     every = {
         classes.find(dim) for i in (*body.inputs, *body.outputs) for dim in dims_of("body", body, i)
     }
     for operand, cotangent in zip(operands, derivative.outputs, strict=True):
-        value = known(cotangent)
-        if value is None or np.any(value):
+        if not _is_zero(derivative, cotangent):
             own = {classes.find(dim) for dim in dims_of("body", body, operand)}
             for dim in every - own:
                 classes.block(dim)
+
+
+def _is_zero(program: Program, value: int) -> bool:
+    """Whether a value is zeros, as JAX makes them where a rule says that there is no cotangent."""
+    makers = {result: eqn for eqn in program.equations for result in eqn.results}
+    while value in makers and makers[value].name == "broadcast_in_dim":
+        value = makers[value].operands[0]
+    constant = program.constants.get(value)
+    return constant is not None and not np.any(np.asarray(constant))
 
 
 def _signature(rule_of: SignatureOf, eqn: Equation) -> Signature | None:

@@ -483,6 +483,7 @@ def scan_of_checkpoints(params: Any) -> Any:
 
 
 MEAN = np.float32([0.5, -1.0, 2.0, 0.1, -0.3])
+MIXING = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
 
 CHAINS = [
     chain(
@@ -525,6 +526,8 @@ CHAINS = [
         lambda p: convolve((p["x"] - MEAN) * np.exp(MEAN), p["kernel"]),
         {"kernel": (3, 3, 5, 6)},
     ),
+    chain("constant-weight-5x5", (5, 5), lambda p: jnp.einsum("bi,io->bo", p["x"], MIXING), {}),
+    chain("constant-weight-left", (5, 6), lambda p: jnp.einsum("io,ib->ob", MIXING, p["x"]), {}),
     chain(
         "bytes-13x14",
         (3, 5, 5, 5),
