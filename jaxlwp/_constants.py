@@ -28,11 +28,11 @@ LARGEST_CONSTANT = 1 << 22
 """Elements of the largest constant that is put into the program: what makes a larger one stays."""
 
 
-SPECIAL = frozenset(
+COSTLY = frozenset(CUSTOM) | frozenset(
     "bessel_i0e bessel_i1e digamma erf_inv igamma igammac lgamma polygamma "
     "regularized_incomplete_beta zeta".split()
 )
-"""Operators of so many operations for each element that a reader had better not do them again."""
+"""Special functions, and calls, of which there are some: a reader had better not do them again."""
 
 
 class KnownValues:
@@ -163,8 +163,9 @@ def with_constants(program: Program, known: KnownValues) -> Program:
 def _worth_keeping(program: Program, known: KnownValues) -> set[int]:
     """Known values that are better kept as constants than made again by every reader.
 
-    They are the results of what would start a layer or of special functions, and what other operators
-    make of arrays that are kept, but for larger ones: a broadcast is better done by the reader.
+    They are the results of what would start a layer, or of special functions, and what other
+    operators make of arrays that are kept, but for larger ones: a broadcast is better done by the
+    reader.
     """
     worth: set[int] = set()
     arrays = {i for i in program.constants if program.values[i].shape}
@@ -173,7 +174,7 @@ def _worth_keeping(program: Program, known: KnownValues) -> set[int]:
             read = (i for i in eqn.operands if i in arrays)
             most = max((math.prod(program.values[i].shape) for i in read), default=0)
             sizes = [math.prod(value.shape) for value in eqn.result_values]
-            if _starts_layer(eqn) or max(sizes) <= most or eqn.name in SPECIAL:
+            if _starts_layer(eqn) or max(sizes) <= most or eqn.name in COSTLY:
                 worth.update(eqn.results)
                 arrays.update(eqn.results)
     return worth
