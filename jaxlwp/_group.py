@@ -146,6 +146,7 @@ class Grouping:
         self.program = program
         self.of_parameters = set(program.inputs[:num_parameters]) | set(program.constants)
         self.outputs = frozenset(program.outputs)
+        self.of_arguments = set(program.inputs)
         self.drafts: list[Draft] = []
         self.known: dict[int, dict[int, Labels]] = {}  # value -> layer -> labels
         self.homes: dict[int, tuple[int, Labels]] = {}
@@ -158,6 +159,8 @@ class Grouping:
     def assign(self, position: int, eqn: Equation) -> None:
         rule, signature = RULES.get(eqn.name), _signature_of(eqn)
         placed = [i for i in eqn.operands if i in self.known or i in self.waiting]
+        if not self.of_arguments.isdisjoint(eqn.operands):
+            self.of_arguments.update(eqn.results)
         if self.of_parameters.issuperset(eqn.operands):
             self.of_parameters.update(eqn.results)
         if rule is None or signature is None:
