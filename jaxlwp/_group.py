@@ -177,14 +177,15 @@ class Grouping:
             self.place(position, eqn, rule, signature)
 
     def returned(self, eqn: Equation) -> bool:
-        """Whether the function returns an array that the equation makes.
+        """Whether the function returns an array that the equation makes of its arguments.
 
-        Such an array needs a layer, which says how it is split. A single number does not.
+        Such an array needs a layer, which says how it is split. A single number does not, nor what
+        every device can make whole.
         """
-        values = (
-            v for i, v in zip(eqn.results, eqn.result_values, strict=True) if i in self.outputs
+        values = self.program.values
+        return self.of_arguments.issuperset(eqn.results) and any(
+            i in self.outputs and math.prod(values[i].shape) > 1 for i in eqn.results
         )
-        return any(math.prod(value.shape) > 1 for value in values)
 
     def reads_parameters_only(self, layer: int) -> bool:
         """Whether a layer's results depend on parameters and constants alone."""
