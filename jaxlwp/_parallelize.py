@@ -170,7 +170,8 @@ def _check_kinds(
     """Check the kinds of the arguments, each in one line: place, value, rule, remedy."""
 
     def refuse(name: str, value: Any, wanted: str) -> None:
-        raise ValueError(f"{name}: {value!r:.80} is a {type(value).__name__}; give {wanted}")
+        text = getattr(value, "__name__", f"{value!r:.80}")
+        raise ValueError(f"{name}: {text} is a {type(value).__name__}; give {wanted}")
 
     if not callable(fn):
         refuse("loss function", fn, "a function, called as fn(params, *batch)")
@@ -189,7 +190,7 @@ def _check_kinds(
     if not (optimizer is None or (hasattr(optimizer, "init") and hasattr(optimizer, "update"))):
         refuse(
             "optimizer",
-            getattr(optimizer, "__name__", optimizer),
+            optimizer,
             "an optax transformation, as in optimizer=optax.sgd(1e-2, momentum=0.9)",
         )
     number = isinstance(memory_bytes, (int, float, np.number)) and not isinstance(

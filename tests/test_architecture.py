@@ -34,7 +34,7 @@ COST_FREE = (
         "_reshard",
         "_lower",
     ),
-    *("_buffers", "_memory", "ops"),
+    *("_reshard", "_lower", "_buffers", "_memory", "ops"),
 )
 COSTS = (
     "_collectives",
