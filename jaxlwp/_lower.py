@@ -211,28 +211,38 @@ def _operate(op: Operate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
 
 def _local(op: Operate) -> Local:
     axis_sizes = dict(op.axes)
-    shapes, offsets, real = [], [], []
-    for value, layout in zip(op.eqn.result_values, op.layouts, strict=True):
-        shape = local_shape(value.shape, layout, axis_sizes)
-        start = tuple(device_index(axes) * size for axes, size in zip(layout, shape, strict=True))
-        uneven = (n % degree(axes, axis_sizes) for n, axes in zip(value.shape, layout, strict=True))
-        shapes.append(shape)
-        offsets.append(start)
-        real.append(
+    shapes = tuple(
+        local_shape(value.shape, layout, axis_sizes)
+        for value, layout in zip(op.eqn.result_values, op.layouts, strict=True)
+    )
+
+    def places() -> tuple[tuple[tuple[Any, Any], ...], ...]:
+        infos = zip(op.eqn.result_values, op.layouts, shapes, strict=True)
+        return tuple(
             tuple(
-                jnp.clip(whole - first, 0, size) if odd else None
-                for whole, first, size, odd in zip(value.shape, start, shape, uneven, strict=True)
+                _place(whole, axes, size, axis_sizes)
+                for whole, axes, size in zip(value.shape, layout, shape, strict=True)
             )
+            for value, layout, shape in infos
         )
+
     return Local(
         names=tuple(str(dim) for dim in range(len(op.names))),
-        result_shapes=tuple(shapes),
-        offsets=tuple(offsets),
-        real=tuple(real),
+        result_shapes=shapes,
+        places=places,
         haloed={str(dim): left_over for dim, left_over in op.haloed},
         varying=op.varying,
         reduced_axes=op.reduced_axes,
     )
+
+
+def _place(
+    whole: int, axes: tuple[str, ...], size: int, axis_sizes: dict[str, int]
+) -> tuple[Any, Any]:
+    """Where a block begins along a dimension, and how much of it is no padding (None: all)."""
+    start = device_index(axes) * size
+    uneven = whole % degree(axes, axis_sizes)
+    return start, jnp.clip(whole - start, 0, size) if uneven else None
 
 
 def _again(op: Again, blocks: Sequence[Any], step: Step) -> Sequence[Any]:

@@ -372,14 +372,24 @@ class Plan:
 
     @property
     def __name__(self) -> str:
-        """What `jax.jit` calls the compiled program; without it, it would print the plan."""
+        """What `jax.jit` calls the compiled program."""
         return "plan"
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """Where JAX and `inspect` find source and signature; JAX would print the plan otherwise."""
+        function = self.function
+        return function if function is not None and hasattr(function, "__code__") else _call
 
     def __repr__(self) -> str:
         """A row per layer: config, PartitionSpec, seconds and bytes."""
         from jaxlwp._report import plan_text
 
         return plan_text(self)
+
+
+def _call(params: Any, *batch: Any, **keywords: Any) -> Any:
+    """How a plan is called whose function is not known."""
 
 
 def _write_back(arguments: Arguments, changed: Arguments) -> None:

@@ -85,14 +85,13 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(column)
     for column in ("compute ms", "transfer ms", "sync ms", "bytes/device", "kept/device"):
         table.add_column(column, justify="right")
-    kept = plan.memory.layer_kept_bytes
+    kept = plan.memory.layer_kept_bytes if _shows_memory(plan) else None
+    moved_s = dict.fromkeys(range(len(plan.graph.layers)), 0.0)
+    for (source, target), table_s in zip(tables.edges, tables.transfer_s, strict=True):
+        moved_s[target] += float(table_s[choices[source], choices[target]])
     for layer, config in zip(plan.graph.layers, configs, strict=True):
         i = choices[layer.index]
-        transfer_s = tables.exchange_s[layer.index][i] + sum(
-            table_s[choices[source], choices[target]]
-            for (source, target), table_s in zip(tables.edges, tables.transfer_s, strict=True)
-            if target == layer.index
-        )
+        transfer_s = tables.exchange_s[layer.index][i] + moved_s[layer.index]
         table.add_row(
             layer.name,
             layer.kind if layer.has_rule else f"{layer.kind} (no rule)",
@@ -102,7 +101,7 @@ def plan_table(plan: Plan) -> Table:
             seconds(transfer_s),
             seconds(tables.sync_s[layer.index][i]),
             num_bytes(_layer_bytes(plan, layer.index, configs)),
-            num_bytes(kept[layer.index]),
+            num_bytes(kept[layer.index]) if kept else "",
         )
     _add_constants(table, plan)
     return table
@@ -118,8 +117,19 @@ def _add_constants(table: Table, plan: Plan) -> None:
         table.add_row("(constants)", "constant", text, "P()", "0", "0", "0", "0 B", "0 B")
 
 
+SHOWN = 300
+"""Layers up to which a table has the memory: its prediction takes as long as tracing the step."""
+
+
+def _shows_memory(plan: Plan) -> bool:
+    """Whether the table has the memory: of few layers, or if it has been asked for already."""
+    return len(plan.graph.layers) <= SHOWN or "memory" in vars(plan)
+
+
 def _memory_note(plan: Plan) -> str:
     """What a training step takes on each device, and of what."""
+    if not _shows_memory(plan):
+        return f"memory of a device: not shown for more than {SHOWN} layers; ask plan.memory first"
     memory = plan.memory
     parts = (
         ("parameters", memory.parameter_bytes),

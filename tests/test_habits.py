@@ -79,10 +79,10 @@ def test_a_pin_against_the_order_of_the_mesh() -> None:
 
 def test_a_mesh_of_the_same_axes_in_another_order() -> None:
     plan = planned(
-        convolution, KERNEL, IMAGES, mesh=mesh_of((2, 4), ("a", "b")), strategy="spatial"
+        convolution, KERNEL, IMAGES, mesh=mesh_of((4, 2), ("b", "a")), strategy="spatial"
     )
     other = bind(
-        plan.space, plan.strategy, mesh_of((4, 2), ("b", "a")), (KERNEL, IMAGES), plan.out_tree
+        plan.space, plan.strategy, mesh_of((2, 4), ("a", "b")), (KERNEL, IMAGES), plan.out_tree
     )
     assert_trains(other, convolution, KERNEL, IMAGES)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from typing import Any
 
@@ -385,3 +386,12 @@ def test_corrupt_strategy_file(tmp_path: Any) -> None:
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"not a strategy file"):
         jaxlwp.Strategy.load(path)
+
+
+def test_tracing_prints_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX asks a callable that is no function for its text, which is long and takes a while."""
+    plan = make_plan()
+    monkeypatch.setattr(jaxlwp.Plan, "__repr__", lambda self: pytest.fail("printed"))
+    jax.jit(jax.value_and_grad(plan)).lower(*plan.argument_shapes)
+    jax.jit(plan).lower(*plan.argument_shapes)
+    assert inspect.signature(plan) == inspect.signature(plan.function)

@@ -253,8 +253,9 @@ class Blocks:
                 tuple(self.sizes.get(dim, size) for dim, size in zip(dims, v.shape, strict=True))
                 for dims, v in zip(classes, eqn.result_values, strict=True)
             ),
-            offsets=tuple(tuple(self.offsets.get(dim, 0) for dim in dims) for dims in classes),
-            real=tuple((None,) * len(dims) for dims in classes),
+            places=lambda: tuple(
+                tuple((self.offsets.get(dim, 0), None) for dim in dims) for dims in classes
+            ),
             varying=self.varying,
         )
 

@@ -158,7 +158,8 @@ def _lower(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, .
         return eqn.bind(*operands)
     block = local.result_shapes[0][params["out_dim"]]
     tables = _blocks(params["table"], _reach(eqn), operands[0].shape[params["dim"]], block)
-    index = local.offsets[0][params["out_dim"]] // block
+    start, _ = local.places()[0][params["out_dim"]]
+    index = start // block
     return eqn.bind(*operands, table=jnp.asarray(tables)[index])
 
 

@@ -190,24 +190,23 @@ class Local:
     Attributes:
       names: the layer's dimension names of the first operand's dimensions.
       result_shapes: local shapes of the results.
-      offsets: for each result, the global index of its first element in each dimension (traced
-        integers, or 0).
+      places: gives, for each result and dimension, the global index of the block's first element
+        (a traced integer, or 0), and how many elements of the block are no padding (a traced
+        integer; None where blocks have no padding). Called only where that is wanted: most
+        operators do not ask where they are.
       haloed: dimension name -> (low padding, high padding, base dilation) that is left to apply,
         for dimensions whose halo is already in the first operand.
       varying: mesh axes over which the operands vary.
       reduced_axes: mesh axes that split a reduced dimension. Partial sums are added by the caller;
         a lowering with `combines` set does its own combination over them.
-      real: for each result, how many elements of its block are no padding in each dimension
-        (a traced integer); None where blocks have no padding.
     """
 
     names: Labels
     result_shapes: tuple[tuple[int, ...], ...]
-    offsets: tuple[tuple[Any, ...], ...]
+    places: Callable[[], tuple[tuple[tuple[Any, Any], ...], ...]]
     haloed: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     varying: tuple[str, ...] = ()
     reduced_axes: tuple[str, ...] = ()
-    real: tuple[tuple[Any, ...], ...] = ()
 
 
 Lowering = Callable[[Equation, Sequence[Any], Local], tuple[Any, ...]]

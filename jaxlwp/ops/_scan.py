@@ -285,12 +285,12 @@ def _lower(
     dims = [[classes.find(dim) for dim, _ in tensor] for tensor in _tensors(eqn)]
     count = len(eqn.operands)
     made = [
-        place
-        for each, *parts in zip(
-            dims[count:], local.result_shapes, local.offsets, local.real, strict=True
+        (dim, size, *place)
+        for each, shape, places in zip(
+            dims[count:], local.result_shapes, local.places(), strict=True
         )
-        for place in zip(each, *parts, strict=True)
-        if classes.can_split(place[0])
+        for dim, size, place in zip(each, shape, places, strict=True)
+        if classes.can_split(dim)
     ]
     blocks = Blocks(
         rule_of=rule_of,

@@ -101,7 +101,7 @@ def _lower_iota(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[A
     iota = lax.broadcasted_iota(eqn.params["dtype"], shape, dim)
     # It has no operand from which it would become varying where its reader is active.
     iota = vary(iota, local.varying)
-    start = local.offsets[0][dim]
+    start, _ = local.places()[0][dim]
     return (iota + start.astype(iota.dtype) if not isinstance(start, int) else iota,)
 
 
