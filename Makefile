@@ -4,13 +4,19 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# The newest Python of this machine on which the newest JAX runs.
+NEWEST := $(shell for v in 15 14 13 12; do \
+	for p in python3.$$v $$HOME/.pyenv/versions/3.$$v.*/bin/python; do \
+	$$p -c '' 2>/dev/null && command -v $$p && exit; done; done)
+NEWEST_VENV := .venv-newest
+NEWEST_READY := $(NEWEST_VENV)/.installed
 AOT_VENV := .venv-gpu-aot
 AOT_READY := $(AOT_VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all test-gpu-aot lint format demo notebook bench-search bench-space \
+.PHONY: help venv test test-all test-newest test-gpu-aot lint format demo notebook bench-search bench-space \
 	bench-compare bench-memory bench-costs gpu-check fuzz clean
 
 help:  ## Show this list
@@ -41,6 +47,27 @@ $(AOT_READY): pyproject.toml
 
 test-gpu-aot: $(AOT_READY)  ## Compile plans for 16 H200s that are not there (downloads 250 MB)
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -q -m gpu_aot tests/test_target.py
+
+$(NEWEST_READY): pyproject.toml
+	@echo "Installing into $(NEWEST_VENV) with $(NEWEST) (a few minutes the first time)"
+	@$(NEWEST) -m venv $(NEWEST_VENV)
+	@$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+NEWEST_TESTS := $(filter-out tests/test_solve%.py tests/test_store.py tests/test_limit.py \
+	tests/test_models.py tests/test_wide.py tests/test_readme.py tests/test_cli.py, \
+	$(wildcard tests/test_*.py)) tests/contracts
+
+ifeq ($(NEWEST),)
+test-newest:  ## Run what depends on JAX with the newest one, on the newest Python here
+	@echo "test-newest: ran nothing, this machine has no Python 3.12 or newer; the newest JAX needs one"
+else
+test-newest: $(NEWEST_READY)
+	$(NEWEST_VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(NEWEST_TESTS)
+	JAX_REMAT3=1 JAX_CUSTOM_VJP3=1 $(NEWEST_VENV)/bin/python -m pytest -q -n $(WORKERS) \
+		tests/test_habits.py tests/contracts/test_programs.py
+	$(foreach nb,$(NOTEBOOKS),PYTHONPATH="$(CURDIR)" $(NEWEST_VENV)/bin/jupyter execute --timeout=600 "$(nb)" &&) true
+endif
 
 lint: $(READY)  ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -87,5 +114,5 @@ bench-memory: $(AOT_READY)  ## Compare predicted memory with what is compiled fo
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.memory --limits
 
 clean:  ## Remove the environment and all caches
-	rm -rf $(VENV) $(AOT_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AOT_VENV) $(NEWEST_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
