@@ -292,7 +292,7 @@ def _plans(
             if only is not None and name != only:
                 continue
             with log.stage("bind", name):
-                plans[name] = strategies.bind(graph, splits, mesh, arguments, out_tree)
+                plans[name] = strategies.bind(graph, splits, case.mesh, arguments, out_tree)
     return plans, case
 
 
