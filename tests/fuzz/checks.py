@@ -56,7 +56,7 @@ class Finding:
         is priced differs from the program; "search", a search that differs from trying every
         strategy; and listed apart: "refused" (our ValueError), "oracle" (one device's compiled
         program differs from one device's operators), "unstable" (rounding alone moves the numbers
-        as much), "compiler" (wrong with this compiler's options only).
+        as much), "compiler" (wrong with this compiler's options only), "long" (a search).
       group: what findings of one cause have in common, roughly.
       detail: for people.
       strategy: name of the strategy, "" if it is not about one.
@@ -313,6 +313,12 @@ def _drawn(
     return chosen
 
 
+def drawn(case: Case, seed: int) -> Case:
+    """The case with the strategies that a seed draws; nothing is run."""
+    with case.mesh.entered_mesh():
+        return _plans(case, case.mesh.mesh(), Log(), "", seed)[1]
+
+
 def _check_prices(outcome: Outcome, plans: dict[str, jaxlwp.Plan], log: Log) -> Outcome:
     done = 0
     for name, plan in plans.items():
@@ -452,8 +458,9 @@ def _check_searches(
     with log.stage("search"):
         graph = next(iter(plans.values())).graph
         space = jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=strategies.RATES))
-        count, problems = brute.compare(space)
-        for problem in problems:
-            log.add("search", problem.split(":")[0], problem)
+        count, problems, long = brute.compare(space)
+        for kind, texts in (("search", problems), ("long", long)):
+            for text in texts:
+                log.add(kind, f"{kind}: {text.split(':')[0]}", text)
         return dataclasses.replace(outcome, searched=count)
     return outcome

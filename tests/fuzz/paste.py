@@ -89,10 +89,10 @@ with @ENTER@:
 TURNED = "Mesh(mesh.devices.T, mesh.axis_names[::-1], axis_types=mesh.axis_types)"
 
 
-def paste(case: Case) -> str:
-    """A complete program that shows a case under its only strategy."""
+def paste(case: Case, strategy: str) -> str:
+    """A complete program that shows a case under one of its strategies."""
     written, mesh = case.written, case.mesh
-    splits = next(iter(case.strategies.values()), {})
+    splits = case.strategies.get(strategy, {})
     bound = TURNED if mesh.turned else "mesh"
     calls = ["check(plan)", "compare(plan)"]
     calls = calls if mesh.checked_first else calls[::-1]
