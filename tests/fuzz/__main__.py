@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "fuzz.json"
 FAULTS = ("wrong", "crash", "died", "slow", "price", "search")
 """Kinds of findings that are faults; the others are listed apart."""
 
-APART = ("refused", "oracle", "unstable", "compiler")
+APART = ("refused", "oracle", "unstable", "compiler", "long")
 
 PROGRAMS_TO_FIND = 200
 """Programs within which a planted fault must be found."""
@@ -146,21 +146,27 @@ def write(path: Path, summary: dict[str, Any]) -> None:
 
 
 def make_small(summary: dict[str, Any], options: argparse.Namespace) -> None:
-    """Shrink and print the first cases of every group of faults."""
-    wanted = [
-        {"seed": seed, "name": name}
-        for name, group in summary["groups"].items()
-        if group["kind"] in FAULTS and group["kind"] not in ("died", "slow", "search")
-        for seed in group["programs"][: options.shrink]
-    ]
-    requests = [
-        {"seed": w["seed"], "shrink": w["name"], "seconds": options.shrink_seconds} for w in wanted
-    ]
+    """Shrink and print the first cases of every group of faults.
+
+    What ends the process, or never ends, is printed as it is.
+    """
+    requests = []
+    for name, group in summary["groups"].items():
+        if group["kind"] == "search" or group["kind"] not in FAULTS:
+            continue
+        for seed in group["programs"][: options.shrink]:
+            request = {"seed": seed, "shrink": name, "seconds": options.shrink_seconds}
+            if group["kind"] in pool.LOST:
+                request = {"seed": seed, "paste": group["example"]["strategy"]}
+            requests.append(request)
     for answer in pool.answers(requests, options.workers):
-        if "small" in answer:
+        if "small" not in answer:
+            continue
+        print(f"\n{'#' * 100}\n# seed {answer['seed']}", end="")
+        if "left" in answer:
             left = answer["left"]
-            print(f"\n{'#' * 100}\n# seed {answer['seed']}, {answer['steps']} operators left")
-            print(f"# {left['kind']}: {left['detail'][:300]}\n\n{answer['small']}", flush=True)
+            print(f", {answer['steps']} operators left\n# {left['kind']}: {left['detail'][:300]}")
+        print(f"\n{answer['small']}", flush=True)
 
 
 def show(seeds: range) -> int:

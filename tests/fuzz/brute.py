@@ -13,45 +13,50 @@ import jaxlwp
 MOST = 20_000
 """Strategies of the largest space that is tried whole."""
 
+LONG_S = 20.0
+"""Seconds after which a search is ended, and listed apart."""
+
 _SHARES = (0.0, 0.1, 0.5, 0.9)
 """Memory limits, as places between the least and the most bytes."""
 
 _CLOSE = 1e-9
 
 
-def compare(space: jaxlwp.SearchSpace) -> tuple[int, list[str]]:
-    """How many searches were compared, and what each wrong one got wrong."""
+def compare(space: jaxlwp.SearchSpace) -> tuple[int, list[str], list[str]]:
+    """How many searches were compared, what each wrong one got wrong, and those that took long."""
     if math.prod(len(configs) for configs in space.configs) > MOST:
-        return 0, []
+        return 0, [], []
     every = np.array(list(itertools.product(*(range(len(c)) for c in space.configs))))
-    problems: list[str] = []
-    costs = _sums(space, every)
-    found = jaxlwp.search(space)
-    _expect(problems, "search: sum", found.value, costs.min())
-    if not found.optimal:
-        problems.append(f"search: sum: not proven, gap {found.gap}")
-    late = _overlap(space, every)
-    _expect(
-        problems, "search: overlap", jaxlwp.search(space, objective="overlap").value, late.min()
-    )
-    sizes = _bytes(space, every)
-    least = jaxlwp.search(space, objective="memory").value
-    _expect(problems, "search: memory", least, sizes.min())
+    costs, sizes = _sums(space, every), _bytes(space, every)
+    wanted: list[tuple[str, dict[str, Any], float]] = [
+        ("sum", {}, costs.min()),
+        ("overlap", {"objective": "overlap"}, _overlap(space, every).min()),
+        ("memory", {"objective": "memory"}, sizes.min()),
+    ]
     for share in _SHARES:
-        limit = np.quantile(sizes, share)
-        limited = jaxlwp.search(space, memory_bytes=float(limit))
-        _expect(problems, "search: memory limit", limited.value, costs[sizes <= limit].min())
+        limit = float(np.quantile(sizes, share))
+        wanted.append(("memory limit", {"memory_bytes": limit}, costs[sizes <= limit].min()))
+    below = {"memory_bytes": float(sizes.min()) - 0.5}
+    wanted.append(("below the least bytes", below, sizes.min()))
+    problems, long = [], []
+    for name, options, want in wanted:
+        have = _found(space, options)
+        if have is None:
+            long.append(f"{name}: {options} of {len(every)} strategies takes over {LONG_S:.0f} s")
+        elif not math.isclose(have, want, rel_tol=_CLOSE, abs_tol=1e-15):
+            problems.append(f"{name}: {options}: {have!r}, trying every strategy gives {want!r}")
+    return len(wanted) - len(long), problems, long
+
+
+def _found(space: jaxlwp.SearchSpace, options: dict[str, Any]) -> float | None:
+    """What a search finds, or the least bytes that it names; None if it takes too long."""
     try:
-        jaxlwp.search(space, memory_bytes=float(sizes.min()) - 0.5)
-        problems.append("search: memory limit: what does not fit was found")
+        result = jaxlwp.search(space, time_limit_s=LONG_S, **options)
+    except TimeoutError:
+        return None
     except jaxlwp.MemoryLimitError as error:
-        _expect(problems, "search: least bytes", error.least_bytes, sizes.min())
-    return 4 + len(_SHARES), problems
-
-
-def _expect(problems: list[str], what: str, have: float, want: float) -> None:
-    if not math.isclose(have, want, rel_tol=_CLOSE, abs_tol=1e-15):
-        problems.append(f"{what}: found {have!r}, trying every strategy gives {want!r}")
+        return float(error.least_bytes)
+    return float(result.value) if result.optimal else None
 
 
 def _chosen(tables: Any, every: Any) -> Any:

@@ -56,7 +56,7 @@ class Finding:
         is priced differs from the program; "search", a search that differs from trying every
         strategy; and listed apart: "refused" (our ValueError), "oracle" (one device's compiled
         program differs from one device's operators), "unstable" (rounding alone moves the numbers
-        as much), "compiler" (wrong with this compiler's options only).
+        as much), "compiler" (wrong with this compiler's options only), "long" (a search).
       group: what findings of one cause have in common, roughly.
       detail: for people.
       strategy: name of the strategy, "" if it is not about one.
@@ -292,7 +292,7 @@ def _plans(
             if only is not None and name != only:
                 continue
             with log.stage("bind", name):
-                plans[name] = strategies.bind(graph, splits, mesh, arguments, out_tree)
+                plans[name] = strategies.bind(graph, splits, case.mesh, arguments, out_tree)
     return plans, case
 
 
@@ -311,6 +311,12 @@ def _drawn(
         made = space.baseline(name)
         chosen[name] = {layer: dict(config.splits) for layer, config in made.configs.items()}
     return chosen
+
+
+def drawn(case: Case, seed: int) -> Case:
+    """The case with the strategies that a seed draws; nothing is run."""
+    with case.mesh.entered_mesh():
+        return _plans(case, case.mesh.mesh(), Log(), "", seed)[1]
 
 
 def _check_prices(outcome: Outcome, plans: dict[str, jaxlwp.Plan], log: Log) -> Outcome:
@@ -452,8 +458,9 @@ def _check_searches(
     with log.stage("search"):
         graph = next(iter(plans.values())).graph
         space = jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=strategies.RATES))
-        count, problems = brute.compare(space)
-        for problem in problems:
-            log.add("search", problem.split(":")[0], problem)
+        count, problems, long = brute.compare(space)
+        for kind, texts in (("search", problems), ("long", long)):
+            for text in texts:
+                log.add(kind, f"{kind}: {text.split(':')[0]}", text)
         return dataclasses.replace(outcome, searched=count)
     return outcome

@@ -231,7 +231,7 @@ def _convolution(
     groups: int = 1,
     batch_groups: int = 1,
     pads: Sequence[Any] = ("SAME", "VALID"),
-    multiple: Sequence[int] = (1, 2, 3, 5),
+    multiple: Sequence[int] = (1, 2, 3, 4, 5),
 ) -> str:
     """A convolution of channels-last data."""
     rank = len(x.space)
@@ -658,7 +658,9 @@ def less_its_mean(w: Writer, x: Value) -> str:
 
 @operator(weight=0.7)
 def dropout(w: Writer, x: Value) -> str:
-    key = f"jax.random.key({w.number})"
+    key = w.pick("key", ["constant", "argument"])
+    key = str(w.number) if key == "constant" else w.integers(below=100)
+    key = f"jax.random.key({key})"
     return f"jnp.where(jax.random.bernoulli({key}, 0.7, {x.shape}), {x} / 0.7, 0.0)"
 
 
@@ -806,11 +808,14 @@ def squeeze(w: Writer, x: Value) -> str:
 
 @operator(weight=0.7)
 def depth_to_space(w: Writer, x: Value) -> str:
-    fit(x.rank == 4 and x.shape[-1] % 4 == 0)
+    fit(x.rank == 4)
     n, height, width, c = x.shape
+    factors = [(a, b) for a, b in ((2, 1), (1, 2), (2, 2)) if c % (a * b) == 0]
+    a, b = w.pick("factors", factors)
+    left = c // (a * b)
     return (
-        f"{x}.reshape({n}, {height}, {width}, 2, 2, {c // 4}).transpose(0, 1, 3, 2, 4, 5)"
-        f".reshape({n}, {2 * height}, {2 * width}, {c // 4})"
+        f"{x}.reshape({n}, {height}, {width}, {a}, {b}, {left}).transpose(0, 1, 3, 2, 4, 5)"
+        f".reshape({n}, {a * height}, {b * width}, {left})"
     )
 
 

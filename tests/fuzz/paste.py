@@ -75,23 +75,25 @@ mesh = Mesh(
     @NAMES@,
     axis_types=(AxisType.@KIND@,) * @AXES@,
 )
+rates = jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)
 with @ENTER@:
-    plan = jaxlwp.parallelize(
-        loss,
-        *arguments,
-        mesh=mesh,
-        constraints=jaxlwp.Constraints(pin={n: jaxlwp.Config.of(s) for n, s in pins.items()}),
-        rates=jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9),
-        measure=False,
-    )
+    graph = jaxlwp.trace(loss, *arguments)
+    configs = [[jaxlwp.Config.of(pins[layer.name])] for layer in graph.layers]
+    space = jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=rates), configs=configs)
+    strategy = space.strategy("pinned", [0] * len(configs))
+    out_tree = jax.tree.structure(jax.eval_shape(loss, *arguments))
+    plan = jaxlwp.bind(space, strategy, @BOUND@, arguments, out_tree)
 @CALLS@
 """
 
+TURNED = "Mesh(mesh.devices.T, mesh.axis_names[::-1], axis_types=mesh.axis_types)"
 
-def paste(case: Case) -> str:
-    """A complete program that shows a case under its only strategy."""
+
+def paste(case: Case, strategy: str) -> str:
+    """A complete program that shows a case under one of its strategies."""
     written, mesh = case.written, case.mesh
-    splits = next(iter(case.strategies.values()), {})
+    splits = case.strategies.get(strategy, {})
+    bound = TURNED if mesh.turned else "mesh"
     calls = ["check(plan)", "compare(plan)"]
     calls = calls if mesh.checked_first else calls[::-1]
     parts = {
@@ -110,7 +112,8 @@ def paste(case: Case) -> str:
         "NAMES": mesh.names,
         "KIND": "Explicit" if mesh.explicit else "Auto",
         "AXES": len(mesh.shape),
-        "ENTER": "jax.set_mesh(mesh)" if mesh.entered else "contextlib.nullcontext()",
+        "BOUND": bound,
+        "ENTER": f"jax.set_mesh({bound})" if mesh.entered else "contextlib.nullcontext()",
         "CALLS": "\n".join(f"    {call}" for call in calls),
     }
     text = _TEMPLATE

@@ -17,8 +17,11 @@ from typing import Any
 DEVICES = 12
 """Simulated devices of a worker."""
 
-TIMEOUT_S = 240.0
-"""Longest stage of a program."""
+CPU_TIMEOUT_S = 120.0
+"""Most processor seconds of one stage of a program: a busy machine makes nothing slow."""
+
+TIMEOUT_S = 900.0
+"""Most seconds by the clock, for a stage that waits for ever."""
 
 LIFETIME = 150
 """Programs after which a worker is replaced: XLA keeps memory."""
@@ -29,6 +32,9 @@ FAST = (
     "--xla_cpu_parallel_codegen_split_count=1",
 )
 """Flags that leave XLA's passes over the program in place and make the machine code cheap."""
+
+LOST = ("died", "slow")
+"""Kinds of findings that stand for an answer that never came."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +59,27 @@ def known_flags() -> tuple[str, ...]:
     if works(FAST):
         return FAST
     return tuple(flag for flag in FAST if works([flag]))
+
+
+class Clock:
+    """Time that a process has taken since now."""
+
+    def __init__(self, pid: int) -> None:
+        self.stat = Path(f"/proc/{pid}/stat")
+        self.begin, self.cpu = time.monotonic(), self._cpu_s()
+
+    def _cpu_s(self) -> float:
+        """Processor seconds of the process so far; those by the clock where nothing tells."""
+        try:
+            user, system = self.stat.read_text().rpartition(")")[2].split()[11:13]
+        except (OSError, ValueError):
+            return time.monotonic()
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def over(self) -> bool:
+        """Whether it was long enough."""
+        waited = time.monotonic() - self.begin
+        return self._cpu_s() - self.cpu > CPU_TIMEOUT_S or waited > TIMEOUT_S
 
 
 class Worker:
@@ -85,7 +112,18 @@ class Worker:
         return str(ready["ready"])
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request; one that names the stage if the process dies or hangs."""
+        """The answer to a request; one that names stage and strategy if it never comes."""
+        answer = self._ask(request)
+        lost = [f for f in answer["findings"] if f["kind"] in LOST] if "findings" in answer else []
+        if not lost or len(answer["strategies"]) < 2:
+            return answer
+        for name in answer["strategies"]:  # they ran in one program: which of them was it?
+            alone = self._ask({**request, "only": name})
+            found = [f for f in alone["findings"] if f["kind"] in LOST]
+            answer["findings"] += [{**finding, "strategy": name} for finding in found]
+        return answer
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self.process is None or self.process.poll() is not None or self.done >= LIFETIME:
             self.stop()
             self.start()
@@ -94,22 +132,25 @@ class Worker:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         stage, about, begin = "start", {}, time.monotonic()
+        clock = Clock(self.process.pid)
         while True:
             try:
-                message = self.messages.get(timeout=TIMEOUT_S)
+                message = self.messages.get(timeout=5.0)
             except queue.Empty:
+                if not clock.over():
+                    continue
                 self.stop()
                 return _lost(request, about, "slow", stage, begin)
             if message is None:
                 code = self.process.wait()
                 self.stop()
-                return _lost(request, about, "died", f"{stage} (exit {code})", begin)
+                return _lost(request, about, "died", stage, begin, f" (exit code {code})")
             if "answer" in message:
                 return dict(message["answer"])
             if message["mark"].startswith("{"):
                 about = json.loads(message["mark"])
             else:
-                stage = message["mark"]
+                stage, clock = message["mark"], Clock(self.process.pid)
 
     def stop(self) -> None:
         """End the process."""
@@ -126,15 +167,21 @@ def _read(stream: Any, messages: queue.Queue[dict[str, Any] | None]) -> None:
 
 
 def _lost(
-    request: dict[str, Any], about: dict[str, Any], kind: str, stage: str, begin: float
+    request: dict[str, Any],
+    about: dict[str, Any],
+    kind: str,
+    stage: str,
+    begin: float,
+    note: str = "",
 ) -> dict[str, Any]:
     """The answer in place of one that did not come."""
-    verb = "the process died" if kind == "died" else f"no end after {TIMEOUT_S:.0f} s"
+    verb = "the process died" if kind == "died" else f"no end after {CPU_TIMEOUT_S:.0f} s of work"
     words = stage.split()
     finding = {
-        "kind": kind,
+        # Before any plan is called it is one device's own program that ends it.
+        "kind": "oracle" if words[0] in ("draw", "eager") else kind,
         "group": f"{verb}: {words[0]}",
-        "detail": f"{verb} in stage {stage}",
+        "detail": f"{verb} in stage {stage}{note}",
         "strategy": "",
     }
     return {
@@ -142,7 +189,7 @@ def _lost(
         "operators": [],
         "mesh": "unknown",
         "findings": [finding],
-        "strategies": words[1:],
+        "strategies": [word for word in words[1:] if words[0] == "run"],
         "checked": 0,
         "priced": 0,
         "searched": 0,

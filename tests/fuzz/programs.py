@@ -314,6 +314,13 @@ def _drawn(rng: random.Random, seed: int) -> Program:
     )
 
 
+def draw_values(rng: random.Random) -> dict[str, Value]:
+    """Values of random shapes, some of them alike."""
+    first, second = ([given.shape for given in _draw_inputs(rng)] for _ in range(2))
+    shapes = [*first, *first, *second]
+    return {f"x{n}": Value(f"x{n}", shape) for n, shape in enumerate(shapes)}
+
+
 def _draw_inputs(rng: random.Random) -> tuple[Input, ...]:
     rank = rng.choices((4, 3, 2, 5, 1), (6, 3, 2, 1, 0.5))[0]
     largest = {1: 13, 2: 13, 3: 13, 4: 13, 5: 5}[rank]

@@ -175,7 +175,7 @@ def _meshes(mesh: MeshCase, used: set[str]) -> Iterator[MeshCase]:
             yield change(mesh, shape=shape, names=names, devices=tuple(range(math.prod(shape))))
     if mesh.devices != tuple(range(len(mesh.devices))):
         yield change(mesh, devices=tuple(range(len(mesh.devices))))
-    for habit in ("explicit", "entered", "placed", "checked_first"):
+    for habit in ("explicit", "entered", "placed", "checked_first", "turned"):
         if getattr(mesh, habit):
             yield change(mesh, **{habit: False})
 

@@ -69,6 +69,7 @@ class MeshCase:
       placed: arguments are put where the plan wants them.
       entered: all runs under `jax.set_mesh`.
       checked_first: the layers are checked before the plan is called.
+      turned: the plan is bound to a mesh of the same axes in the opposite order.
     """
 
     shape: tuple[int, ...]
@@ -78,11 +79,13 @@ class MeshCase:
     placed: bool
     entered: bool
     checked_first: bool
+    turned: bool = False
 
     @property
     def label(self) -> str:
         """For counting."""
         kind = "explicit" if self.explicit else "auto"
+        kind += " turned" if self.turned else ""
         habit = "set_mesh" if self.entered else ("placed" if self.placed else "unplaced")
         return f"{'x'.join(map(str, self.shape))} {kind} {habit}"
 
@@ -95,9 +98,16 @@ class MeshCase:
             axis_types=(kind,) * len(self.shape),
         )
 
+    def bound_mesh(self) -> Mesh:
+        """The mesh that plans are bound to."""
+        mesh = self.mesh()
+        if not self.turned:
+            return mesh
+        return Mesh(mesh.devices.T, mesh.axis_names[::-1], axis_types=mesh.axis_types)
+
     def entered_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which all that has to do with plans happens."""
-        return jax.set_mesh(self.mesh()) if self.entered else contextlib.nullcontext()
+        return jax.set_mesh(self.bound_mesh()) if self.entered else contextlib.nullcontext()
 
 
 def draw_mesh(rng: random.Random) -> MeshCase:
@@ -114,6 +124,7 @@ def draw_mesh(rng: random.Random) -> MeshCase:
         placed=rng.random() < 0.5,
         entered=rng.random() < 0.1,
         checked_first=rng.random() < 0.5,
+        turned=len(shape) > 1 and rng.random() < 0.05,
     )
 
 
@@ -150,13 +161,13 @@ def draw_strategies(
 def bind(
     graph: jaxlwp.ComputationGraph,
     splits: Splits,
-    mesh: Mesh,
+    case: MeshCase,
     arguments: tuple[Any, ...],
     out_tree: Any,
 ) -> jaxlwp.Plan:
     """A plan of exactly these configs."""
     configs = [(jaxlwp.Config.of(splits[layer.name]),) for layer in graph.layers]
-    devices = jaxlwp.device_graph(mesh, rates=RATES)
+    devices = jaxlwp.device_graph(case.mesh(), rates=RATES)
     space = jaxlwp.price(graph, devices, configs=configs)
     strategy = space.strategy("pinned", [0] * len(configs))
-    return jaxlwp.bind(space, strategy, mesh, arguments, out_tree)
+    return jaxlwp.bind(space, strategy, case.bound_mesh(), arguments, out_tree)

@@ -50,6 +50,7 @@ def main() -> None:
 
 def _answer(request: dict[str, Any], mark: Any) -> dict[str, Any]:
     from . import checks, planted
+    from .paste import paste
 
     begin = time.monotonic()
     mark("draw")
@@ -63,6 +64,8 @@ def _answer(request: dict[str, Any], mark: Any) -> dict[str, Any]:
     answer |= {"seed": seed, "text": case.written.text}
     if request.get("show"):
         return answer
+    if "paste" in request:
+        return answer | {"small": paste(checks.drawn(case, seed), request["paste"])}
     if request.get("die"):  # for the tests
         mark("die")
         os.abort()
@@ -95,7 +98,7 @@ def _small(outcome: Any, request: dict[str, Any], mark: Any) -> dict[str, Any]:
         if f"{finding.kind}: {finding.group}" == request["shrink"]:
             small = shrink.shrink(outcome.case, finding, mark, request["seconds"])
             left = dataclasses.asdict(small.finding)
-            return {"small": paste(small.case), "steps": small.steps, "left": left}
+            return {"small": paste(small.case, "pinned"), "steps": small.steps, "left": left}
     return {}
 
 
