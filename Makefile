@@ -11,7 +11,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-gpu-aot lint format demo notebook bench-search bench-space \
-	bench-compile bench-compare bench-memory bench-costs gpu-check clean
+	bench-compile bench-compare bench-memory bench-costs gpu-check fuzz clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,11 @@ demo: $(READY)  ## Search and run a strategy on simulated devices
 notebook: $(READY)  ## Execute the notebooks; an error in a cell fails
 	@$(if $(NOTEBOOKS),,echo "no notebooks")
 	$(foreach nb,$(NOTEBOOKS),PYTHONPATH="$(CURDIR)" $(BIN)/jupyter execute --timeout=600 "$(nb)" &&) true
+
+SEEDS ?= 0:100
+fuzz: $(READY)  ## Check random programs under random strategies; SEEDS=first:stop
+	$(BIN)/python -m tests.fuzz --seeds $(SEEDS) --workers $(WORKERS) \
+		--json tests/benchmarks/results/fuzz.json
 
 SIMULATED := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu
 

@@ -23,9 +23,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis, axis_shape
 from jaxlwp._layout import COLLECTIVES, wire_share
 from jaxlwp._processes import from_first, spans_processes
+from jaxlwp._spmd import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    auto_mesh,
+    on_mesh,
+    permute,
+    reduce_scatter,
+    vary,
+)
 from jaxlwp._store import Measurement, Store, environment_of, now
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 REPEATS = 5
 
 
@@ -54,7 +64,7 @@ def choose_devices(devices: Sequence[Any] | int | None) -> Sequence[Any]:
     """
     if devices is None:
         return jax.devices()
-    if isinstance(devices, int):
+    if isinstance(devices, (int, np.integer)):
         present = jax.devices()
         if not 1 <= devices <= len(present):
             raise ValueError(
@@ -86,7 +96,7 @@ def make_mesh(devices: Sequence[Any]) -> Mesh:
     ordered = np.array([device for group in hosts.values() for device in group], dtype=object)
     shape = tuple(size for _, size, _ in axes) or (1,)
     names = tuple(name for name, _, _ in axes) or ("device0",)
-    return Mesh(ordered.reshape(shape), names)
+    return auto_mesh(ordered.reshape(shape), names)
 
 
 def device_graph(mesh: Mesh, *, rates: Rates | None = None, again: bool = False) -> DeviceGraph:
@@ -114,7 +124,8 @@ def device_graph(mesh: Mesh, *, rates: Rates | None = None, again: bool = False)
         if cached is not None:
             return cached
         start = time.perf_counter()
-        measured = measure(mesh)
+        with on_mesh(mesh):
+            measured = measure(mesh)
         taken_s = time.perf_counter() - start
         if together:
             measured = DeviceGraph.from_json(from_first(measured.to_json()))
@@ -312,7 +323,7 @@ def _step_overhead(mesh: Mesh) -> tuple[float, float]:
 
 def _input_rate(mesh: Mesh) -> float:
     """Seconds for each byte that a device receives of a batch of 4 MB per device."""
-    local = Mesh(np.array(local_devices(mesh), dtype=object), ("device",))
+    local = auto_mesh(local_devices(mesh), ("device",))
     values = np.ones((local.size << 20,), np.float32)
     sharding = NamedSharding(local, PartitionSpec("device"))
     return median_s(lambda: jax.device_put(values, sharding)) / (4 << 20)
@@ -334,16 +345,16 @@ def _collective(kind: str, axes: tuple[str, ...], parts: int) -> Callable[..., A
 
     def run(x: Any) -> Any:
         if kind == "all-reduce":
-            return lax.pcast(lax.psum(x, axes), axes, to="varying") * 0.5
+            return vary(all_reduce(x, axes), axes) * 0.5
         if kind == "all-gather":
-            every = lax.all_gather(x, axes, axis=1, tiled=True)
+            every = all_gather(x, axes, 1, varying=True)
             return every[:, : x.shape[1]] + every[:, -x.shape[1] :]
         if kind == "reduce-scatter":
-            mine = lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True)
+            mine = reduce_scatter(x, axes, 1)
             return jnp.tile(mine, (1, parts))
         if kind == "all-to-all":
-            return lax.all_to_all(x, axes, 1, 0, tiled=True).reshape(x.shape)
-        return lax.ppermute(x, axes, [(i, (i + 1) % parts) for i in range(parts)])
+            return all_to_all(x, axes, split_dim=1, concat_dim=0).reshape(x.shape)
+        return permute(x, axes, [(i, (i + 1) % parts) for i in range(parts)])
 
     return run
 
@@ -425,7 +436,7 @@ def _wait(mesh: Mesh, fits: Sequence[LinkFit]) -> tuple[float, float]:
                 x = layer(x, w)
                 part = x[:1, :1]
                 if meets:
-                    part = lax.pcast(lax.psum(part, axes), axes, to="varying")
+                    part = vary(all_reduce(part, axes), axes)
                 x = x + 1e-6 * part
             return x
 

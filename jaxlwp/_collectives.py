@@ -9,36 +9,47 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
-from jaxlwp._halo import hops, plan_halo
+from jaxlwp._halo import plan_halo
 from jaxlwp._layout import (
     Collective,
     degree,
     even_layout,
-    layout_axes,
     local_shape,
     move_collectives,
     plan_moves,
 )
-from jaxlwp.ops import RULES
+from jaxlwp._program import Value
+from jaxlwp._steps import (
+    AddUp,
+    Again,
+    Block,
+    Change,
+    DeviceProgram,
+    Items,
+    Op,
+    Operate,
+    Receive,
+    Region,
+    Step,
+    build,
+    every_step,
+)
+from jaxlwp.ops import RULES, ZERO_DERIVATIVE, unread_results, values_needed
 
 
 def member_collectives(
     member: Member, config: Config, axis_sizes: dict[str, int]
 ) -> tuple[Collective, ...]:
     """Halo exchanges and sums of partial results of one operator under a config."""
-    once = (
-        *(
-            collective
-            for piece in halo_pieces(member, config, axis_sizes)
-            for collective in _piece_collectives(piece, member.gradient[0])
-        ),
-        *_partial_collectives(member, config, axis_sizes),
-    )
+    halo = list(halo_exchanges(member, config, axis_sizes))
+    back = [replace(c, backward=True) for c in halo if member.gradient[0]]
+    once = (*halo, *back, *_partial_collectives(member, config, axis_sizes))
     return _with_recomputation(once, member.recomputed)
 
 
@@ -50,37 +61,16 @@ def _with_recomputation(
     return (*collectives, *again)
 
 
-@dataclass(frozen=True, kw_only=True)
-class HaloPiece:
-    """Rows that every device receives from one neighbour.
-
-    Attributes:
-      path: what is exchanged, from the operand on: two operators that read the same operand and
-        have pieces of the same path share them in the forward pass.
-      cut: the rows to the left and right that are exchanged with this piece. Where they differ too,
-        the gradients are sent apart.
-      axes: mesh axes that split the dimension.
-      num_bytes: bytes that each device sends.
-    """
-
-    path: tuple[object, ...]
-    cut: tuple[int, int]
-    axes: tuple[str, ...]
-    num_bytes: int
-
-
-def halo_pieces(member: Member, config: Config, axis_sizes: dict[str, int]) -> Iterator[HaloPiece]:
-    """The halo exchanges of one operator under a config, in order."""
+def halo_exchanges(
+    member: Member, config: Config, axis_sizes: dict[str, int]
+) -> Iterator[Collective]:
+    """What every device sends to its neighbours for one operator under a config, in order."""
     signature, eqn = member.signature, member.equation
     split = [name for name in sorted(signature.windows) if config.axes(name)]
     if not split:
         return
     value, labels = eqn.operand_values[0], signature.operands[0]
-    layout = config.layout(labels)
-    block = list(local_shape(value.shape, layout, axis_sizes))
-    uneven = even_layout(value.shape, layout, axis_sizes) != layout
-    fill = eqn.operands[1] if signature.fill == "value" else signature.fill
-    path: tuple[object, ...] = (fill,) if uneven else ()
+    block = list(local_shape(value.shape, config.layout(labels), axis_sizes))
     for name in split:
         axes, dim = config.axes(name), labels.index(name)
         out_size = eqn.result_values[0].shape[signature.results[0].index(name)]
@@ -88,29 +78,13 @@ def halo_pieces(member: Member, config: Config, axis_sizes: dict[str, int]) -> I
             value.shape[dim], out_size, signature.windows[name], degree(axes, axis_sizes)
         )
         rest = math.prod(size for d, size in enumerate(block) if d != dim)
-        for side, wanted in (("left", halo.left), ("right", halo.right)):
-            for distance, rows in hops(halo, wanted):
-                yield HaloPiece(
-                    path=(*path, dim, side, distance, rows),
-                    cut=(halo.left, halo.right),
-                    axes=axes,
-                    num_bytes=rows * rest * value.itemsize,
-                )
-        path = (*path, dim, halo, fill)
+        for start, stop in halo.received.pieces:
+            num_bytes = (stop - start) * rest * value.itemsize
+            if num_bytes:
+                yield Collective(kind="collective-permute", axes=axes, num_bytes=num_bytes)
         block[dim] = halo.rows  # the next dimension's halo carries the rows just received
         if halo.left_over is None:
             block[dim] = halo.extent
-
-
-def _piece_collectives(piece: HaloPiece, gradient: bool) -> Iterator[Collective]:
-    for backward in (False, True) if gradient else (False,):
-        if piece.num_bytes:
-            yield Collective(
-                kind="collective-permute",
-                axes=piece.axes,
-                num_bytes=piece.num_bytes,
-                backward=backward,
-            )
 
 
 def _partial_collectives(
@@ -264,93 +238,133 @@ def collectives_by_layer(
     That is the layer that reads what is moved, the first of them if they share it; None for the
     function's outputs.
     """
-    result: list[tuple[int | None, Collective]] = []
-    received: set[tuple[object, ...]] = set()
-    for layer, config in zip(graph.layers, configs, strict=True):
-        for member in layer.members:
-            partial = _partial_collectives(member, config, axis_sizes)
-            every = _with_recomputation(partial, member.recomputed)
-            result += [(layer.index, collective) for collective in every]
-            operand = _operand_key(graph, layer, member, config)
-            for piece in halo_pieces(member, config, axis_sizes):
-                once = tuple(_piece_collectives(piece, member.gradient[0]))
-                every = _with_recomputation(once, member.recomputed)
-                for number, collective in enumerate(every):
-                    # Forward the compiler merges what only differs in the axes of the gradient.
-                    source = (*operand, piece.cut) if collective.backward else operand[:-1]
-                    key = (number, *source, piece.path)
-                    if key not in received:
-                        result.append((layer.index, collective))
-                    received.add(key)
-    changes: dict[_Change, list[tuple[int, Use]]] = {}
-    for change, reader in _changes(graph, configs, axis_sizes):
-        changes.setdefault(change, []).extend([reader] if reader else [])
-    done: set[tuple[object, ...]] = set()
-    for change, readers in changes.items():
-        gradient = any(use.gradient for _, use in readers)
-        once = tuple(_change_collectives(graph, change, gradient, axis_sizes, done))
-        every = _with_recomputation(once, any(use.recomputed for _, use in readers))
-        result += [(readers[0][0] if readers else None, collective) for collective in every]
+    program = build(graph, configs, axis_sizes)
+    flow = _Flow(graph, program)
+    result = []
+    for step in every_step(program.items):
+        for collective in step_collectives(step, flow.cotangents):
+            times = 1 if collective.backward else 1 + flow.again[step]
+            result.append((step.layer, collective))
+            result += [(step.layer, replace(collective, backward=True))] * (times - 1)
     return result
 
 
-def _operand_key(
-    graph: ComputationGraph, layer: Layer, member: Member, config: Config
-) -> tuple[object, ...]:
-    """What identifies the block of a member's first operand: value, layout, and active axes."""
-    value, labels = (member.equation.operands or (-1,))[0], (member.signature.operands or ((),))[0]
-    where = value if value not in graph.lazy else (value, layer.index, labels)
-    active = frozenset(axis for name in member.signature.names for axis in config.axes(name))
-    return where, config.layout(labels), active
+def step_collectives(step: Step, cotangents: Collection[Block]) -> Iterator[Collective]:
+    """The collectives of one step, forward and, if its result has a cotangent, backward.
 
-
-_Change = tuple[int, Layout, Layout, frozenset[str]]
-"""A change of layout: value, source, target, axes over which the reader is active."""
-
-
-def _change_collectives(
-    graph: ComputationGraph,
-    change: _Change,
-    gradient: bool,
-    axis_sizes: dict[str, int],
-    done: set[tuple[object, ...]],
-) -> Iterator[Collective]:
-    """Collectives of a change of layout; forward moves that were done already are left out.
-
-    Two readers that are active over different axes have transposes of their own, but as long as
-    their forward moves are the same, the compiler merges them.
+    Args:
+      step: a step of a device's program.
+      cotangents: the blocks that have a cotangent.
     """
-    value, source, target, active = change
-    info = graph.program.values[value]
-    moves = plan_moves(
-        shape=info.shape, source=source, target=target, active=active, axis_sizes=axis_sizes
-    )
-    path: tuple[object, ...] = (value, source)
-    layout = source
-    for move in moves:
-        if move.kind != "cast":
-            path = (*path, (move.kind, move.axes, move.dim, move.to_dim))
-        for collective in move_collectives(
-            info.shape, info.itemsize, layout, [move], axis_sizes, gradient=gradient
-        ):
-            if collective.backward or path not in done:
-                yield collective
-        done.add(path)
-        layout = move.after
+    again = isinstance(step.op, Again)
+    op = step.op.op if isinstance(step.op, Again) else step.op
+    block, gradient = step.operands[0] if step.operands else None, step.results[0] in cotangents
+    for collective in _op_collectives(op, block):
+        if collective.num_bytes and (gradient if collective.backward else not again):
+            yield collective
+    if isinstance(op, Operate) and op.combines:
+        for block in step.results:
+            sums = Collective(kind="all-reduce", axes=op.reduced_axes, num_bytes=_num_bytes(block))
+            # A maximum that is differentiated also counts the elements that attain it.
+            yield from [sums] * (1 + (block in cotangents))
 
 
-def _changes(
-    graph: ComputationGraph, configs: Sequence[Config], axis_sizes: dict[str, int]
-) -> Iterator[tuple[_Change, tuple[int, Use] | None]]:
-    """Every change of layout: what layers read, by index and use, and the function's outputs."""
-    for layer, config in zip(graph.layers, configs, strict=True):
-        for use in layer.uses:
-            source = use_source_layout(use, configs[use.source], axis_sizes)
-            active = frozenset(axis for name in use.active for axis in config.axes(name))
-            yield (use.value, source, config.layout(use.labels), active), (layer.index, use)
-    for value in graph.program.outputs:
-        if value in graph.homes:
-            home, labels = graph.homes[value]
-            source = configs[home].layout(labels)
-            target = even_layout(graph.program.values[value].shape, source, axis_sizes)
-            yield (value, source, target, layout_axes(target)), None
+def _op_collectives(op: Op, block: Block | None) -> Iterable[Collective]:
+    if block is None:
+        return ()
+    if isinstance(op, Change):
+        return move_collectives(
+            op.shape, _itemsize(block), op.before, [op.move], dict(op.axes), gradient=True
+        )
+    if isinstance(op, AddUp):
+        return (Collective(kind="all-reduce", axes=op.axes, num_bytes=_num_bytes(block)),)
+    if isinstance(op, Receive):
+        rows = Collective(
+            kind="collective-permute",
+            axes=op.axes,
+            num_bytes=_num_bytes(block) // max(block.shape[op.dim], 1) * op.piece.rows,
+        )
+        return (rows, replace(rows, backward=True))
+    return ()
+
+
+def _itemsize(block: Block) -> int:
+    return Value((), block.dtype).itemsize
+
+
+def _num_bytes(block: Block) -> int:
+    return math.prod(block.shape) * _itemsize(block)
+
+
+class _Flow:
+    """Where cotangents flow in a device's program, and what is evaluated again for them.
+
+    Attributes:
+      cotangents: blocks that have a cotangent: they depend on the parameters, and the loss depends
+        on them.
+      again: for each step, how many times it is evaluated again in the backward pass.
+    """
+
+    def __init__(self, graph: ComputationGraph, program: DeviceProgram) -> None:
+        steps = list(every_step(program.items))
+        values = zip(program.inputs, graph.program.inputs, strict=True)
+        dependent = {block for block, value in values if value in graph.gradients}
+        for step in steps:
+            if not dependent.isdisjoint(_flowing(step, step.operands)):
+                dependent.update(_flowing(step, step.results))
+        reached = set(program.outputs[:1])
+        for step in reversed(steps):
+            if not reached.isdisjoint(step.results):
+                reached.update(_flowing(step, step.operands))
+        self.cotangents = frozenset(dependent & reached)
+        self.reached = reached
+        self.again: Counter[Step] = Counter()
+        for item in program.items:
+            if isinstance(item, Region):
+                self.evaluate_again(item)
+
+    def needed(self, step: Step) -> set[Block]:
+        """Blocks whose values the derivative of a step needs."""
+        op = step.op
+        driven = self.reached.intersection(step.results)
+        moved = [block in self.cotangents for block in step.operands]
+        if not isinstance(op, Operate) or not driven or not any(moved):
+            return set()
+        values = {step.operands[n] for n in values_needed(op.eqn, moved)}
+        return values.union(step.results) if op.combines else values
+
+    def evaluate_again(self, region: Region) -> set[Block]:
+        """Count the steps of a checkpointed call that its backward pass needs.
+
+        Returns:
+          The blocks that it reads for that.
+        """
+        needed: set[Block] = set()
+        for item in region.items:
+            needed |= self.evaluate_again(item) if isinstance(item, Region) else self.needed(item)
+        self._count(region.items, needed)
+        return needed
+
+    def _count(self, items: Items, needed: set[Block]) -> None:
+        """Count what makes the blocks needed, adding the blocks that this reads."""
+        for item in reversed(items):
+            if isinstance(item, Region):
+                self._count(item.items, needed)
+            elif not needed.isdisjoint(item.results):
+                self.again[item] += 1
+                needed.update(item.operands)
+
+
+def _flowing(step: Step, blocks: Iterable[Block]) -> list[Block]:
+    """Those of a step's blocks through which cotangents can flow."""
+    if isinstance(step.op, Again):
+        blocks = [block for block in blocks if block is not step.operands[1]]
+    if isinstance(step.op, Operate):
+        eqn = step.op.eqn
+        if eqn.name in ZERO_DERIVATIVE:
+            return []
+        unread = unread_results(eqn)
+        results = zip(eqn.results, step.results, strict=True)
+        left_out = {block for value, block in results if value in unread}
+        blocks = [block for block in blocks if block not in left_out]
+    return [block for block in blocks if Value((), block.dtype).differentiable]

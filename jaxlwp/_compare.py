@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from jaxlwp._arguments import Arguments, canonical
 from jaxlwp._calibrate import (
     Rates,
     choose_devices,
@@ -35,7 +36,7 @@ from jaxlwp._lazy import measured_space
 from jaxlwp._measure import layer_timer
 from jaxlwp._memory import OPTIMIZER, plan_memory
 from jaxlwp._parallelize import MEMORY_MARGIN, parallelize
-from jaxlwp._plan import Plan, bind
+from jaxlwp._plan import Plan, with_strategy
 from jaxlwp._processes import from_first, spans_processes
 from jaxlwp._step import ProgramMemory, lower_step, program_memory
 from jaxlwp._strategy import BASELINES, Strategy
@@ -211,6 +212,7 @@ def compare(
     memory_bytes: float | None = None,
     name: str | None = None,
     on_progress: Progress | None = None,
+    **keywords: Any,
 ) -> Comparison:
     """Run the strategy found and others, and set them against the prediction.
 
@@ -228,6 +230,7 @@ def compare(
         predicted to take more than that, or than a GPU has left, is not run.
       name: of the model, for the report; the function's by default.
       on_progress: called as `on_progress(what, done, total)`.
+      **keywords: arguments of `fn` by name, as for `parallelize`.
 
     Returns:
       The comparison.
@@ -240,20 +243,19 @@ def compare(
     if rounds < 1:
         raise ValueError(f"compare: rounds is {rounds}; it must be at least 1: 7 give a median")
     progress = on_progress or (lambda what, done, total: None)
-    plans, left_out = _make_plans(
-        fn, params, batch, devices, strategies, rates, memory_bytes, progress
-    )
-    state = (params, OPTIMIZER.init(params))
+    arguments = canonical("compare", fn, (params, *batch), keywords)
+    plans, left_out = _make_plans(fn, arguments, devices, strategies, rates, memory_bytes, progress)
+    state, data = (params, OPTIMIZER.init(params)), _batch_of(arguments)
     steps: list[_Step] = []
     for plan in plans:
         progress("compiling steps", len(steps), len(plans))
-        steps.append(_compile(plan, state, batch))
+        steps.append(_compile(plan, state, data))
     progress("compiling steps", len(steps), len(plans))
-    times = _measure(steps, state, batch, rounds, progress)
+    times = _measure(steps, state, data, rounds, progress)
     mesh_devices = list(plans[0].mesh.devices.flat)
     return Comparison(
         model=name or str(getattr(fn, "__qualname__", type(fn).__name__)),
-        batch=batch_size(batch),
+        batch=batch_size(data),
         devices=plans[0].space.devices,
         machine=_machine(mesh_devices),
         versions=_versions(),
@@ -263,10 +265,14 @@ def compare(
     )
 
 
+def _batch_of(arguments: Arguments) -> Arguments:
+    """All arguments but the parameters."""
+    return arguments[0][1:], arguments[1]
+
+
 def fastest(
     plan: Plan,
-    params: Any,
-    batch: tuple[Any, ...],
+    arguments: Arguments,
     *,
     against: Sequence[str],
     optimizer: Any = None,
@@ -278,8 +284,7 @@ def fastest(
 
     Args:
       plan: the plan.
-      params: the parameters, as arrays.
-      batch: the other arguments, as arrays.
+      arguments: (params, *batch), and arguments by name, as arrays.
       against: names of baselines; one that does not apply (a batch that the devices do not divide)
         is left out.
       optimizer: optax transformation of the step; SGD with momentum by default.
@@ -294,15 +299,16 @@ def fastest(
     Raises:
       ValueError: parameters or batch are shapes only.
     """
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((params, batch))):
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(arguments)):
         raise ValueError(
             "check: the parameters or the batch are shapes only, but steps are to be run; pass "
             "arrays, or leave the check out"
         )
     progress, optimizer = progress or (lambda what, done, total: None), optimizer or OPTIMIZER
-    others = _applicable(plan, against, (params, *batch))
+    others = _applicable(plan, against)
     fitting, left_out = _fitting(others, _limit_bytes(plan, memory_bytes), optimizer)
     plans = [plan, *fitting]
+    params, batch = arguments[0][0], _batch_of(arguments)
     state = (params, optimizer.init(params))
     steps = []
     for number, each in enumerate(plans):
@@ -319,7 +325,7 @@ def fastest(
     return dataclasses.replace(plans[best], checked=checked)
 
 
-def _applicable(plan: Plan, against: Sequence[str], arguments: tuple[Any, ...]) -> list[Plan]:
+def _applicable(plan: Plan, against: Sequence[str]) -> list[Plan]:
     """Plans of the baselines that apply and differ from the plan and from each other."""
     plans = [plan]
     for name in against:
@@ -328,9 +334,7 @@ def _applicable(plan: Plan, against: Sequence[str], arguments: tuple[Any, ...]) 
         except ValueError:
             continue
         if all(other.configs != known.strategy.configs for known in plans):
-            plans.append(
-                bind(plan.space, other, plan.mesh, arguments, plan.out_tree, None, plan.function)
-            )
+            plans.append(with_strategy(plan, other))
     return plans[1:]
 
 
@@ -361,24 +365,24 @@ def _limit_bytes(plan: Plan, memory_bytes: float | None) -> float:
 
 
 def step_times(
-    plan: Plan, arguments: tuple[Any, ...], optimizer: Any = None, rounds: int = ROUNDS
+    plan: Plan, arguments: Arguments, optimizer: Any = None, rounds: int = ROUNDS
 ) -> list[float]:
     """Measured seconds of a plan's training steps.
 
     Args:
       plan: the plan.
-      arguments: (params, *batch), as arrays.
+      arguments: (params, *batch), and arguments by name, as arrays.
       optimizer: optax transformation of the step; SGD with momentum by default.
       rounds: how many steps, after one to warm up.
     """
-    params, *batch = arguments
+    params, batch = arguments[0][0], _batch_of(arguments)
     state = (params, (optimizer or OPTIMIZER).init(params))
-    step = _compile(plan, state, tuple(batch), optimizer)
-    taken = _measure([step], state, tuple(batch), rounds, lambda what, done, total: None)
+    step = _compile(plan, state, batch, optimizer)
+    taken = _measure([step], state, batch, rounds, lambda what, done, total: None)
     return taken[0]
 
 
-def batch_size(batch: tuple[Any, ...]) -> int:
+def batch_size(batch: Any) -> int:
     """Examples in a batch: the first dimension of its first array that has one."""
     shapes = (tuple(leaf.shape) for leaf in jax.tree.leaves(batch) if hasattr(leaf, "shape"))
     return next((shape[0] for shape in shapes if shape), 1)
@@ -386,8 +390,7 @@ def batch_size(batch: tuple[Any, ...]) -> int:
 
 def _make_plans(
     fn: Callable[..., Any],
-    params: Any,
-    batch: tuple[Any, ...],
+    arguments: Arguments,
     devices: Sequence[Any] | int | None,
     strategies: Sequence[str | Strategy],
     rates: Rates | DeviceGraph | None,
@@ -403,17 +406,17 @@ def _make_plans(
     measured = rates is None
     found = parallelize(
         fn,
-        params,
-        *batch,
+        *arguments[0],
         mesh=mesh,
         rates=rated,
         measure=measured,
         memory_bytes=memory_bytes,
         on_progress=progress,
+        **arguments[1],
     )
-    space, arguments = found.space, (params, *batch)
+    space = found.space
     others = [s if isinstance(s, Strategy) else space.baseline(s) for s in strategies]
-    bound = [bind(space, strategy, mesh, arguments, found.out_tree) for strategy in others]
+    bound = [with_strategy(found, strategy) for strategy in others]
     fitting, left_out = _fitting(bound, _limit_bytes(found, memory_bytes), OPTIMIZER)
     plans = [found, *fitting]
     if measured:
@@ -436,13 +439,12 @@ class _Step:
     program: Any
     memory: ProgramMemory
 
-    def place(self, state: Any, batch: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        placed = self.plan.place(state)
-        data = self.plan.place_batch(*batch)
-        return placed, (data,) if len(batch) == 1 else data
+    def place(self, state: Any, batch: Arguments) -> tuple[Any, Arguments]:
+        shardings = (self.plan.batch_shardings, self.plan.keyword_shardings)
+        return self.plan.place(state), jax.device_put(batch, shardings)
 
 
-def _compile(plan: Plan, state: Any, batch: tuple[Any, ...], optimizer: Any = None) -> _Step:
+def _compile(plan: Plan, state: Any, batch: Arguments, optimizer: Any = None) -> _Step:
     program = lower_step(plan, state, batch, optimizer or OPTIMIZER).compile()
     memory = program_memory(program, plan.mesh.devices.flat[0].platform)
     return _Step(plan=plan, program=program, memory=memory)
@@ -468,7 +470,7 @@ def _result(step: _Step, times_s: Sequence[float]) -> StrategyResult:
 
 
 def _measure(
-    steps: Sequence[_Step], state: Any, batch: tuple[Any, ...], rounds: int, progress: Progress
+    steps: Sequence[_Step], state: Any, batch: Arguments, rounds: int, progress: Progress
 ) -> list[list[float]]:
     """Seconds of every step, `rounds` times, in rotating order.
 
@@ -476,7 +478,7 @@ def _measure(
     stay on the devices; the others are placed anew for every turn.
     """
     stay = _staying([step.memory for step in steps], _free_bytes(steps[0].plan))
-    placed: dict[int, tuple[Any, tuple[Any, ...]]] = {}
+    placed: dict[int, tuple[Any, Arguments]] = {}
     times: list[list[float]] = [[] for _ in steps]
     turns = [(i + shift) % len(steps) for shift in range(rounds) for i in range(len(steps))]
     for turn, number in enumerate(turns):

@@ -75,6 +75,10 @@ class Config:
         """All mesh axes over which the layer is split."""
         return frozenset(axis for _, axes in self.splits for axis in axes)
 
+    def splitting(self, axis_sizes: Mapping[str, int]) -> Config:
+        """The config without mesh axes of size 1, which split nothing."""
+        return Config.of({n: [a for a in axes if axis_sizes[a] > 1] for n, axes in self.splits})
+
     def layout(self, labels: Sequence[str | None]) -> Layout:
         """Layout of an array whose dimensions carry the given dimension names."""
         return tuple(self.axes(label) for label in labels)
@@ -105,9 +109,11 @@ class Config:
         return " ".join(parts) or "replicated"
 
 
-def _assign(degrees: Sequence[Sequence[int]], groups: Sequence[Sequence[str]]) -> list[list[str]]:
+def _assign(
+    degrees: Sequence[Sequence[int]], groups: Sequence[Sequence[str]], dimensions: int
+) -> list[list[str]]:
     """Mesh axes per dimension: each group's axes are handed out in order, by count."""
-    result: list[list[str]] = [[] for _ in degrees[0]] if degrees else []
+    result: list[list[str]] = [[] for _ in range(dimensions)]
     for counts, group in zip(degrees, groups, strict=True):
         start = 0
         for index, count in enumerate(counts):
@@ -168,7 +174,7 @@ def enumerate_configs(
         groups = [(axis,) for group in groups for axis in group]
     configs = []
     for counts in itertools.product(*(_counts(len(names), len(group)) for group in groups)):
-        per_dimension = _assign(counts, groups) if names else []
+        per_dimension = _assign(counts, groups, len(names))
         if all(
             _allowed(name, axes, sizes, even or {}, axis_sizes)
             for name, axes in zip(names, per_dimension, strict=True)

@@ -183,6 +183,7 @@ def _named(split: Split, layer: Layer, axis_sizes: Mapping[str, int]) -> tuple[C
             f"constraints: layer {layer.name} is pinned to mesh axis {unknown[0]!r}; there are "
             f"{', '.join(axis_sizes)}"
         )
+    split = split.splitting(axis_sizes)
     possible = split.within(layer.dimensions, layer.even, axis_sizes)
     return (split,) if possible == split else ()
 
@@ -222,14 +223,21 @@ def _axes(value: str | Sequence[str]) -> tuple[str, ...]:
 
 def _has_split(split: Split, axis_sizes: Mapping[str, int], config: Config) -> bool:
     if isinstance(split, Config):
-        return config == split
+        return config == split.splitting(axis_sizes)
 
     def agrees(axes: tuple[str, ...], value: int | str | Sequence[str]) -> bool:
         if isinstance(value, int):
             return degree(axes, axis_sizes) == value
-        return axes == _axes(value)
+        return axes == splitting(value)
 
-    wanted = {name: value for name, value in split.items() if value not in (1, ())}
+    def splitting(value: str | Sequence[str]) -> tuple[str, ...]:
+        return tuple(axis for axis in _axes(value) if axis_sizes[axis] > 1)
+
+    wanted = {
+        name: value
+        for name, value in split.items()
+        if (value != 1 if isinstance(value, int) else splitting(value))
+    }
     return set(wanted) == {name for name, _ in config.splits} and all(
         agrees(config.axes(name), value) for name, value in wanted.items()
     )

@@ -179,10 +179,14 @@ class DeviceGraph:
 
     @property
     def axis_groups(self) -> tuple[tuple[str, ...], ...]:
-        """Names of interchangeable axes together, slowest link level first."""
+        """Names of interchangeable axes together, slowest link level first.
+
+        Axes of size 1 are in none: they split nothing.
+        """
         groups: dict[tuple[int, int], list[str]] = {}
         for axis in sorted(self.axes, key=lambda a: (a.level, -a.size)):
-            groups.setdefault((axis.level, axis.size), []).append(axis.name)
+            if axis.size > 1:
+                groups.setdefault((axis.level, axis.size), []).append(axis.name)
         return tuple(tuple(group) for group in groups.values())
 
     @functools.cached_property

@@ -148,6 +148,15 @@ class ComputationGraph:
         )
 
     @property
+    def constants(self) -> tuple[Value, ...]:
+        """The arrays that depend on no argument: each is whole on every device, and moved by none.
+
+        Numbers do not count, and an array that is read in several places counts once.
+        """
+        found = {id(c): self.program.values[i] for i, c in self.program.constants.items()}
+        return tuple(value for value in found.values() if value.shape)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of layer names, kinds and tensor shapes; a strategy is for one fingerprint."""
         content = [

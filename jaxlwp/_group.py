@@ -13,6 +13,7 @@ Every equation of the flat program either becomes part of a layer or is evaluate
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -144,6 +145,8 @@ class Grouping:
     def __init__(self, program: Program, num_parameters: int) -> None:
         self.program = program
         self.of_parameters = set(program.inputs[:num_parameters]) | set(program.constants)
+        self.outputs = frozenset(program.outputs)
+        self.of_arguments = set(program.inputs)
         self.drafts: list[Draft] = []
         self.known: dict[int, dict[int, Labels]] = {}  # value -> layer -> labels
         self.homes: dict[int, tuple[int, Labels]] = {}
@@ -156,16 +159,33 @@ class Grouping:
     def assign(self, position: int, eqn: Equation) -> None:
         rule, signature = RULES.get(eqn.name), _signature_of(eqn)
         placed = [i for i in eqn.operands if i in self.known or i in self.waiting]
+        if not self.of_arguments.isdisjoint(eqn.operands):
+            self.of_arguments.update(eqn.results)
         if self.of_parameters.issuperset(eqn.operands):
             self.of_parameters.update(eqn.results)
         if rule is None or signature is None:
             self.open(position, eqn, whole(eqn), eqn.name, has_rule=False)
-        elif signature.role == "lazy" or (signature.role == "follow" and not placed):
+        elif (
+            not rule.once
+            and not self.returned(eqn)
+            and (signature.role == "lazy" or (signature.role == "follow" and not placed))
+        ):
             self.lazy.update(dict.fromkeys(eqn.results, position))
         elif position in self.for_reduction:
             self.waiting.update(dict.fromkeys(eqn.results, position))
         else:
             self.place(position, eqn, rule, signature)
+
+    def returned(self, eqn: Equation) -> bool:
+        """Whether the function returns an array that the equation makes of its arguments.
+
+        Such an array needs a layer, which says how it is split. A single number does not, nor what
+        every device can make whole.
+        """
+        values = self.program.values
+        return self.of_arguments.issuperset(eqn.results) and any(
+            i in self.outputs and math.prod(values[i].shape) > 1 for i in eqn.results
+        )
 
     def reads_parameters_only(self, layer: int) -> bool:
         """Whether a layer's results depend on parameters and constants alone."""

@@ -18,15 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex_core
-from jax.sharding import AbstractMesh, PartitionSpec
 
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._layout import degree, local_shape
-from jaxlwp._lower import Lowered, Run, read_elsewhere
+from jaxlwp._lower import run
 from jaxlwp._program import SCAN, Equation, Program, Value, flatten, scan_of
-from jaxlwp._reshard import reshard
+from jaxlwp._spmd import OnBlocks, trace_on_blocks
+from jaxlwp._steps import build_layer, read_elsewhere
 
 COLLECTIVES = (
     "psum",
@@ -124,7 +123,6 @@ def local_step(
       axis_sizes: devices along each mesh axis; the devices need not exist.
     """
     configs = tuple(config if other is layer else Config() for other in graph.layers)
-    lowered = Lowered(graph=graph, configs=configs, axis_sizes=axis_sizes)
     positions = [p for p, (owner, _) in graph.assigned.items() if owner == layer.index]
     uses = [use for use in layer.uses if use.source != layer.index or use.argument]
     outputs = read_elsewhere(graph, positions)
@@ -134,20 +132,17 @@ def local_step(
         for v in outputs
     ]
 
-    def forward(blocks: Sequence[Any]) -> list[Any]:
-        run = Run(lowered, None)
-        for use, (info, layout, _), block in zip(uses, reads, blocks, strict=True):
-            active = frozenset(axis for name in use.active for axis in config.axes(name))
-            run.cache[use.value, use.labels, use.active, layer.index] = reshard(
-                block,
-                shape=info.shape,
-                source=layout,
-                target=layout,
-                active=active,
-                axis_sizes=axis_sizes,
-            )
-        run.evaluate(positions, depth=0)
-        return [run.made[value].block for value in outputs]
+    program = build_layer(
+        graph,
+        configs,
+        axis_sizes,
+        [
+            (use.value, layout, frozenset(a for name in use.active for a in config.axes(name)))
+            for use, (_, layout, _) in zip(uses, reads, strict=True)
+        ],
+        positions,
+        outputs,
+    )
 
     moved = [n for n, (_, _, gradient) in enumerate(reads) if gradient]
     fixed = [n for n, (_, _, gradient) in enumerate(reads) if not gradient]
@@ -161,7 +156,7 @@ def local_step(
 
         def differentiated(*inputs: Any) -> tuple[list[Any], list[Any]]:
             blocks = dict(zip(moved, inputs, strict=True)) | dict(zip(fixed, others, strict=True))
-            made = forward([blocks[n] for n in range(len(reads))])
+            made = run(program, [blocks[n] for n in range(len(reads))])
             return [made[n] for n in driven], [made[n] for n in undriven]
 
         made, back, rest = jax.vjp(differentiated, *inputs, has_aux=True)
@@ -171,21 +166,15 @@ def local_step(
     ends = [reads[n] for n in moved] + [makes[n] for n in driven]
     arguments = ends + [reads[n] for n in fixed]
     results = ends + [makes[n] for n in undriven]
-    mapped = jax.shard_map(
+    traced = trace_on_blocks(
         step,
-        mesh=AbstractMesh(tuple(axis_sizes.values()), tuple(axis_sizes)),
-        in_specs=tuple(_spec(layout) for _, layout, _ in arguments),
-        out_specs=tuple(_spec(layout) for _, layout, _ in results),
+        [_padded(info, layout, axis_sizes) for info, layout, _ in arguments],
+        [layout for _, layout, _ in arguments],
+        [layout for _, layout, _ in results],
+        axis_sizes,
     )
-    traced = jax.make_jaxpr(mapped)(
-        *(_padded(info, layout, axis_sizes) for info, layout, _ in arguments)
-    )
-    program = _local_program(traced)
-    return LocalStep(program=program, carried=len(ends), key=_hash(program))
-
-
-def _spec(layout: Layout) -> PartitionSpec:
-    return PartitionSpec(*(axes or None for axes in layout))
+    local = _local_program(traced)
+    return LocalStep(program=local, carried=len(ends), key=_hash(local))
 
 
 def _padded(info: Value, layout: Layout, axis_sizes: dict[str, int]) -> jax.ShapeDtypeStruct:
@@ -195,23 +184,16 @@ def _padded(info: Value, layout: Layout, axis_sizes: dict[str, int]) -> jax.Shap
     return jax.ShapeDtypeStruct(tuple(shape), info.dtype)
 
 
-def _local_program(traced: Any) -> Program:
-    """The program inside the one `shard_map` of a traced function."""
-    (eqn,) = (eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "shard_map")
-    places = {var: n for n, var in enumerate(traced.jaxpr.invars)}
-    consts = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
-    body = eqn.params["jaxpr"]
-    body = getattr(body, "jaxpr", body)
-    program = flatten(jex_core.ClosedJaxpr(body, ()), derivatives=False, unroll=False)
-    inputs = [-1] * len(places)
+def _local_program(traced: OnBlocks) -> Program:
+    """The program of one device, its operands in the order of the arguments."""
+    program = flatten(traced.jaxpr, derivatives=False, unroll=False)
+    inputs = [-1] * len(traced.positions)
     constants = dict(program.constants)
-    for atom, value in zip(eqn.invars, program.inputs, strict=True):
-        if isinstance(atom, jex_core.Literal):
-            constants[value] = atom.val
-        elif atom in places:
-            inputs[places[atom]] = value
+    for n, value in enumerate(program.inputs):
+        if n in traced.positions:
+            inputs[traced.positions[n]] = value
         else:
-            constants[value] = consts[atom]
+            constants[value] = traced.constants[n]
     return _plain(dataclasses.replace(program, constants=constants, inputs=tuple(inputs)))
 
 

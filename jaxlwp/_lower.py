@@ -1,8 +1,8 @@
-"""The lowered function: the traced program, evaluated on one device's blocks.
+"""The lowered function: the steps of a device's program, carried out on its blocks.
 
 The whole program runs inside one `jax.shard_map` over all mesh axes, so every collective in it is
-one that jaxlwp put there: a change of layout (`_reshard`), a halo exchange (`_halo`), or a sum of
-partial results. `shard_map` tracks over which axes each value varies, and automatic
+one that jaxlwp put there (`_steps`): a change of layout (`_reshard`), a halo exchange (`_halo`), or
+a sum of partial results. `shard_map` tracks over which axes each value varies, and automatic
 differentiation turns every collective into its transpose, so users keep their own
 `jax.value_and_grad`.
 
@@ -13,8 +13,7 @@ zero on the way out, which stops whatever it holds, NaN included, in both direct
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,28 +21,44 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from jaxlwp._border import extend
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph
-from jaxlwp._group import pull, whole
-from jaxlwp._halo import dilate, exchange, plan_halo
-from jaxlwp._layout import degree, even_layout, layout_axes, local_shape
-from jaxlwp._program import Checkpoint, Equation
-from jaxlwp._reshard import reshard
-from jaxlwp.ops import RULES, Labels, Local, Signature, rule_of
+from jaxlwp._halo import assemble, dilate, receive
+from jaxlwp._layout import degree, local_shape
+from jaxlwp._reshard import move_block
+from jaxlwp._spmd import all_reduce, device_index, vary
+from jaxlwp._steps import (
+    AddUp,
+    Again,
+    Assemble,
+    Block,
+    Change,
+    Cut,
+    DeviceProgram,
+    Dilate,
+    Extend,
+    Fill,
+    Items,
+    Op,
+    Operate,
+    Receive,
+    Region,
+    Spread,
+    Step,
+    build,
+    output_layout,
+    stored_layout,
+)
+from jaxlwp.ops import Local, evaluate_whole, rule_of
 
 LAYER_SCOPE = "jaxlwp.layer"
 """Name scope of a layer's operators in the lowered function, before the layer's index."""
 
-
-@dataclass(frozen=True)
-class Placed:
-    """A value on one device: its block, varying over exactly the axes of its layout."""
-
-    block: Any
-    layout: Layout
+Tag = Callable[[Any, int], Any]
+"""`tag(block, value)`: the block, marked as made for a value of the graph's program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,373 +75,198 @@ class Lowered:
     configs: tuple[Config, ...]
     axis_sizes: dict[str, int]
 
+    @functools.cached_property
+    def program(self) -> DeviceProgram:
+        """What one device evaluates."""
+        return build(self.graph, self.configs, self.axis_sizes)
+
     def input_layouts(self) -> tuple[Layout, ...]:
         """How each argument is stored: as its first reader wants it, evenly split."""
-        return tuple(self.argument_layout(value) for value in self.graph.program.inputs)
-
-    def argument_layout(self, value: int) -> Layout:
-        """Layout in which an argument of the function is stored."""
-        return stored_layout(self.graph, self.configs, value, self.axis_sizes)
+        values = self.graph.program.inputs
+        return tuple(stored_layout(self.graph, self.configs, v, self.axis_sizes) for v in values)
 
     def output_layouts(self) -> tuple[Layout, ...]:
         """Layout of each output, evenly split."""
-        return tuple(self._output_layout(value) for value in self.graph.program.outputs)
-
-    def _output_layout(self, value: int) -> Layout:
-        shape = self.graph.program.values[value].shape
-        if value in self.graph.homes:
-            layer, labels = self.graph.homes[value]
-            return even_layout(shape, self.configs[layer].layout(labels), self.axis_sizes)
-        if value in self.graph.owners:
-            return self.argument_layout(value)
-        return ((),) * len(shape)
+        values = self.graph.program.outputs
+        return tuple(output_layout(self.graph, self.configs, v, self.axis_sizes) for v in values)
 
     def __call__(self, *blocks: Any) -> tuple[Any, ...]:
         """Evaluate on blocks of the arguments, inside `jax.shard_map`; returns output blocks."""
-        run = Run(self, blocks)
-        run.evaluate(range(len(self.graph.program.equations)), depth=0)
-        outputs = zip(self.graph.program.outputs, self.output_layouts(), strict=True)
-        return tuple(run.output(value, layout) for value, layout in outputs)
+        return run(self.program, blocks)
 
 
-def stored_layout(
-    graph: ComputationGraph,
-    configs: Sequence[Config],
-    value: int,
-    axis_sizes: dict[str, int],
-) -> Layout:
-    """Layout in which an argument is stored: its owner's, as far as it splits evenly."""
-    shape = graph.program.values[value].shape
-    if value not in graph.owners:
-        return ((),) * len(shape)
-    layer, labels = graph.owners[value]
-    return even_layout(shape, configs[layer].layout(labels), axis_sizes)
+def run(
+    program: DeviceProgram, blocks: Sequence[Any], tag: Tag = lambda block, value: block
+) -> tuple[Any, ...]:
+    """Carry out the steps of a device's program, inside `jax.shard_map`.
 
-
-def read_elsewhere(graph: ComputationGraph, positions: Sequence[int]) -> tuple[int, ...]:
-    """Values that layers make at the given positions and that something after them reads."""
-    inside = frozenset(positions)
-    wanted = set(graph.program.outputs)
-    for position, eqn in reversed(list(enumerate(graph.program.equations))):
-        # A lazy operator is evaluated by those who read it.
-        lazy = position in inside and position not in graph.assigned
-        if position not in inside or (lazy and wanted.intersection(eqn.results)):
-            wanted.update(eqn.operands)
-    made = (value for i in positions for value in graph.program.equations[i].results)
-    return tuple(value for value in made if value in wanted and value in graph.homes)
-
-
-class Run:
-    """One evaluation: the values made so far.
-
-    `blocks` are those of the program's arguments; None for a run that evaluates some equations
-    only, whose operands are put into `cache`.
+    Args:
+      program: the program.
+      blocks: this device's blocks of the inputs.
+      tag: applied to what operators make.
     """
+    made: dict[Block, Any] = dict(program.constants)
+    made.update(zip(program.inputs, blocks, strict=True))
+    _run(program.items, made, program.values, tag)
+    return tuple(made[block] for block in program.outputs)
 
-    def __init__(self, lowered: Lowered, blocks: Sequence[Any] | None) -> None:
-        self.lowered, self.graph = lowered, lowered.graph
-        self.axis_sizes = lowered.axis_sizes
-        self.program = lowered.graph.program
-        self.made: dict[int, Placed] = {}
-        self.cache: dict[Any, Any] = {}
-        self.memo: dict[Any, tuple[tuple[Any, ...], Any]] = {}
-        if blocks is not None:
-            for value, block in zip(self.program.inputs, blocks, strict=True):
-                self.made[value] = Placed(block, lowered.argument_layout(value))
-        for value, constant in self.program.constants.items():
-            layout: Layout = ((),) * len(self.program.values[value].shape)
-            self.made[value] = Placed(constant, layout)
 
-    def evaluate(self, positions: Sequence[int], depth: int) -> None:
-        """Evaluate equations in order.
+def _run(items: Items, made: dict[Block, Any], values: dict[Block, int], tag: Tag) -> None:
+    """Carry out steps, adding to `made`."""
+    for layer, group in itertools.groupby(items, lambda item: getattr(item, "layer", -1)):
+        if layer is None:
+            _run_group(group, made, values, tag)
+        elif layer == -1:
+            for region in group:
+                assert isinstance(region, Region)
+                _run_region(region, made, values, tag)
+        else:
+            with jax.named_scope(f"{LAYER_SCOPE}{layer}"):
+                _run_group(group, made, values, tag)
 
-        Args:
-          positions: of the equations in the program.
-          depth: how many calls of `jax.checkpoint` around them are dealt with already.
-        """
-        equations = self.program.equations
 
-        def call_of(position: int) -> Checkpoint | None:
-            calls = equations[position].checkpoints
-            return calls[depth] if len(calls) > depth else None
+def _run_group(steps: Any, made: dict[Block, Any], values: dict[Block, int], tag: Tag) -> None:
+    for step in steps:
+        assert isinstance(step, Step)
+        results = carry_out(step.op, [made[block] for block in step.operands], step)
+        for block, x in zip(step.results, results, strict=True):
+            made[block] = tag(x, values[block]) if block in values else x
 
-        for call, group in itertools.groupby(positions, call_of):
-            if call is not None:
-                self.checkpoint(call, tuple(group), depth + 1)
-                continue
-            for position in group:
-                if position in self.graph.assigned:
-                    layer, signature = self.graph.assigned[position]
-                    self.execute(equations[position], signature, layer)
 
-    def checkpoint(self, call: Checkpoint, positions: Sequence[int], depth: int) -> None:
-        """Evaluate the equations of a `jax.checkpoint`: only what others read is kept."""
-        kept = read_elsewhere(self.graph, positions)
+def _run_region(region: Region, made: dict[Block, Any], values: dict[Block, int], tag: Tag) -> None:
+    """Evaluate a call of `jax.checkpoint`: only what others read is kept."""
 
-        def body() -> list[Any]:
-            inner = copy.copy(self)
-            inner.made, inner.cache = dict(self.made), dict(self.cache)
-            inner.memo = dict(self.memo)
-            inner.evaluate(positions, depth)
-            return [inner.made[value].block for value in kept]
+    def body() -> list[Any]:
+        inner = dict(made)
+        _run(region.items, inner, values, tag)
+        return [inner[block] for block in region.kept]
 
-        body = jax.checkpoint(body, policy=call.policy, prevent_cse=call.prevent_cse)
-        for value, block in zip(kept, body(), strict=True):
-            layer, labels = self.graph.homes[value]
-            self.made[value] = Placed(block, self.lowered.configs[layer].layout(labels))
+    call = region.call
+    body = jax.checkpoint(body, policy=call.policy, prevent_cse=call.prevent_cse)
+    made.update(zip(region.kept, body(), strict=True))
 
-    def execute(self, eqn: Equation, signature: Signature, layer: int) -> None:
-        """Evaluate an equation that belongs to a layer."""
-        config = self.lowered.configs[layer]
-        with jax.named_scope(f"{LAYER_SCOPE}{layer}"):
-            results = self.apply(eqn, signature, signature.names, layer)
-        for value, block, labels in zip(eqn.results, results, signature.results, strict=True):
-            self.made[value] = Placed(block, config.layout(labels))
 
-    def output(self, value: int, layout: Layout) -> Any:
-        if value not in self.made:
-            return self.get(value, (None,) * len(layout), frozenset(), layer=0)
-        return self.moved(value, layout, layout_axes(layout))
+# --- steps ----------------------------------------------------------------------------------------
 
-    def moved(self, value: int, layout: Layout, active: frozenset[str]) -> Any:
-        """Block of a made value in another layout; readers that want the same share it."""
-        key = (value, layout, active)
-        if key not in self.cache:
-            self.cache[key] = self.move(*key)
-        return self.cache[key]
 
-    def move(self, value: int, layout: Layout, active: frozenset[str]) -> Any:
-        placed = self.made[value]
-        block = placed.block
-        if value in self.program.constants and (active or layout_axes(layout)):
-            block = jnp.asarray(block)
-        return reshard(
-            block,
-            shape=self.program.values[value].shape,
-            source=placed.layout,
-            target=layout,
-            active=active,
-            axis_sizes=self.axis_sizes,
-        )
+def carry_out(op: Op, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    """The results of one step."""
+    return _CARRY_OUT[type(op)](op, blocks, step)
 
-    def get(self, value: int, labels: Labels, active: frozenset[str], layer: int) -> Any:
-        """Block of a value as a layer wants it; lazy values are evaluated here.
 
-        Args:
-          value: index of the value.
-          labels: the layer's names of its dimensions.
-          active: dimension names over which the layer's work is split.
-          layer: index of the layer.
-        """
-        key = (value, labels, active, layer)
-        if key not in self.cache:
-            self.cache[key] = self.fetch(*key)
-        return self.cache[key]
+def _change(op: Change, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    x = jnp.asarray(blocks[0])  # a constant may be a plain number
+    return (move_block(x, op.move, op.before, op.shape, dict(op.axes)),)
 
-    def fetch(self, value: int, labels: Labels, active: frozenset[str], layer: int) -> Any:
-        config = self.lowered.configs[layer] if self.lowered.configs else Config()
-        layout = config.layout(labels)
-        axes = frozenset(axis for name in active for axis in config.axes(name))
-        if value in self.made:
-            return self.moved(value, layout, axes)
-        eqn = self.program.equations[self.graph.lazy[value]]
-        position = eqn.results.index(value)
-        signature = pull(eqn, position, labels)
-        if signature is not None:
-            return self.apply(eqn, signature, active, layer)[position]
-        block = self.apply(eqn, whole(eqn), frozenset(), layer)[position]
-        return reshard(
-            block,
-            shape=eqn.result_values[position].shape,
-            source=((),) * len(labels),
-            target=layout,
-            active=axes,
-            axis_sizes=self.axis_sizes,
-        )
 
-    def apply(
-        self, eqn: Equation, signature: Signature, active: frozenset[str], layer: int
-    ) -> tuple[Any, ...]:
-        """Evaluate one equation on blocks: operands in place, halo, operator, sum, mask."""
-        config = self.lowered.configs[layer] if self.lowered.configs else Config()
-        blocks = [
-            self.get(operand, labels, active, layer)
-            for operand, labels in zip(eqn.operands, signature.operands, strict=True)
-        ]
-        fills: list[Any] = [0]
-        if signature.fill is not None:
-            fills = [
-                blocks[1] if signature.fill == "value" else _fill(signature, value.dtype)
-                for value in eqn.operand_values
-            ]
-            blocks = [
-                self.once(self.mask, block, value.shape, config.layout(labels), fill)
-                for block, value, labels, fill in zip(
-                    blocks, eqn.operand_values, signature.operands, fills, strict=True
-                )
-            ]
-        elif _elementwise(eqn):
-            blocks = self.spread(eqn, signature, config, blocks)
-        haloed = {}
-        for name in sorted(signature.windows):
-            if config.axes(name):
-                blocks[0], haloed[name] = self.with_halo(
-                    blocks[0], eqn, signature, name, config, fills[0]
-                )
-        reduced_axes = tuple(
-            axis for axis in self.axis_sizes for n in signature.reduced if axis in config.axes(n)
-        )
-        varying = tuple(
-            axis for axis in self.axis_sizes for name in active if axis in config.axes(name)
-        )
-        local = self.local(eqn, signature, config)
-        local = dataclasses.replace(
-            local, haloed=haloed, reduced_axes=reduced_axes, varying=varying
-        )
-        found = rule_of(eqn)
-        results = found[0].lower(eqn, blocks, local) if found else eqn.bind(*blocks)
-        if reduced_axes and not (found and found[0].combines):
-            results = tuple(lax.psum(block, reduced_axes) for block in results)
-        return self.masked_results(eqn, signature, config, results)
+def _fill(op: Fill, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    block, axis_sizes = blocks[0], dict(op.axes)
+    fill = jnp.asarray(blocks[1] if len(blocks) > 1 else op.value, block.dtype)
+    for dim, (size, axes) in enumerate(zip(op.shape, op.layout, strict=True)):
+        if size % degree(axes, axis_sizes):
+            start = device_index(axes) * block.shape[dim]
+            position = lax.broadcasted_iota(jnp.int32, block.shape, dim) + start
+            block = jnp.where(position < size, block, fill)
+    return (block,)
 
-    def local(self, eqn: Equation, signature: Signature, config: Config) -> Local:
-        shapes, offsets, real = [], [], []
-        for labels, value in zip(signature.results, eqn.result_values, strict=True):
-            layout = config.layout(labels)
-            shape = local_shape(value.shape, layout, self.axis_sizes)
-            start = tuple(
-                lax.axis_index(axes) * size if axes else 0
-                for axes, size in zip(layout, shape, strict=True)
+
+def _spread(op: Spread, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    return (jnp.broadcast_to(blocks[0], op.shape),)
+
+
+def _cut(op: Cut, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    pieces: Sequence[Any] = lax.split(blocks[0], op.sizes, op.dim)
+    return pieces
+
+
+def _receive(op: Receive, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    return (receive(blocks[0], op.dim, op.axes, op.parts, op.piece, op.ring),)
+
+
+def _assemble(op: Assemble, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    count = len(op.starts)
+    fill = blocks[count] if len(blocks) > count else op.value
+    pieces = list(zip(op.starts, blocks[:count], strict=True))
+    return (assemble(pieces, op.dim, op.axes, op.halo, fill),)
+
+
+def _extend(op: Extend, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    return (extend(blocks[0], op.dim, op.border),)
+
+
+def _dilate(op: Dilate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    return (dilate(blocks[0], op.dim, op.axes, op.halo),)
+
+
+def _add_up(op: AddUp, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    return (all_reduce(blocks[0], op.axes),)
+
+
+def _operate(op: Operate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    found = rule_of(op.eqn)
+    if found is None:
+        return evaluate_whole(op.eqn, blocks)
+    return found[0].lower(op.eqn.extended, blocks, _local(op))
+
+
+def _local(op: Operate) -> Local:
+    axis_sizes = dict(op.axes)
+    shapes, offsets, real = [], [], []
+    for value, layout in zip(op.eqn.result_values, op.layouts, strict=True):
+        shape = local_shape(value.shape, layout, axis_sizes)
+        start = tuple(device_index(axes) * size for axes, size in zip(layout, shape, strict=True))
+        uneven = (n % degree(axes, axis_sizes) for n, axes in zip(value.shape, layout, strict=True))
+        shapes.append(shape)
+        offsets.append(start)
+        real.append(
+            tuple(
+                jnp.clip(whole - first, 0, size) if odd else None
+                for whole, first, size, odd in zip(value.shape, start, shape, uneven, strict=True)
             )
-            shapes.append(shape)
-            offsets.append(start)
-            real.append(
-                tuple(
-                    jnp.clip(whole - first, 0, size)
-                    if whole % degree(axes, self.axis_sizes)
-                    else None
-                    for whole, axes, first, size in zip(
-                        value.shape, layout, start, shape, strict=True
-                    )
-                )
-            )
-        return Local(
-            names=signature.operands[0] if signature.operands else (),
-            result_shapes=tuple(shapes),
-            offsets=tuple(offsets),
-            real=tuple(real),
         )
-
-    def with_halo(
-        self,
-        block: Any,
-        eqn: Equation,
-        signature: Signature,
-        name: str,
-        config: Config,
-        fill: Any,
-    ) -> tuple[Any, tuple[int, int, int]]:
-        """The rows that the operator reads, and what padding and base dilation they still need."""
-        dim = signature.operands[0].index(name)
-        out = signature.results[0].index(name)
-        size, out_size = eqn.operand_values[0].shape[dim], eqn.result_values[0].shape[out]
-        axes = config.axes(name)
-        halo = plan_halo(size, out_size, signature.windows[name], degree(axes, self.axis_sizes))
-        block = self.once(exchange, block, dim, axes, halo, size, fill, self.once)
-        if halo.left_over is None:
-            return dilate(block, dim, axes, halo), (0, 0, 1)
-        return block, halo.left_over
-
-    def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The function's value, made once for the same arguments.
-
-        Several convolutions that read one tensor share the rows they receive. The compiler would
-        merge the exchanges of the forward pass, but not their transposes.
-        """
-        key = (
-            function,
-            *(id(x) if isinstance(x, (jax.Array, np.ndarray)) else x for x in arguments),
-        )
-        if key not in self.memo:  # the arguments are kept too: their ids stay theirs
-            self.memo[key] = arguments, function(*arguments)
-        return self.memo[key][1]
-
-    def mask(self, block: Any, shape: Sequence[int], layout: Layout, fill: Any) -> Any:
-        """The block with `fill` in its padding."""
-        for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
-            if size % degree(axes, self.axis_sizes):
-                start = lax.axis_index(axes) * block.shape[dim]
-                position = lax.broadcasted_iota(jnp.int32, block.shape, dim) + start
-                block = jnp.where(position < size, block, jnp.asarray(fill, block.dtype))
-        return block
-
-    def spread(
-        self, eqn: Equation, signature: Signature, config: Config, blocks: Sequence[Any]
-    ) -> list[Any]:
-        """Make operands that an elementwise operator broadcasts into padding full, padding zeroed.
-
-        Their cotangents are summed over the padding, where the other operand may hold what turns
-        even a zero cotangent into NaN (log 0, 1 / 0). Zeroing the result would be too late.
-        """
-        labels, shape = signature.results[0], eqn.result_values[0].shape
-        layout = config.layout(labels)
-        return [
-            self.mask(
-                jnp.broadcast_to(block, local_shape(shape, layout, self.axis_sizes)),
-                shape,
-                layout,
-                0,
-            )
-            if self.broadcasts(operand, operand_labels, labels, shape, layout)
-            else block
-            for operand, operand_labels, block in zip(
-                eqn.operands, signature.operands, blocks, strict=True
-            )
-        ]
-
-    def broadcasts(
-        self,
-        operand: int,
-        operand_labels: Labels,
-        labels: Labels,
-        shape: Sequence[int],
-        layout: Layout,
-    ) -> bool:
-        """Whether an operand with a cotangent is broadcast over a result's padding."""
-        uneven = {
-            label
-            for label, size, axes in zip(labels, shape, layout, strict=True)
-            if size % degree(axes, self.axis_sizes)
-        }
-        return operand in self.graph.gradients and not uneven <= set(operand_labels)
-
-    def masked_results(
-        self, eqn: Equation, signature: Signature, config: Config, results: Sequence[Any]
-    ) -> tuple[Any, ...]:
-        """Zero the padding where elements have mixed or a parameter was broadcast into it."""
-        masked = []
-        for block, value, labels in zip(results, eqn.result_values, signature.results, strict=True):
-            layout = config.layout(labels)
-            broadcast = not _elementwise(eqn) and any(
-                self.broadcasts(operand, operand_labels, labels, value.shape, layout)
-                for operand, operand_labels in zip(eqn.operands, signature.operands, strict=True)
-            )
-            if signature.fill is not None or broadcast:
-                block = self.mask(block, value.shape, layout, 0)
-            masked.append(block)
-        return tuple(masked)
+    return Local(
+        names=tuple(str(dim) for dim in range(len(op.names))),
+        result_shapes=tuple(shapes),
+        offsets=tuple(offsets),
+        real=tuple(real),
+        haloed={str(dim): left_over for dim, left_over in op.haloed},
+        varying=op.varying,
+        reduced_axes=op.reduced_axes,
+    )
 
 
-def _elementwise(eqn: Equation) -> bool:
-    rule = RULES.get(eqn.name)
-    return rule is not None and rule.kind == "elementwise"
+def _again(op: Again, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    """What another step has received, with the transpose of having received it anew."""
+    x, received = blocks[0], lax.stop_gradient(blocks[1])
+    given, other = step.operands[0], step.operands[1]
+    missing = step.results[0].varying - other.varying
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return (vary(received, missing),)
+
+    @jax.custom_vjp
+    def again(x: Any, received: Any) -> Any:
+        return vary(received, missing)
+
+    def transposed(_: None, cotangent: Any) -> tuple[Any, Any]:
+        zeros = vary(jnp.zeros(x.shape, x.dtype), given.varying)
+        _, back = jax.vjp(lambda x: carry_out(op.op, [x], step)[0], zeros)
+        nothing = vary(jnp.zeros(received.shape, received.dtype), other.varying)
+        return back(cotangent)[0], nothing
+
+    again.defvjp(lambda x, received: (again(x, received), None), transposed)
+    return (again(x, received),)
 
 
-def _fill(signature: Signature, dtype: Any) -> Any:
-    """The neutral element that padding holds."""
-    if signature.fill in (None, "zero"):
-        return 0
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return -jnp.inf if signature.fill == "lowest" else jnp.inf
-    info: Any = np.iinfo(dtype)
-    return info.min if signature.fill == "lowest" else info.max
+_CARRY_OUT: dict[type, Callable[[Any, Sequence[Any], Step], Sequence[Any]]] = {
+    Change: _change,
+    Fill: _fill,
+    Spread: _spread,
+    Cut: _cut,
+    Receive: _receive,
+    Assemble: _assemble,
+    Extend: _extend,
+    Dilate: _dilate,
+    AddUp: _add_up,
+    Operate: _operate,
+    Again: _again,
+}

@@ -32,6 +32,7 @@ from jaxlwp._layout import degree
 from jaxlwp._local import LocalStep, local_step, text_of
 from jaxlwp._processes import from_first, spans_processes
 from jaxlwp._program import Value
+from jaxlwp._spmd import auto_mesh, on_mesh
 from jaxlwp._store import Environment, Measurement, Store, environment_of, now
 
 Pair = tuple[Layer, Config]
@@ -127,7 +128,7 @@ class LayerTimer(LayerTimes):
     ) -> None:
         super().__init__(graph, rates.axis_sizes, cache if cache is not None else TimingCache())
         self.rates = rates
-        self.mesh = Mesh(np.array(list(devices), dtype=object), ("device",))
+        self.mesh = auto_mesh(list(devices), ("device",))
 
     def measure(self, pairs: Sequence[Pair], progress: Progress | None = None) -> int:
         """Measure what is not known yet of some layers under configs.
@@ -204,7 +205,8 @@ class LayerTimer(LayerTimes):
         done = 0
         for chunk in _chunks(list(programs.values()), self.mesh.size):
             progress(what, done, len(programs))
-            timings = _time_together(chunk, self.mesh, self.rates)
+            with on_mesh(self.mesh):
+                timings = _time_together(chunk, self.mesh, self.rates)
             self.cache.put(
                 {
                     key: _with_earlier(self.cache.find(step.key), timing, step.key)
@@ -319,7 +321,10 @@ def _structure(layer: Layer) -> str:
             )
         ]  # fmt: skip
         names = (member.signature.operands, member.signature.results)
-        lines.append(f"{eqn.name} {params} {types} {names} {member.gradient} {member.recomputed}")
+        borders = sorted(eqn.borders.items())
+        lines.append(
+            f"{eqn.name} {params} {borders} {types} {names} {member.gradient} {member.recomputed}"
+        )
     reads = [
         f"{use.info.dtype}{list(use.info.shape)} {use.labels} {sorted(map(str, use.active))} "
         f"{use.gradient} {use.source == layer.index and not use.argument}"

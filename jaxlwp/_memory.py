@@ -19,16 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import optax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend import core as jex_core
-from jax.sharding import AbstractMesh, PartitionSpec
 
 from jaxlwp._buffers import LIBRARY, Buffers, predict
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Edge, Layer, Use
 from jaxlwp._layout import copied_bytes, even_layout, local_shape
-from jaxlwp._lower import Lowered, Placed, Run
-from jaxlwp._program import Equation, Program, Value, flatten
-from jaxlwp.ops import Labels, Signature
+from jaxlwp._lower import Lowered, run
+from jaxlwp._program import Program, Value, flatten
+from jaxlwp._spmd import trace_on_blocks
+from jaxlwp.ops import Labels
 
 if TYPE_CHECKING:
     from jaxlwp._plan import Plan
@@ -163,16 +162,6 @@ class DifferentiatedProgram:
     loss: int
 
 
-class _Tagged(Run):
-    """A run whose values carry their index in the graph's program as a name."""
-
-    def execute(self, eqn: Equation, signature: Signature, layer: int) -> None:
-        super().execute(eqn, signature, layer)
-        for value in eqn.results:
-            placed = self.made[value]
-            self.made[value] = Placed(checkpoint_name(placed.block, str(value)), placed.layout)
-
-
 def differentiated(lowered: Lowered) -> DifferentiatedProgram:
     """Trace the differentiated program of one device."""
     graph, sizes = lowered.graph, lowered.axis_sizes
@@ -180,10 +169,8 @@ def differentiated(lowered: Lowered) -> DifferentiatedProgram:
     trained = tuple(n for n in range(graph.num_parameters) if inputs[n] in graph.gradients)
 
     def evaluate(blocks: Sequence[Any]) -> tuple[Any, ...]:
-        run = _Tagged(lowered, blocks)
-        run.evaluate(range(len(graph.program.equations)), depth=0)
-        outputs = zip(graph.program.outputs, lowered.output_layouts(), strict=True)
-        return tuple(run.output(value, layout) for value, layout in outputs)
+        # What operators make carries the index of its value in the graph's program as a name.
+        return run(lowered.program, blocks, lambda x, value: checkpoint_name(x, str(value)))
 
     def step(*blocks: Any) -> tuple[Any, ...]:
         def loss(*parameters: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -198,36 +185,23 @@ def differentiated(lowered: Lowered) -> DifferentiatedProgram:
         )(*(blocks[n] for n in trained))
         return (*gradients, value, *others)
 
-    specs = [_spec(layout) for layout in lowered.input_layouts()]
-    results = [_spec(layout) for layout in lowered.output_layouts()]
-    mapped = jax.shard_map(
-        step,
-        mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)),
-        in_specs=tuple(specs),
-        out_specs=(*(specs[n] for n in trained), *results),
-    )
     values = [graph.program.values[value] for value in inputs]
-    traced = jax.make_jaxpr(mapped)(*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values))
-    (eqn,) = (eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "shard_map")
-    body = eqn.params["jaxpr"]
-    body = jex_core.ClosedJaxpr(getattr(body, "jaxpr", body), ())
-    program = flatten(body, derivatives=False, unroll=False)
-    place = {var: n for n, var in enumerate(traced.jaxpr.invars)}
-    position = {
-        place[var]: n
-        for n, var in enumerate(eqn.invars)
-        if not isinstance(var, jex_core.Literal) and var in place
-    }
+    layouts = lowered.input_layouts()
+    traced = trace_on_blocks(
+        step,
+        [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values],
+        layouts,
+        [*(layouts[n] for n in trained), *lowered.output_layouts()],
+        sizes,
+    )
+    program = flatten(traced.jaxpr, derivatives=False, unroll=False)
+    position = {place: n for n, place in traced.positions.items()}
     return DifferentiatedProgram(
         program=program,
         gradients={output: position[n] for output, n in enumerate(trained)},
         trained=trained,
         loss=len(trained),
     )
-
-
-def _spec(layout: Layout) -> PartitionSpec:
-    return PartitionSpec(*(axes or None for axes in layout))
 
 
 # --- bytes of a layer under each of its configs ----------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from jaxlwp._arguments import Arguments, canonical
 from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
 from jaxlwp._constraints import Constraints
 from jaxlwp._devices import DeviceGraph
@@ -22,6 +24,7 @@ from jaxlwp._plan import Plan, bind, is_loss, output_shapes
 from jaxlwp._profile import Profile
 from jaxlwp._search import search
 from jaxlwp._space import SearchSpace, check_mesh, price
+from jaxlwp._spmd import set_mesh_or_none
 from jaxlwp._strategy import BASELINES, Strategy
 from jaxlwp._trace import trace
 from jaxlwp._wide import ROUNDS, is_large, price_around
@@ -42,6 +45,7 @@ def parallelize(
     objective: str | Objective = "sum",
     check: str | Sequence[str] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    **keywords: Any,
 ) -> Plan:
     """Trace, price, search and bind: from a loss function to a sharded one.
 
@@ -50,8 +54,10 @@ def parallelize(
         first element is the loss.
       params: pytree of parameters (arrays or `jax.ShapeDtypeStruct`).
       *batch: the other arguments, likewise; their shapes are the plan's shapes.
-      devices: devices or how many of `jax.devices()`; all by default.
-      mesh: a mesh of the user's own, in place of `devices`; its axes keep their names.
+      devices: devices or how many of `jax.devices()`; by default those of the mesh that is set
+        (`jax.set_mesh`), if there is one, else all.
+      mesh: a mesh of the user's own, in place of `devices`; its axes keep their names and order,
+        Auto or Explicit.
       strategy: "search", "data", "model", "owt", "spatial", or a `Strategy`.
       rates: rates of devices and links by hand, or a profile of another machine (`load_profile`);
         measured (30 to 60 s, cached) by default.
@@ -69,25 +75,25 @@ def parallelize(
         needs more memory than there is, or than `memory_bytes`, is not run. `params` and `batch`
         must be arrays then.
       on_progress: called as `on_progress(what, done, total)`.
+      **keywords: arguments of `fn` by name. One that has the name of an option above is to be
+        passed by position.
 
     Returns:
       A plan, to be called like `fn`.
 
     Raises:
-      ValueError: more devices than exist, a loss that is not a scalar, an unknown strategy or one
-        for another model, a batch that the devices do not divide under strategy "data", a rate
-        that is not a positive number, an unknown check, constraints that nothing keeps to.
+      ValueError: an argument of a wrong kind, more devices than exist, a loss that is not a scalar,
+        an unknown strategy or one for another model, a batch that the devices do not divide under
+        strategy "data", a rate that is not a positive number, an unknown check, constraints that
+        nothing keeps to.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
-    if not isinstance(strategy, (str, Strategy)):
-        raise ValueError(
-            f"strategy: {strategy!r} is a {type(strategy).__name__}; give 'search', a baseline's "
-            "name, or a Strategy"
-        )
+    _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes)
     against = _against(check)
-    mesh = mesh if mesh is not None else make_mesh(choose_devices(devices))
-    graph = trace(fn, params, *batch)
-    out_tree = _check_loss(fn, params, *batch)
+    arguments = canonical("parallelize", fn, (params, *batch), keywords)
+    mesh = _chosen_mesh(devices, mesh)
+    graph = trace(fn, *arguments[0], keywords=arguments[1])
+    out_tree = _check_loss(fn, arguments)
     if isinstance(rates, Profile):
         rated = rates.device_graph(mesh)
     elif isinstance(rates, DeviceGraph):
@@ -132,7 +138,7 @@ def parallelize(
             if timer:
                 timer.measure(space.pairs(chosen), on_progress)
                 found = measured_space(space, timer)
-        return bind(found, chosen, mesh, (params, *batch), out_tree, result, fn)
+        return bind(found, chosen, mesh, arguments[0], out_tree, result, fn, arguments[1])
 
     if memory_bytes is None:
         plan = planned(None)
@@ -144,13 +150,61 @@ def parallelize(
 
     return fastest(
         plan,
-        params,
-        batch,
+        arguments,
         against=against,
         optimizer=optimizer,
         memory_bytes=memory_bytes,
         progress=on_progress,
     )
+
+
+def _check_kinds(
+    fn: Any,
+    devices: Any,
+    mesh: Any,
+    strategy: Any,
+    rates: Any,
+    optimizer: Any,
+    memory_bytes: Any,
+) -> None:
+    """Check the kinds of the arguments, each in one line: place, value, rule, remedy."""
+
+    def refuse(name: str, value: Any, wanted: str) -> None:
+        text = getattr(value, "__name__", f"{value!r:.80}")
+        raise ValueError(f"{name}: {text} is a {type(value).__name__}; give {wanted}")
+
+    if not callable(fn):
+        refuse("loss function", fn, "a function, called as fn(params, *batch)")
+    if isinstance(devices, (str, bytes, bool)) or not (
+        devices is None or isinstance(devices, (int, np.integer)) or isinstance(devices, Iterable)
+    ):
+        refuse("devices", devices, "a number of devices, as in devices=8, or a list of them")
+    if not (mesh is None or isinstance(mesh, Mesh)):
+        refuse("mesh", mesh, "a jax.sharding.Mesh, as from jax.make_mesh")
+    if devices is not None and mesh is not None:
+        raise ValueError("devices: given beside mesh, which has devices already; give one of both")
+    if not isinstance(strategy, (str, Strategy)):
+        refuse("strategy", strategy, "'search', a baseline's name, or a Strategy")
+    if not (rates is None or isinstance(rates, (Rates, DeviceGraph, Profile))):
+        refuse("rates", rates, "jaxlwp.Rates, a DeviceGraph, a profile, or None to measure")
+    if not (optimizer is None or (hasattr(optimizer, "init") and hasattr(optimizer, "update"))):
+        refuse(
+            "optimizer",
+            optimizer,
+            "an optax transformation, as in optimizer=optax.sgd(1e-2, momentum=0.9)",
+        )
+    number = isinstance(memory_bytes, (int, float, np.number)) and not isinstance(
+        memory_bytes, bool
+    )
+    if not (memory_bytes is None or (number and memory_bytes > 0)):
+        refuse("memory_bytes", memory_bytes, "a positive number of bytes, as in 80e9")
+
+
+def _chosen_mesh(devices: Sequence[Any] | int | None, mesh: Mesh | None) -> Mesh:
+    """The mesh given, that of the devices given, the one that is set, or one of all devices."""
+    if mesh is None and devices is None:
+        mesh = set_mesh_or_none()
+    return mesh if mesh is not None else make_mesh(choose_devices(devices))
 
 
 def _against(check: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -296,9 +350,9 @@ def _rated(mesh: Mesh, rates: Rates | None) -> DeviceGraph:
         ) from error
 
 
-def _check_loss(fn: Callable[..., Any], *arguments: Any) -> Any:
+def _check_loss(fn: Callable[..., Any], arguments: Arguments) -> Any:
     """Structure of the output; its first leaf must be a scalar loss."""
-    out = output_shapes(fn, *arguments)
+    out = output_shapes(fn, arguments)
     if not is_loss(out):
         loss = out[0] if isinstance(out, tuple) else out
         raise ValueError(

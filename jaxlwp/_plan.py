@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlwp._arguments import Arguments, canonical
 from jaxlwp._collectives import strategy_collectives
 from jaxlwp._config import Layout
 from jaxlwp._cost import layer_configs
@@ -24,6 +25,7 @@ from jaxlwp._lower import Lowered
 from jaxlwp._memory import Memory, plan_memory
 from jaxlwp._search import SearchResult, search
 from jaxlwp._space import SearchSpace, check_mesh, price
+from jaxlwp._spmd import check_set_mesh, no_mesh, partition_spec, placed
 from jaxlwp._strategy import Strategy
 from jaxlwp._tables import Cost
 from jaxlwp._trace import trace
@@ -33,8 +35,8 @@ from jaxlwp._trace import trace
 class Plan:
     """A training function, split over a mesh by a strategy.
 
-    Call it like the function: `plan(params, *batch)`. It works under `jax.jit`, `jax.grad`,
-    `jax.value_and_grad` (also with `has_aux=True`) and with donated buffers.
+    Call it like the function: `plan(params, *batch)`, or with arguments by name. It works under
+    `jax.jit`, `jax.grad`, `jax.value_and_grad` (also with `has_aux=True`) and with donated buffers.
 
     Attributes:
       space: the priced space that the strategy is from.
@@ -42,7 +44,7 @@ class Plan:
       mesh: the device mesh.
       result: the search result, if the strategy was searched for.
       function: the function that was traced.
-      in_tree: structure of (params, *batch).
+      in_tree: structure of ((params, *batch), arguments that are passed by name only).
       out_tree: structure of the function's output.
       checked: measured seconds of a step by name of the strategy, if `parallelize` was asked to
         check; the plan's is the least. Infinite for one that needs more memory than there is.
@@ -91,10 +93,20 @@ class Plan:
         )
 
     @functools.cached_property
+    def _shardings(self) -> Arguments:
+        flat = [self._sharding(layout) for layout in self.lowered.input_layouts()]
+        shardings: Arguments = jax.tree.unflatten(self.in_tree, flat)
+        return shardings
+
+    @property
     def shardings(self) -> tuple[Any, ...]:
         """Shardings of (params, *batch), as a pytree of the same structure."""
-        flat = [self._sharding(layout) for layout in self.lowered.input_layouts()]
-        return tuple(jax.tree.unflatten(self.in_tree, flat))
+        return self._shardings[0]
+
+    @property
+    def keyword_shardings(self) -> dict[str, Any]:
+        """Shardings of the arguments that can be passed by name only."""
+        return self._shardings[1]
 
     @property
     def param_shardings(self) -> Any:
@@ -111,33 +123,38 @@ class Plan:
 
     @functools.cached_property
     def _function(self) -> Callable[..., Any]:
+        layouts = self.lowered.input_layouts()
         mapped = jax.shard_map(
             self.lowered,
             mesh=self.mesh,
-            in_specs=tuple(partition_spec(x) for x in self.lowered.input_layouts()),
-            out_specs=tuple(partition_spec(x) for x in self.lowered.output_layouts()),
+            in_specs=tuple(map(partition_spec, layouts)),
+            out_specs=tuple(map(partition_spec, self.lowered.output_layouts())),
         )
-        return jax.jit(lambda *flat: mapped(*flat))
+        shardings = [self._sharding(layout) for layout in layouts]
+        return jax.jit(lambda *flat: mapped(*map(placed, flat, shardings)))
 
-    def __call__(self, params: Any, *batch: Any) -> Any:
+    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
         """The function's output, computed on the mesh.
 
         State that the function changes in NNX modules (random counts, statistics) is changed in
         the modules passed here too.
 
         Raises:
-          ValueError: the arguments differ in structure, shape or dtype from the traced ones.
+          ValueError: the arguments differ in structure, shape or dtype from the traced ones, or
+            another mesh than the plan's is set.
         """
-        flat = self._check_arguments((params, *batch))
+        check_set_mesh("plan", self.mesh)
+        arguments = canonical("plan", self.function, (params, *batch), keywords)
+        flat = self._check_arguments(arguments)
         results = self._function(*flat)
         count = len(results) - len(self.graph.changed)
         for position, value in zip(self.graph.changed, results[count:], strict=True):
             flat[position] = value
         if self.graph.changed:
-            _write_back((params, *batch), jax.tree.unflatten(self.in_tree, flat))
+            _write_back(arguments, jax.tree.unflatten(self.in_tree, flat))
         return jax.tree.unflatten(self.out_tree, results[:count])
 
-    def _check_arguments(self, arguments: tuple[Any, ...]) -> list[Any]:
+    def _check_arguments(self, arguments: Arguments) -> list[Any]:
         flat, tree = jax.tree.flatten(arguments)
         if tree != self.in_tree:
             raise ValueError(
@@ -155,17 +172,30 @@ class Plan:
                 )
         return flat
 
+    @functools.cached_property
+    def _argument_shapes(self) -> Arguments:
+        values = (self.graph.program.values[i] for i in self.graph.program.inputs)
+        shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]
+        arguments: Arguments = jax.tree.unflatten(self.in_tree, shapes)
+        return arguments
+
     @property
     def argument_shapes(self) -> tuple[Any, ...]:
         """Shapes and dtypes of (params, *batch), as a pytree of the same structure."""
-        program = self.graph.program
-        shapes = [
-            jax.ShapeDtypeStruct(program.values[i].shape, program.values[i].dtype)
-            for i in program.inputs
-        ]
-        return tuple(jax.tree.unflatten(self.in_tree, shapes))
+        return self._argument_shapes[0]
 
-    def rebind(self, *batch: Any, fn: Callable[..., Any] | None = None, params: Any = None) -> Plan:
+    @property
+    def batch_shapes(self) -> Arguments:
+        """Shapes and dtypes of the arguments after the parameters, and of those by name only."""
+        return self._argument_shapes[0][1:], self._argument_shapes[1]
+
+    def rebind(
+        self,
+        *batch: Any,
+        fn: Callable[..., Any] | None = None,
+        params: Any = None,
+        keywords: Mapping[str, Any] | None = None,
+    ) -> Plan:
         """The same strategy for another batch size, or for evaluation, without a new search.
 
         Layers of the same name keep their configs. Only where that is not possible (a smaller
@@ -178,9 +208,10 @@ class Plan:
             is for evaluation: its predicted costs are those of the forward pass.
           params: the parameters for `fn`, if their structure differs (an NNX module in
             evaluation mode); by default like the plan's.
+          keywords: arguments of `fn` that are passed by name.
 
         Returns:
-          A plan, to be called as `fn(params, *batch)`.
+          A plan, to be called as `fn(params, *batch, **keywords)`.
 
         Raises:
           ValueError: the plan does not know its function and none is given.
@@ -193,16 +224,18 @@ class Plan:
             )
         if params is None:
             params = self.argument_shapes[0]
-        outputs = output_shapes(fn, params, *batch)
-        graph = trace(fn, params, *batch, differentiated=is_loss(outputs))
+        arguments = canonical("rebind", fn, (params, *batch), keywords or {})
+        outputs = output_shapes(fn, arguments)
+        graph = trace(fn, *arguments[0], keywords=arguments[1], differentiated=is_loss(outputs))
         space = _kept(graph, self.space.devices, self.strategy)
         return bind(
             space,
             dataclasses.replace(search(space).strategy, name=self.strategy.name),
             self.mesh,
-            (params, *batch),
+            arguments[0],
             jax.tree.structure(outputs),
             function=fn,
+            keywords=arguments[1],
         )
 
     def place(self, state: Any) -> Any:
@@ -229,34 +262,48 @@ class Plan:
         ]
         return jax.tree.unflatten(tree, placed)
 
-    def place_batch(self, *batch: Any) -> Any:
+    def place_batch(self, *batch: Any, **keywords: Any) -> Any:
         """Put a batch on the mesh as the first layers want it; returns what it was given.
 
         Args:
           *batch: the arguments after the parameters, or the first few of them.
+          **keywords: arguments by name.
+
+        Returns:
+          The one argument, or a tuple of several; what can be passed by name only is a dict behind
+          them.
 
         Raises:
           ValueError: the structure or a shape differs from the traced one.
         """
-        given, wanted = list(batch), list(self.batch_shardings[: len(batch)])
+        args, named = canonical(
+            "place_batch", self.function, (None, *batch), keywords, partial=True
+        )
+        given = [*args[1:], named] if named else list(args[1:])
+        shapes, shardings = (
+            [*arguments[0][1 : len(args)], {name: arguments[1].get(name) for name in named}]
+            if named
+            else [*arguments[0][1 : len(args)]]
+            for arguments in (self._argument_shapes, self._shardings)
+        )
         have: Any = jax.tree.structure(given)
-        expected: Any = jax.tree.structure(wanted)
+        expected: Any = jax.tree.structure(shapes)
         if have != expected:
             raise ValueError(
                 f"place_batch: the batch has the structure {have}, but the "
                 f"plan was made for {expected}; pass the batch as to parallelize"
             )
-        names = iter(self.graph.argument_names[self.graph.num_parameters :])
-        infos = iter(self.graph.program.inputs[self.graph.num_parameters :])
-        for leaf, name, index in zip(jax.tree.leaves(given), names, infos, strict=False):
-            want = self.graph.program.values[index].shape
-            if tuple(jax.typeof(leaf).shape) != want:
+        leaves = jax.tree_util.tree_flatten_with_path(given)[0]
+        for (path, leaf), want in zip(leaves, jax.tree.leaves(shapes), strict=True):
+            shape = tuple(jax.typeof(leaf).shape)
+            if shape != want.shape:
+                name = f"args{jax.tree_util.keystr(path)}"
                 raise ValueError(
-                    f"place_batch: {name} has shape {tuple(jax.typeof(leaf).shape)}, but the plan "
-                    f"was made for {want}; drop or pad the last incomplete batch, or make a plan "
-                    "for the new shape"
+                    f"place_batch: {name} has shape {shape}, but the plan was made for "
+                    f"{want.shape}; drop or pad the last incomplete batch, or make a plan for the "
+                    "new shape"
                 )
-        placed = jax.device_put(given, wanted)
+        placed = jax.device_put(given, shardings)
         return placed[0] if len(placed) == 1 else tuple(placed)
 
     def sharding_for(self, path: Sequence[Any], leaf: Any) -> NamedSharding:
@@ -276,22 +323,30 @@ class Plan:
 
     @functools.cached_property
     def _argument_paths(self) -> list[tuple[tuple[str, ...], tuple[int, ...], NamedSharding]]:
-        leaves = jax.tree_util.tree_flatten_with_path(self.shardings)[0]
+        leaves = jax.tree_util.tree_flatten_with_path(self._shardings)[0]
         shapes = [self.graph.program.values[i].shape for i in self.graph.program.inputs]
         paths = [
-            (tuple(_key(entry) for entry in path[1:]), shape, sharding)
+            # Behind which argument it is; one by name is known by that name, too.
+            (tuple(_key(entry) for entry in path[2 - path[0].idx :]), shape, sharding)
             for (path, sharding), shape in zip(leaves, shapes, strict=True)
         ]
         # A batch that is a bare array has no path to know it by: its shape alone says nothing.
         count = self.graph.num_parameters
         return paths[:count] + [entry for entry in paths[count:] if entry[0]]
 
-    def verify(self, *arguments: Any, optimizer: Any = None, target: str | None = None) -> Any:
+    def verify(
+        self,
+        *arguments: Any,
+        keywords: Mapping[str, Any] | None = None,
+        optimizer: Any = None,
+        target: str | None = None,
+    ) -> Any:
         """Compile the training step and set it against what was priced.
 
         Args:
           *arguments: params and batch, as arrays: the step is run too; left out, it is compiled
             only.
+          keywords: arguments of the function that are passed by name, likewise.
           optimizer: optax transformation of the step; SGD with momentum by default.
           target: GPUs to compile for that need not exist, as in "h200:16" (needs the extra
             `jaxlwp[gpu-aot]`).
@@ -307,8 +362,12 @@ class Plan:
         from jaxlwp._memory import OPTIMIZER
         from jaxlwp._verify import verify
 
+        given = canonical("verify", self.function, arguments, keywords or {})
         return verify(
-            self, arguments=arguments or None, optimizer=optimizer or OPTIMIZER, target=target
+            self,
+            arguments=given if arguments else None,
+            optimizer=optimizer or OPTIMIZER,
+            target=target,
         )
 
     @property
@@ -323,7 +382,7 @@ class Plan:
         return plan_text(self)
 
 
-def _write_back(arguments: tuple[Any, ...], changed: tuple[Any, ...]) -> None:
+def _write_back(arguments: Arguments, changed: Arguments) -> None:
     """Update NNX modules and random streams in the arguments with their changed state."""
     olds, news = (
         jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Pytree))
@@ -342,14 +401,6 @@ def _key(entry: Any) -> str:
     return str(entry)
 
 
-def partition_spec(layout: Layout) -> PartitionSpec:
-    """The PartitionSpec of a layout."""
-    entries = [axes[0] if len(axes) == 1 else axes or None for axes in layout]
-    while entries and entries[-1] is None:
-        entries.pop()
-    return PartitionSpec(*entries)
-
-
 def bind(
     space: SearchSpace,
     strategy: Strategy,
@@ -358,17 +409,19 @@ def bind(
     out_tree: Any,
     result: SearchResult | None = None,
     function: Callable[..., Any] | None = None,
+    keywords: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Bind a strategy to a mesh.
 
     Args:
       space: the priced space.
       strategy: a strategy of this space.
-      mesh: the mesh; its axes must be the strategy's.
+      mesh: the mesh; its axes must be the strategy's, in any order, Auto or Explicit.
       arguments: (params, *batch), for their structure.
       out_tree: structure of the function's output.
       result: where the strategy comes from.
       function: the function that was traced.
+      keywords: arguments that are passed by name only, for their structure.
 
     Raises:
       ValueError: the strategy is for another mesh or model.
@@ -381,9 +434,19 @@ def bind(
         mesh=mesh,
         result=result,
         function=function,
-        in_tree=jax.tree.structure(arguments),
+        in_tree=jax.tree.structure((arguments, dict(keywords or {}))),
         out_tree=out_tree,
     )
+
+
+def with_strategy(plan: Plan, strategy: Strategy) -> Plan:
+    """The plan with another strategy of its space.
+
+    Raises:
+      ValueError: the strategy is for another mesh or model.
+    """
+    plan.space.choices(strategy)
+    return dataclasses.replace(plan, strategy=strategy, result=None, checked={})
 
 
 def _kept(graph: ComputationGraph, devices: DeviceGraph, strategy: Strategy) -> SearchSpace:
@@ -400,9 +463,11 @@ def _kept(graph: ComputationGraph, devices: DeviceGraph, strategy: Strategy) -> 
     return price(graph, devices, configs=configs)
 
 
-def output_shapes(fn: Callable[..., Any], *arguments: Any) -> Any:
+def output_shapes(fn: Callable[..., Any], arguments: Arguments) -> Any:
     """Shapes and dtypes of what a function returns."""
-    return jax.eval_shape(lambda *args: fn(*args), *arguments)
+    args, keywords = jax.eval_shape(lambda *given: given, *arguments)  # without their shardings
+    with no_mesh():
+        return jax.eval_shape(lambda *args, **keywords: fn(*args, **keywords), *args, **keywords)
 
 
 def is_loss(out: Any) -> bool:

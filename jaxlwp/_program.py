@@ -10,8 +10,7 @@ part of the function.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +18,19 @@ import jax
 import numpy as np
 from jax.extend import core as jex_core
 
+from jaxlwp._border import Border
+
 INLINED = ("jit", "pjit", "closed_call", "core_call")
 """Primitives whose body is inlined; the body is under the parameter `jaxpr` or `call_jaxpr`."""
 
-CUSTOM = ("custom_jvp_call", "custom_vjp_call")
-"""Primitives of calls with a derivative of their own; the body is under `call_jaxpr`."""
+CUSTOM_JVP = ("custom_jvp_call",)
+CUSTOM_VJP = ("custom_vjp_call", "CustomVJPTraced")
+CUSTOM = CUSTOM_JVP + CUSTOM_VJP
+"""Primitives of calls with a derivative of their own; the body is under `call_jaxpr`. The last is
+that of JAX's coming `jax_custom_vjp3`."""
 
-CHECKPOINTS = ("checkpoint", "remat2")
-"""Names of the primitive of `jax.checkpoint`."""
+CHECKPOINTS = ("checkpoint", "remat2", "RematTraced")
+"""Names of the primitive of `jax.checkpoint`; the last is that of JAX's coming `jax_remat3`."""
 
 SCAN = "scan"
 """Name of the primitive of `jax.lax.scan`."""
@@ -101,6 +105,8 @@ class Equation:
       result_values: shapes and dtypes of the results.
       scope: the name stack, such as "AlexNet/Conv_0" (Flax Linen; empty for Flax NNX).
       checkpoints: the calls of `jax.checkpoint` around it, outermost first.
+      borders: dimension of the first operand -> its rows that stand beyond its ends. The primitive
+        and its parameters are those of an operator on the operand with its borders.
       notes: what operator rules found out about this equation, made when asked for.
     """
 
@@ -112,6 +118,7 @@ class Equation:
     result_values: tuple[Value, ...]
     scope: str
     checkpoints: tuple[Checkpoint, ...] = ()
+    borders: Mapping[int, Border] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -119,8 +126,26 @@ class Equation:
         """Name of the primitive."""
         return str(self.primitive.name)
 
+    @property
+    def extended(self) -> Equation:
+        """The equation on its first operand with its borders: what the primitive sees."""
+        if not self.borders:
+            return self
+        if "extended" not in self.notes:
+            shape = list(self.operand_values[0].shape)
+            for dim, border in self.borders.items():
+                shape[dim] += len(border.before) + len(border.after)
+            first = Value(tuple(shape), self.operand_values[0].dtype)
+            self.notes["extended"] = dataclasses.replace(
+                self, operand_values=(first, *self.operand_values[1:]), borders={}, notes={}
+            )
+        return self.notes["extended"]  # type: ignore[no-any-return]
+
     def bind(self, *operands: Any, **changes: Any) -> tuple[Any, ...]:
-        """Apply the primitive, with some parameters replaced; returns all results."""
+        """Apply the primitive, with some parameters replaced; returns all results.
+
+        The first operand has its borders already.
+        """
         params = self.primitive.get_bind_params({**self.params, **changes})
         # Up to JAX 0.9 this is a pair (functions, parameters), later one mapping.
         functions, params = params if isinstance(params, tuple) else ((), params)
@@ -145,6 +170,16 @@ class Program:
     inputs: tuple[int, ...]
     equations: tuple[Equation, ...]
     outputs: tuple[int, ...]
+
+    def __call__(self, *operands: Any) -> tuple[Any, ...]:
+        """Evaluate on whole arrays."""
+        made: dict[int, Any] = {**self.constants, **dict(zip(self.inputs, operands, strict=True))}
+        for eqn in self.equations:
+            given = [made[i] for i in eqn.operands]
+            scan = scan_of(eqn) if eqn.name == SCAN else None
+            results = scan.run(scan.body, given) if scan else eqn.bind(*given)
+            made.update(zip(eqn.results, results, strict=True))
+        return tuple(jax.numpy.asarray(made[i]) for i in self.outputs)
 
 
 # --- scans -------------------------------------------------------------------------------------
@@ -386,8 +421,8 @@ class _Builder:
             if eqn.primitive.name in self.inlined:
                 body = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
                 results = self.inline(body.jaxpr, body.consts, operands, where)
-            elif eqn.primitive.name == "sharding_constraint":
-                results = list(operands)  # where tensors are split is for the strategy to say
+            elif eqn.primitive.name in ("sharding_constraint", "device_put"):
+                results = list(operands)  # where tensors are is for the strategy to say
             elif eqn.primitive.name in CHECKPOINTS:
                 results = self.checkpoint(eqn, operands, where)
             else:
@@ -528,44 +563,3 @@ def without_dead_code(program: Program) -> Program:
         constants={i: c for i, c in program.constants.items() if i in used},
         equations=tuple(reversed(kept)),
     )
-
-
-LARGEST_KNOWN = 1 << 24
-"""Elements of the largest value that is evaluated at trace time."""
-
-
-class KnownValues:
-    """Values of a program that depend on none of its inputs, evaluated when asked for."""
-
-    def __init__(self, program: Program) -> None:
-        self.values = program.values
-        self.constants = program.constants
-        self.sources: dict[int, Equation] = {}
-        self.made: dict[int, np.ndarray | None] = dict.fromkeys(program.inputs)
-        for eqn in program.equations:
-            if any(i in self.made for i in eqn.operands):
-                self.made.update(dict.fromkeys(eqn.results))
-            else:
-                self.sources.update(dict.fromkeys(eqn.results, eqn))
-
-    def __call__(self, index: int) -> np.ndarray | None:
-        """The value, or None if it depends on an input (or is a random key, or very large)."""
-        if index not in self.made:
-            self.made[index] = self._make(index)
-        return self.made[index]
-
-    def _make(self, index: int) -> np.ndarray | None:
-        value = self.values[index]
-        plain = isinstance(value.dtype, np.dtype)
-        if not plain or math.prod(value.shape) > LARGEST_KNOWN:
-            return None
-        if index in self.constants:
-            return np.asarray(self.constants[index])
-        eqn = self.sources[index]
-        operands = [self(operand) for operand in eqn.operands]
-        if any(operand is None for operand in operands):
-            return None
-        with jax.ensure_compile_time_eval():
-            results = eqn.bind(*map(jax.numpy.asarray, operands))
-        self.made.update((i, np.asarray(x)) for i, x in zip(eqn.results, results, strict=True))
-        return self.made[index]

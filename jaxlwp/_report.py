@@ -51,6 +51,8 @@ def num_bytes(value: float) -> str:
 def plan_table(plan: Plan) -> Table:
     """A row per layer: config, PartitionSpec of its output, compute, transfer, sync, bytes.
 
+    What depends on no argument is in one row more: the number of arrays, and their bytes.
+
     Transfer is what happens inside the layer (halo, partial sums) and on its incoming edges; bytes
     are those of its collectives, kept is what it leaves in memory for the backward pass.
     """
@@ -102,7 +104,18 @@ def plan_table(plan: Plan) -> Table:
             num_bytes(_layer_bytes(plan, layer.index, configs)),
             num_bytes(kept[layer.index]),
         )
+    _add_constants(table, plan)
     return table
+
+
+def _add_constants(table: Table, plan: Plan) -> None:
+    """One row for what depends on no argument, if there is any: whole on every device."""
+    constants = plan.graph.constants
+    if constants:
+        size = sum(math.prod(value.shape) * value.itemsize for value in constants)
+        arrays = "1 array" if len(constants) == 1 else f"{len(constants):,} arrays"
+        text = f"{arrays}, {num_bytes(size)}"
+        table.add_row("(constants)", "constant", text, "P()", "0", "0", "0", "0 B", "0 B")
 
 
 def _memory_note(plan: Plan) -> str:
@@ -168,7 +181,7 @@ def _layer_bytes(plan: Plan, index: int, configs: tuple[Config, ...]) -> int:
 
 
 def _output_spec(plan: Plan, index: int, config: Config) -> str:
-    from jaxlwp._plan import partition_spec
+    from jaxlwp._spmd import partition_spec
 
     member = plan.graph.layers[index].members[-1]
     return str(partition_spec(config.layout(member.signature.results[0]))).replace(

@@ -12,56 +12,33 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlwp._config import Layout
-from jaxlwp._layout import Move, cdiv, degree, plan_moves
+from jaxlwp._layout import Move, cdiv, degree
+from jaxlwp._spmd import all_gather, all_to_all, device_index, permute, vary
 
 
-def reshard(
-    x: Any,
-    *,
-    shape: Sequence[int],
-    source: Layout,
-    target: Layout,
-    active: frozenset[str],
-    axis_sizes: Mapping[str, int],
-) -> Any:
-    """Bring a block from one layout to another, inside `jax.shard_map`.
-
-    Args:
-      x: this device's block under `source`, varying over exactly its axes.
-      shape: global shape.
-      source: present layout.
-      target: wanted layout.
-      active: axes over which the result must be varying; contains the target's axes.
-      axis_sizes: devices along each mesh axis.
-
-    Returns:
-      This device's block under `target`, varying over `active`.
-    """
-    moves = plan_moves(
-        shape=shape, source=source, target=target, active=active, axis_sizes=axis_sizes
-    )
-    layout = source
-    for move in moves:
-        x = _apply(x, move, layout, shape, axis_sizes)
-        layout = move.after
-    return x
-
-
-def _apply(
+def move_block(
     x: Any, move: Move, before: Layout, shape: Sequence[int], axis_sizes: Mapping[str, int]
 ) -> Any:
+    """Carry out one move on a block, inside `jax.shard_map`.
+
+    Args:
+      x: this device's block under the layout `before`.
+      move: from `plan_moves`.
+      before: layout before it.
+      shape: global shape.
+      axis_sizes: devices along each mesh axis.
+    """
     if move.kind == "cast":
-        return lax.pcast(x, move.axes, to="varying")
+        return vary(x, move.axes)
     if move.kind == "slice":
         return take_block(x, move.dim, move.axes, degree(move.axes, axis_sizes))
     if move.kind == "permute":
-        return lax.ppermute(x, move.axes, _permutation(move, before, axis_sizes))
+        return permute(x, move.axes, _permutation(move, before, axis_sizes))
     if move.kind == "all_gather":
-        to = "varying" if move.varying else "invarying"
-        x = lax.all_gather(x, move.axes, axis=move.dim, tiled=True, to=to)
+        x = all_gather(x, move.axes, move.dim, varying=move.varying)
     else:
         x = _pad_to_multiple(x, move.to_dim, degree(move.axes, axis_sizes))
-        x = lax.all_to_all(x, move.axes, move.to_dim, move.dim, tiled=True)
+        x = all_to_all(x, move.axes, split_dim=move.to_dim, concat_dim=move.dim)
     if not move.after[move.dim] and x.shape[move.dim] > shape[move.dim]:
         x = lax.slice_in_dim(x, 0, shape[move.dim], axis=move.dim)
     return x
@@ -88,9 +65,9 @@ def take_block(x: Any, dim: int, axes: tuple[str, ...], parts: int) -> Any:
 
 
 def _block(x: Any, dim: int, axes: tuple[str, ...], parts: int) -> Any:
-    x = lax.pcast(_pad_to_multiple(x, dim, parts), axes, to="varying")
+    x = vary(_pad_to_multiple(x, dim, parts), axes)
     block = x.shape[dim] // parts
-    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * block, block, dim)
+    return lax.dynamic_slice_in_dim(x, device_index(axes) * block, block, dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -105,7 +82,7 @@ def _block_forward(x: Any, dim: int, axes: tuple[str, ...], parts: int) -> tuple
 def _block_backward(
     dim: int, axes: tuple[str, ...], parts: int, witness: Any, cotangent: Any
 ) -> tuple[Any]:
-    whole = lax.all_gather(cotangent, axes, axis=dim, tiled=True, to="invarying")
+    whole = all_gather(cotangent, axes, dim, varying=False)
     return (lax.slice_in_dim(whole, 0, witness.shape[0], axis=dim),)
 
 

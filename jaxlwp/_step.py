@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import optax
 
+from jaxlwp._arguments import Arguments
 from jaxlwp._memory import OPTIMIZER
 from jaxlwp._plan import Plan
+from jaxlwp._spmd import on_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,27 +43,30 @@ def state_shapes(plan: Plan, optimizer: optax.GradientTransformation = OPTIMIZER
 
 
 def lower_step(
-    plan: Plan, state: Any, batch: tuple[Any, ...], optimizer: optax.GradientTransformation
+    plan: Plan,
+    state: Any,
+    batch: Arguments,
+    optimizer: optax.GradientTransformation,
 ) -> Any:
     """Lower a training step; the state is donated.
 
     Args:
       plan: the plan, bound to the mesh that the step is for.
       state: (parameters, optimizer state), arrays or their shapes.
-      batch: the other arguments, likewise.
+      batch: the other arguments, and those by name, likewise.
       optimizer: what updates the parameters.
 
     Returns:
       What `jax.jit(step).lower(...)` returns; `step(state, *batch)` returns (state, (loss, aux)).
     """
 
-    def loss(params: Any, *batch: Any) -> tuple[Any, Any]:
-        out = plan(params, *batch)
+    def loss(params: Any, batch: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
+        out = plan(params, *batch, **keywords)
         return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
 
-    def step(state: Any, *batch: Any) -> tuple[Any, Any]:
+    def step(state: Any, batch: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
         params, slots = state
-        value, gradients = jax.value_and_grad(loss, has_aux=True)(params, *batch)
+        value, gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, keywords)
         updates, slots = optimizer.update(gradients, slots, params)
         return (optax.apply_updates(params, updates), slots), value
 
@@ -69,11 +74,13 @@ def lower_step(
     jitted = jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, *plan.batch_shardings),
+        in_shardings=(shardings, plan.batch_shardings, plan.keyword_shardings),
         out_shardings=(shardings, None),
     )
     # Shapes alone: the arrays given may be committed to devices of their own.
-    return jitted.lower(*jax.eval_shape(lambda *arguments: arguments, state, *batch))
+    shapes = jax.eval_shape(lambda *arguments: arguments, state, *batch)
+    with on_mesh(plan.mesh):
+        return jitted.lower(*shapes)
 
 
 def program_memory(program: Any, platform: str) -> ProgramMemory:

@@ -31,7 +31,7 @@ class Strategy:
     fingerprint: str
 
     def for_graph(self, graph: ComputationGraph) -> tuple[Config, ...]:
-        """The configs in the order of the graph's layers.
+        """The configs in the order of the graph's layers, without mesh axes of size 1.
 
         Raises:
           ValueError: the strategy is for another model or other shapes.
@@ -50,7 +50,7 @@ class Strategy:
                 f"function has {graph.fingerprint}: same layer names, other shapes or kinds; "
                 "search again for these shapes"
             )
-        return tuple(self.configs[name] for name in names)
+        return tuple(self.configs[name].splitting(self.axis_sizes) for name in names)
 
     def to_json(self) -> str:
         """As JSON text, with a format version."""

@@ -30,6 +30,7 @@ from jaxlwp._calibrate import make_mesh
 from jaxlwp._hlo import CompiledCollective, bytes_by_kind, compiled_collectives
 from jaxlwp._memory import OPTIMIZER, Memory, plan_memory
 from jaxlwp._plan import Plan
+from jaxlwp._spmd import auto_mesh
 from jaxlwp._step import ProgramMemory, lower_step, program_memory, state_shapes
 
 GPUS = {
@@ -161,8 +162,8 @@ def compile_for(
             f"{str(target)!r}), rates=...)"
         )
     devices = np.array(_devices(target), dtype=object).reshape(plan.mesh.devices.shape)
-    plan = dataclasses.replace(plan, mesh=Mesh(devices, plan.mesh.axis_names))
-    state, batch = state_shapes(plan, optimizer), plan.argument_shapes[1:]
+    plan = dataclasses.replace(plan, mesh=auto_mesh(devices, plan.mesh.axis_names))
+    state, batch = state_shapes(plan, optimizer), plan.batch_shapes
     program = _compiled(lower_step(plan, state, batch, optimizer), target)
     text = program.as_text()
     predicted: dict[str, int] = {}

@@ -7,31 +7,45 @@ The function is traced to a jaxpr and flattened to a program; its equations are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 
+from jaxlwp._arguments import argument_name
+from jaxlwp._constants import KnownValues, with_constants
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._group import Draft, Grouping, pull, whole
-from jaxlwp._program import Equation, KnownValues, Program, Value, flatten, without_dead_code
-from jaxlwp.ops import PARTS, RECOGNISED, Labels, Signature
-
-ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_finite".split())
-"""Operators through which no cotangent flows."""
+from jaxlwp._program import Equation, Program, Value, flatten, without_dead_code
+from jaxlwp._spmd import no_mesh
+from jaxlwp.ops import (
+    LINEAR,
+    PARTS,
+    RECOGNISED,
+    ZERO_DERIVATIVE,
+    Labels,
+    Signature,
+    unread_results,
+    with_borders,
+)
 
 
 def trace(
-    fn: Callable[..., Any], params: Any, *args: Any, differentiated: bool = True
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    keywords: Mapping[str, Any] | None = None,
+    differentiated: bool = True,
 ) -> ComputationGraph:
     """Trace a training function into its computation graph.
 
     Args:
-      fn: called as `fn(params, *args)`; its first output (or first element of a tuple) is the
-        loss.
+      fn: called as `fn(params, *args, **keywords)`; its first output (or first element of a tuple)
+        is the loss.
       params: pytree of arrays or `jax.ShapeDtypeStruct`: what gradients are taken of.
       *args: the batch and whatever else `fn` takes, likewise.
+      keywords: arguments that are passed by name, likewise.
       differentiated: gradients of the loss will be taken; False for evaluation.
 
     Returns:
@@ -40,37 +54,44 @@ def trace(
     Raises:
       ValueError: `fn` has side effects, or an argument holds something that is no array.
     """
-    _check_leaves((params, *args))
-    shapes = jax.tree.map(_shape_of, (params, *args))
+    given = (params, *args), dict(keywords or {})
+    _check_leaves(given)
+    shapes = jax.tree.map(_shape_of, given)
     leaves, tree = jax.tree.flatten(shapes)
     changed: list[int] = []
 
     def flat_fn(*flat: Any) -> Any:
         arguments = jax.tree.unflatten(tree, flat)
-        out = fn(*arguments)
+        out = fn(*arguments[0], **arguments[1])
         # Flax NNX modules keep random counts and statistics by changing themselves.
         after = jax.tree.leaves(arguments)
         pairs = enumerate(zip(flat, after, strict=True))
         changed[:] = [i for i, (old, new) in pairs if new is not old]
         return *jax.tree.leaves(out), *(after[i] for i in changed)
 
-    program = in_parts(recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves))))
-    paths = jax.tree_util.tree_flatten_with_path((params, *args))[0]
-    names = tuple(_path_name(path) for path, _ in paths)
+    with no_mesh():  # the plan's mesh is another matter than the one that is set
+        program = in_parts(recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves))))
+    paths = jax.tree_util.tree_flatten_with_path(given)[0]
+    names = tuple(argument_name(path) for path, _ in paths)
     count = len(jax.tree.leaves(params))
     gradients = values_with_cotangent(program, count) if differentiated else frozenset()
     return build_graph(program, names, count, tuple(changed), gradients)
 
 
 def recognised(program: Program) -> Program:
-    """The program with operators in place of what only their known operands reveal."""
+    """The program with what only several equations, or known values, reveal.
+
+    Operators of our own take the place of those that only known operands tell from others, or that
+    are written as several equations, and constants that of what makes them.
+    """
     known = KnownValues(program)
     equations = []
     for eqn in program.equations:
         recognise = RECOGNISED.get(eqn.name)
         found = recognise(eqn, [known(i) for i in eqn.operands]) if recognise else None
         equations.append(found or eqn)
-    return without_dead_code(replace(program, equations=tuple(equations)))
+    program = without_dead_code(replace(program, equations=tuple(equations)))
+    return without_dead_code(with_borders(with_constants(program, known)))
 
 
 def in_parts(program: Program) -> Program:
@@ -98,8 +119,8 @@ def _check_leaves(arguments: Any) -> None:
             _shape_of(leaf)
         except TypeError as error:
             raise ValueError(
-                f"trace: {_path_name(path)} is a {type(leaf).__name__} ({leaf!r:.60}), which is no "
-                "array; pass arrays only: close over everything else, or split the model into "
+                f"trace: {argument_name(path)} is a {type(leaf).__name__} ({leaf!r:.60}), which is "
+                "no array; pass arrays only: close over everything else, or split the model into "
                 "arrays and the rest (as equinox.partition does)"
             ) from error
 
@@ -109,11 +130,6 @@ def _shape_of(leaf: Any) -> Any:
         return leaf
     aval = jax.typeof(leaf)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def _path_name(path: tuple[Any, ...]) -> str:
-    head = "params" if path[0].idx == 0 else f"args[{path[0].idx - 1}]"
-    return head + jax.tree_util.keystr(path[1:])
 
 
 # --- building the graph ------------------------------------------------------------------------
@@ -173,10 +189,6 @@ def build_graph(
     )
 
 
-_SUMS = ("add", "add_any", "convert_element_type", "neg", "reduce_sum", "reshape", "sub")
-"""Operators whose derivative needs no value."""
-
-
 def _awaited(program: Program, gradients: frozenset[int]) -> frozenset[int]:
     """Values from which work goes on: not those of which only scalars are made, as of the loss.
 
@@ -192,7 +204,7 @@ def _awaited(program: Program, gradients: frozenset[int]) -> frozenset[int]:
             if scales and len(differentiated) == 1:
                 found.update(set(eqn.operands).difference(differentiated))
             else:
-                waits = eqn.name not in _SUMS
+                waits = eqn.name not in LINEAR
         if waits:
             found.update(eqn.operands)
     return frozenset(found)
@@ -222,8 +234,8 @@ class _Reader:
         """Read an operator's operands; `active` is its own dimensions unless it is pulled."""
         if active is None:
             self.recomputed = bool(eqn.checkpoints)
-        reached = any(result in self.gradients for result in eqn.results)
-        gradient = tuple(reached and operand in self.gradients for operand in eqn.operands)
+        driven = {*unread_results(eqn), *(r for r in eqn.results if r in self.gradients)}
+        gradient = tuple(bool(driven) and operand in self.gradients for operand in eqn.operands)
         names = signature.names if active is None else active
         for operand, labels, flows in zip(eqn.operands, signature.operands, gradient, strict=True):
             self.want(operand, labels, names, flows)
@@ -304,7 +316,10 @@ def _layer(index: int, name: str, draft: Draft, reader: _Reader) -> Layer:
 
 
 def values_with_cotangent(program: Program, num_parameters: int) -> frozenset[int]:
-    """Values that depend on the parameters and on which the loss depends, both differentiably."""
+    """Values whose cotangent is wanted.
+
+    They depend on the parameters, and the loss depends on them, both differentiably.
+    """
 
     def flows(eqn: Equation) -> bool:
         return eqn.name not in ZERO_DERIVATIVE
@@ -313,7 +328,8 @@ def values_with_cotangent(program: Program, num_parameters: int) -> frozenset[in
     forward = {i for i in program.inputs[:num_parameters] if values[i].differentiable}
     for eqn in program.equations:
         if flows(eqn) and forward.intersection(eqn.operands):
-            forward.update(i for i in eqn.results if values[i].differentiable)
+            read = set(eqn.results).difference(unread_results(eqn))
+            forward.update(i for i in read if values[i].differentiable)
     backward = set(program.outputs[:1])
     for eqn in reversed(program.equations):
         if flows(eqn) and backward.intersection(eqn.results):

@@ -14,6 +14,7 @@ from typing import Any
 
 import optax
 
+from jaxlwp._arguments import Arguments
 from jaxlwp._collectives import collectives_by_layer
 from jaxlwp._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp._layout import Collective
@@ -117,7 +118,7 @@ class Verification:
 def verify(
     plan: Plan,
     *,
-    arguments: tuple[Any, ...] | None = None,
+    arguments: Arguments | None = None,
     optimizer: optax.GradientTransformation = OPTIMIZER,
     target: str | None = None,
     rounds: int = 5,
@@ -126,7 +127,7 @@ def verify(
 
     Args:
       plan: the plan.
-      arguments: (params, *batch) as arrays: the step is run, too.
+      arguments: (params, *batch) and arguments by name, as arrays: the step is run, too.
       optimizer: of the training step; SGD with momentum by default.
       target: GPUs to compile for that need not exist, as in "h200:16"; see `compile_for`.
       rounds: measured steps.
@@ -147,9 +148,7 @@ def verify(
         compiled, memory_bytes = step.compiled_bytes_by_kind, step.memory.reserved_bytes
         devices = str(step.target)
     else:
-        lowered = lower_step(
-            plan, state_shapes(plan, optimizer), plan.argument_shapes[1:], optimizer
-        )
+        lowered = lower_step(plan, state_shapes(plan, optimizer), plan.batch_shapes, optimizer)
         program = lowered.compile()
         compiled = bytes_by_kind(compiled_collectives(program.as_text()))
         first = plan.mesh.devices.flat[0]

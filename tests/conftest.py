@@ -1,7 +1,8 @@
 """Eight simulated CPU devices for every test, and small meshes over them.
 
 The environment is set at import time because JAX reads it once, when it is first imported.
-JAXLWP_TEST_PLATFORM (say "cuda") runs the tests on another platform.
+JAXLWP_TEST_PLATFORM (say "cuda") runs the tests on another platform, JAXLWP_TEST_DEVICES on another
+number of simulated devices.
 """
 
 import gc
@@ -21,7 +22,8 @@ def _with_device_count(xla_flags: str, count: int) -> str:
     return " ".join([*others, f"{_DEVICE_COUNT_FLAG}={count}"])
 
 
-os.environ["XLA_FLAGS"] = _with_device_count(os.environ.get("XLA_FLAGS", ""), 8)
+_COUNT = int(os.environ.get("JAXLWP_TEST_DEVICES", "8"))
+os.environ["XLA_FLAGS"] = _with_device_count(os.environ.get("XLA_FLAGS", ""), _COUNT)
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLWP_TEST_PLATFORM", "cpu")
 # A program out of another run's cache would be tested instead of the one just compiled.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)

@@ -22,8 +22,19 @@ NUMBERS_ONLY = (
     *SOLVER,
 )
 COST_FREE = (
-    *("_program", "_graph", "_group", "_trace", "_halo", "_reshard", "_lower", "_buffers"),
-    *("_memory", "ops"),
+    *(
+        "_spmd",
+        "_steps",
+        "_program",
+        "_constants",
+        "_graph",
+        "_group",
+        "_trace",
+        "_halo",
+        "_reshard",
+        "_lower",
+    ),
+    *("_reshard", "_lower", "_buffers", "_memory", "ops"),
 )
 COSTS = (
     "_collectives",
@@ -84,6 +95,25 @@ def test_public_api_only(path: Path) -> None:
     assert not private
     if name_of(path) in NUMBERS_ONLY:
         assert not {i for i in all_imports(path) if i.split(".")[0] == "jax"}
+
+
+COLLECTIVES = (
+    *("all_gather", "all_to_all", "axis_index", "pcast", "pmax", "pmin", "ppermute", "pshuffle"),
+    *("psum", "psum_scatter", "pmean", "pswapaxes"),
+)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_one_module_calls_collectives(path: Path) -> None:
+    """Elsewhere a collective could rely on an order of mesh axes of its own."""
+    called = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("lax", "jax")
+    }
+    assert name_of(path) == "_spmd" or not called.intersection(COLLECTIVES)
 
 
 def test_models_do_not_import_jaxlwp() -> None:

@@ -148,3 +148,8 @@ def test_prime_factors() -> None:
     assert [prime_factors(n) for n in (1, 2, 8, 12, 30)] == [
         (), (2,), (2, 2, 2), (3, 2, 2), (5, 3, 2)
     ]  # fmt: skip
+
+
+def test_one_device_has_the_replicated_config() -> None:
+    configs = enumerate_configs(sizes={"sample": (8,)}, axis_groups=[], axis_sizes={"device0": 1})
+    assert configs == (Config(),)

@@ -312,7 +312,8 @@ def test_uneven_blocks_are_as_large_as_the_largest(mesh22: Mesh) -> None:
 
 def test_all_reduces_are_combined_up_to_a_size() -> None:
     """Two weights of 20 MiB do not fit into one buffer, two of 10 MiB do."""
-    mesh = jax.sharding.AbstractMesh((2,), ("device",))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((2,), ("device",), axis_types=auto)
 
     def concatenated(rows: int) -> int:
         def step(w1: Any, w2: Any, x: Any) -> tuple[Any, ...]:

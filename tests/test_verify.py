@@ -69,13 +69,13 @@ def test_axes_are_named(arguments: tuple[Any, Any]) -> None:
 
 def test_a_wrong_price_shows(arguments: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     made = plan(arguments, "spatial")
-    right = _collectives.halo_pieces
+    right = _collectives.step_collectives
 
-    def wrong(member: Any, config: Any, axis_sizes: Any) -> Any:
-        for piece in right(member, config, axis_sizes):
-            yield dataclasses.replace(piece, num_bytes=piece.num_bytes + 4)
+    def wrong(step: Any, cotangents: Any) -> Any:
+        for each in right(step, cotangents):
+            yield dataclasses.replace(each, num_bytes=each.num_bytes + 4)
 
-    monkeypatch.setattr(_collectives, "halo_pieces", wrong)
+    monkeypatch.setattr(_collectives, "step_collectives", wrong)
     check = made.verify()
     assert {layer.name for layer in check.disagreeing} >= {"conv0", "conv1"}
     assert check.bytes_error > 0

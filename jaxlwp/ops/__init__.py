@@ -1,20 +1,25 @@
 """Operator rules: one file per family of operators, and the only code that knows an operator."""
 
 import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from jaxlwp._program import SCAN, Equation
+from jaxlwp._program import SCAN, Equation, Program
 from jaxlwp.ops import (
     _arrange,
     _conv,
     _custom,
     _dense,
     _elementwise,
+    _extend,
     _pool,
     _reduce,
     _resize,
     _scan,
     _shape,
 )
+from jaxlwp.ops._derivative import LINEAR, ZERO_DERIVATIVE, values_needed
 from jaxlwp.ops._rule import (
     Labels,
     Local,
@@ -31,6 +36,7 @@ RULES: dict[str, Rule] = {
     **_conv.RULES,
     **_dense.RULES,
     **_elementwise.RULES,
+    **_extend.RULES,
     **_pool.RULES,
     **_reduce.RULES,
     **_resize.RULES,
@@ -43,9 +49,32 @@ def rule_of(eqn: Equation) -> tuple[Rule, Signature] | None:
     """Rule of an equation, and its signature; None if there is no rule for this use of it."""
     if "signature" not in eqn.notes:
         rule = RULES.get(eqn.name)
-        eqn.notes["signature"] = rule.signature(eqn) if rule else None
+        signature = rule.signature(eqn.extended) if rule else None
+        eqn.notes["signature"] = _behind_borders(eqn, signature) if signature is not None else None
     signature = eqn.notes["signature"]
     return (RULES[eqn.name], signature) if signature is not None else None
+
+
+def evaluate_whole(eqn: Equation, operands: Sequence[Any]) -> tuple[Any, ...]:
+    """Evaluate an operator that is not split, on whole arrays."""
+    rule = RULES.get(eqn.name)
+    return rule.lower_whole(eqn, operands) if rule and rule.lower_whole else eqn.bind(*operands)
+
+
+def unread_results(eqn: Equation) -> tuple[int, ...]:
+    """Results (values) whose cotangents the equation's derivative does not read."""
+    rule = RULES.get(eqn.name)
+    return tuple(eqn.results[n] for n in rule.unread(eqn)) if rule else ()
+
+
+def _behind_borders(eqn: Equation, signature: Signature) -> Signature:
+    """The signature with windows over the first operand alone, in place of it with its borders."""
+    windows = dict(signature.windows)
+    for dim, border in eqn.borders.items():
+        name = signature.operands[0][dim]
+        if name is not None:
+            windows[name] = windows.get(name, Window()).behind(border)
+    return replace(signature, windows=windows) if eqn.borders else signature
 
 
 def rule_inside(eqn: Equation) -> tuple[Rule, Signature] | None:
@@ -64,14 +93,22 @@ PARTS = {SCAN: functools.partial(_scan.parts, rule_inside)}
 """By the name of the primitive: `parts(equation, values that are read, new)` gives the equations to
 put in an equation's place; `new` makes a value of the program."""
 
+
+def with_borders(program: Program) -> Program:
+    """The program with operators in place of the equations that pad an array with its own rows."""
+    return _extend.with_borders(program, rule_of)
+
+
 RECOGNISED = _resize.RECOGNISED
 """By the name of the primitive: `recognise(equation, known operands)` gives the equation as another
 operator, or None. Called where some operands depend on no argument of the program."""
 
 __all__ = [
+    "LINEAR",
     "PARTS",
     "RECOGNISED",
     "RULES",
+    "ZERO_DERIVATIVE",
     "Labels",
     "Local",
     "Reach",
@@ -79,6 +116,10 @@ __all__ = [
     "Signature",
     "Window",
     "default_names",
+    "evaluate_whole",
     "rule_of",
     "spatial_names",
+    "unread_results",
+    "values_needed",
+    "with_borders",
 ]

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxlwp._program import Checkpoint, Equation, Program, inner_jaxprs
+from jaxlwp._spmd import vary
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature
 
 Dim = tuple[str, int, int]
@@ -268,7 +269,7 @@ class Blocks:
 
     def vary(self, x: Any) -> Any:
         """What is the same on every device, varying over the axes over which blocks vary."""
-        return lax.pcast(x, self.varying, to="varying")
+        return vary(x, self.varying)
 
 
 def _array(constant: Any, dtype: Any) -> Any:

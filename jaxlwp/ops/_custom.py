@@ -9,39 +9,97 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxlwp._program import Equation, Program, flatten
+from jaxlwp._program import (
+    CUSTOM_JVP,
+    CUSTOM_VJP,
+    Equation,
+    Program,
+    Value,
+    flatten,
+)
+from jaxlwp._spmd import no_mesh
 from jaxlwp.ops._blocks import Blocks, Classes, SignatureOf, dims_of, labels_of, relate
 from jaxlwp.ops._rule import Local, Rule, Signature
 
 
-def _programs(eqn: Equation) -> tuple[Program, Program]:
+@dataclass(frozen=True, kw_only=True)
+class _Programs:
+    """A call as programs of its own, which know no mesh: JAX's call keeps what it was traced for.
+
+    Attributes:
+      body: of the operands.
+      derivative: of the operands and then tangents of operands (`custom_jvp`), which gives tangents
+        of results, or cotangents of results (`custom_vjp`), which gives those of operands; only of
+        those that are differentiable.
+      error: why there is no derivative; None if there is one.
+      forward: it is a `custom_jvp`.
+    """
+
+    body: Program
+    derivative: Program
+    error: Exception | None
+    forward: bool
+
+
+def _programs(eqn: Equation) -> _Programs:
     """The body, and its derivative as a program of operands and (co)tangents."""
     if "programs" not in eqn.notes:
-        count = len(eqn.operands)
-
-        def jvp(*values: Any) -> Any:
-            return jax.jvp(functools.partial(_call, eqn), values[:count], values[count:])[1]
-
-        def vjp(*values: Any) -> Any:
-            return jax.vjp(functools.partial(_call, eqn), *values[:count])[1](values[count:])
-
-        forward = eqn.name == "custom_jvp_call"
-        given = (*eqn.operand_values, *(eqn.operand_values if forward else eqn.result_values))
+        forward = eqn.name in CUSTOM_JVP
+        given = [*eqn.operand_values, *filter(_differentiable, _driving(eqn, forward))]
         shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in given]
-        derivative = jax.make_jaxpr(jvp if forward else vjp)(*shapes)
+        error: Exception | None = None
         # Neither is differentiated again: a derivative may well call the function itself.
-        eqn.notes["programs"] = (
-            flatten(eqn.params["call_jaxpr"], derivatives=False, unroll=False),
-            flatten(derivative, derivatives=False, unroll=False),
+        with no_mesh():
+            body = flatten(eqn.params["call_jaxpr"], derivatives=False, unroll=False)
+            try:
+                traced = jax.make_jaxpr(functools.partial(_derivative, eqn, forward))(*shapes)
+                derivative = flatten(traced, derivatives=False, unroll=False)
+            except Exception as raised:  # whatever the user's rule raises; nobody may ask for it
+                error, derivative = raised, body
+        eqn.notes["programs"] = _Programs(
+            body=body, derivative=derivative, error=error, forward=forward
         )
-    programs: tuple[Program, Program] = eqn.notes["programs"]
+    programs: _Programs = eqn.notes["programs"]
     return programs
+
+
+def _differentiable(value: Value) -> bool:
+    return value.differentiable
+
+
+def _driving(eqn: Equation, forward: bool) -> tuple[Value, ...]:
+    """The values whose tangents or cotangents the derivative is given."""
+    return eqn.operand_values if forward else eqn.result_values
+
+
+def _derivative(eqn: Equation, forward: bool, *values: Any) -> list[Any]:
+    """Tangents of the results, or cotangents of the operands."""
+    count = len(eqn.operands)
+    operands, rest = values[:count], iter(values[count:])
+    driving = [
+        next(rest) if value.differentiable else np.zeros(value.shape, jax.dtypes.float0)
+        for value in _driving(eqn, forward)
+    ]
+    if forward:
+        _, tangents = jax.jvp(functools.partial(_call, eqn), operands, tuple(driving))
+        kept: Any = zip(eqn.result_values, tangents, strict=True)
+        return [tangent for value, tangent in kept if value.differentiable]
+    moved = [n for n, value in enumerate(eqn.operand_values) if value.differentiable]
+
+    def of_moved(*changed: Any) -> tuple[Any, ...]:
+        given = dict(zip(moved, changed, strict=True))
+        return _call(eqn, *(given.get(n, x) for n, x in enumerate(operands)))
+
+    _, back = jax.vjp(of_moved, *(operands[n] for n in moved))
+    return list(back(tuple(driving)))
 
 
 def _call(eqn: Equation, *operands: Any) -> tuple[Any, ...]:
@@ -49,14 +107,22 @@ def _call(eqn: Equation, *operands: Any) -> tuple[Any, ...]:
 
 
 def _classes(rule_of: SignatureOf, eqn: Equation) -> Classes:
-    """Which dimensions of body and derivative go together."""
-    body, derivative = _programs(eqn)
+    """Which dimensions of body and derivative go together, and which of them can be split."""
+    if "classes" not in eqn.notes:
+        eqn.notes["classes"] = _related(rule_of, eqn)
+    classes: Classes = eqn.notes["classes"]
+    return classes
+
+
+def _related(rule_of: SignatureOf, eqn: Equation) -> Classes:
+    programs = _programs(eqn)
+    body, derivative = programs.body, programs.derivative
     classes = Classes()
     for name, program in (("body", body), ("derivative", derivative)):
         relate(classes, name, program, rule_of, cuts=False)
     # Tangents are like the operands, and give those of the results; cotangents the other way.
-    forward = eqn.name == "custom_jvp_call"
-    given, made = (body.inputs, body.outputs) if forward else (body.outputs, body.inputs)
+    ends = (body.inputs, body.outputs) if programs.forward else (body.outputs, body.inputs)
+    given, made = ([i for i in end if body.values[i].differentiable] for end in ends)
     same = zip(
         (*body.inputs, *given, *made), (*derivative.inputs, *derivative.outputs), strict=True
     )
@@ -65,14 +131,43 @@ def _classes(rule_of: SignatureOf, eqn: Equation) -> Classes:
             dims_of("body", body, a), dims_of("derivative", derivative, b), strict=True
         ):
             classes.union(x, y)
+    if not programs.forward:
+        _keep_cotangents_whole(classes, body, made, derivative)
     return classes
+
+
+def _keep_cotangents_whole(
+    classes: Classes, body: Program, operands: Sequence[int], derivative: Program
+) -> None:
+    """Block what an operand with a cotangent does not have.
+
+    Each device would return a part of its cotangent, and the parts would be added up. A rule that
+    is not linear in the cotangent of the result (one that clips it) may return anything.
+    """
+    every = {
+        classes.find(dim) for i in (*body.inputs, *body.outputs) for dim in dims_of("body", body, i)
+    }
+    for operand, cotangent in zip(operands, derivative.outputs, strict=True):
+        if not _is_zero(derivative, cotangent):
+            own = {classes.find(dim) for dim in dims_of("body", body, operand)}
+            for dim in every - own:
+                classes.block(dim)
+
+
+def _is_zero(program: Program, value: int) -> bool:
+    """Whether a value is zeros, as JAX makes them where a rule says that there is no cotangent."""
+    makers = {result: eqn for eqn in program.equations for result in eqn.results}
+    while value in makers and makers[value].name == "broadcast_in_dim":
+        value = makers[value].operands[0]
+    constant = program.constants.get(value)
+    return constant is not None and not np.any(np.asarray(constant))
 
 
 def _signature(rule_of: SignatureOf, eqn: Equation) -> Signature | None:
     values = (*eqn.operand_values, *eqn.result_values)
-    if not eqn.operands or not all(value.differentiable for value in values):
+    if not eqn.operands or _programs(eqn).error is not None:
         return None
-    classes, (body, _) = _classes(rule_of, eqn), _programs(eqn)
+    classes, body = _classes(rule_of, eqn), _programs(eqn).body
     labels = [
         labels_of(classes, dims_of("body", body, i), body.values[i].shape)
         for i in (*body.inputs, *body.outputs)
@@ -109,11 +204,26 @@ def _signature(rule_of: SignatureOf, eqn: Equation) -> Signature | None:
     return None if useless or doubled or signature.reduced or classes.closed else signature
 
 
+def _unread(eqn: Equation) -> tuple[int, ...]:
+    """Results of a `custom_vjp` whose cotangents its rule does not read."""
+    programs = _programs(eqn)
+    if programs.error is not None:
+        return ()
+    read = {i for each in programs.derivative.equations for i in each.operands}
+    read.update(programs.derivative.outputs)
+    cotangents = iter(programs.derivative.inputs[len(eqn.operands) :])
+    return tuple(
+        n
+        for n, value in enumerate(eqn.result_values)
+        if value.differentiable and next(cotangents) not in read
+    )
+
+
 def _lower(
     rule_of: SignatureOf, eqn: Equation, operands: Sequence[Any], local: Local
 ) -> tuple[Any, ...]:
     """The call on blocks: its own body and its own derivative, both on blocks."""
-    body, derivative = _programs(eqn)
+    body = _programs(eqn).body
     classes = _classes(rule_of, eqn)
     sizes = {
         classes.find(dim): size
@@ -124,21 +234,59 @@ def _lower(
     blocks = Blocks(
         rule_of=rule_of, classes=classes, sizes=sizes, offsets={}, varying=local.varying
     )
+    return _evaluate(eqn, blocks.run, operands)
+
+
+def _lower_whole(eqn: Equation, operands: Sequence[Any]) -> tuple[Any, ...]:
+    """The call on whole arrays."""
+
+    def run(name: str, program: Program, operands: Sequence[Any]) -> tuple[Any, ...]:
+        return program(*operands)
+
+    return _evaluate(eqn, run, operands)
+
+
+def _evaluate(
+    eqn: Equation,
+    run: Callable[[str, Program, Sequence[Any]], tuple[Any, ...]],
+    operands: Sequence[Any],
+) -> tuple[Any, ...]:
+    """Body and derivative, evaluated by `run`, as a call with a derivative of its own."""
+    programs = _programs(eqn)
 
     def call(*args: Any) -> Any:
-        return blocks.run("body", body, args)
+        return run("body", programs.body, args)
 
-    def derive(*args: Any) -> Any:
-        return blocks.run("derivative", derivative, args)
+    def derive(*args: Any) -> tuple[Any, ...]:
+        if programs.error is not None:
+            raise programs.error
+        return run("derivative", programs.derivative, args)
 
-    if eqn.name == "custom_jvp_call":
+    def only(values: Sequence[Any], infos: Sequence[Value]) -> list[Any]:
+        return [x for x, info in zip(values, infos, strict=True) if info.differentiable]
+
+    def filled(values: Sequence[Any], infos: Sequence[Value], rest: Callable[[int], Any]) -> Any:
+        given = iter(values)
+        return tuple(next(given) if x.differentiable else rest(n) for n, x in enumerate(infos))
+
+    if programs.forward:
         forward = jax.custom_jvp(call)
-        forward.defjvp(lambda primals, tangents: (forward(*primals), derive(*primals, *tangents)))
+
+        def push(primals: Any, tangents: Any) -> Any:
+            made = forward(*primals)
+            moved = derive(*primals, *only(tangents, eqn.operand_values))
+            zero = lambda n: np.zeros(made[n].shape, jax.dtypes.float0)  # noqa: E731
+            return made, filled(moved, eqn.result_values, zero)
+
+        forward.defjvp(push)
         return tuple(forward(*operands))
     backward = jax.custom_vjp(call)
-    backward.defvjp(
-        lambda *args: (call(*args), args), lambda args, cotangents: derive(*args, *cotangents)
-    )
+
+    def pull(args: Any, cotangents: Any) -> Any:
+        moved = derive(*args, *only(cotangents, eqn.result_values))
+        return filled(moved, eqn.operand_values, lambda n: None)
+
+    backward.defvjp(lambda *args: (call(*args), args), pull)
     return tuple(backward(*operands))
 
 
@@ -148,9 +296,15 @@ def rules(rule_of: SignatureOf) -> dict[str, Rule]:
     Args:
       rule_of: rule and signature of the equations in their bodies; None if there is no rule.
     """
-    rule = Rule(
-        kind="custom",
-        signature=functools.partial(_signature, rule_of),
-        lower=functools.partial(_lower, rule_of),
-    )
-    return {"custom_jvp_call": rule, "custom_vjp_call": rule}
+
+    def rule(once: bool) -> Rule:
+        return Rule(
+            kind="custom",
+            signature=functools.partial(_signature, rule_of),
+            lower=functools.partial(_lower, rule_of),
+            lower_whole=_lower_whole,
+            once=once,
+            unread=_unread if once else lambda eqn: (),
+        )
+
+    return dict.fromkeys(CUSTOM_JVP, rule(once=False)) | dict.fromkeys(CUSTOM_VJP, rule(once=True))

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxlwp._program import Equation
+from jaxlwp._spmd import all_reduce, all_reduce_max, all_reduce_min
 from jaxlwp.ops._rule import (
     Fill,
     Labels,
@@ -42,7 +42,7 @@ def _lower_extremum(eqn: Equation, operands: Sequence[Any], local: Local) -> tup
     """Maximum or minimum over a split dimension, differentiated as JAX does: ties share equally."""
     if not local.reduced_axes:
         return eqn.bind(*operands)
-    over: Any = lax.pmax if eqn.name == "reduce_max" else lax.pmin
+    over = all_reduce_max if eqn.name == "reduce_max" else all_reduce_min
     axes, mesh_axes = eqn.params["axes"], local.reduced_axes
 
     @jax.custom_jvp
@@ -53,8 +53,8 @@ def _lower_extremum(eqn: Equation, operands: Sequence[Any], local: Local) -> tup
     def _(primals: Any, tangents: Any) -> Any:
         y = extremum(*primals)
         chosen = (primals[0] == jnp.expand_dims(y, axes)).astype(y.dtype)
-        count = lax.psum(jnp.sum(chosen, axes), mesh_axes)
-        return y, lax.psum(jnp.sum(tangents[0] * chosen, axes), mesh_axes) / count
+        count = all_reduce(jnp.sum(chosen, axes), mesh_axes)
+        return y, all_reduce(jnp.sum(tangents[0] * chosen, axes), mesh_axes) / count
 
     return (extremum(operands[0]),)
 

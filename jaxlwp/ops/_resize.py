@@ -17,10 +17,11 @@ import numpy as np
 from jax import lax
 
 from jaxlwp._program import Equation, StandIn
+from jaxlwp.ops._extend import border_of
 from jaxlwp.ops._rule import Labels, Local, Rows, Rule, Signature, anonymous
 
 NARROW = 8
-"""A band of at most so many rows, or of half of them, is narrow."""
+"""A band of at most so many rows, or of half of the matrix's, is narrow."""
 
 
 def _apply(x: Any, *, table: Any, dim: int, out_dim: int, options: dict[str, Any]) -> Any:
@@ -73,7 +74,11 @@ def _from_gather(eqn: Equation, known: Sequence[np.ndarray | None]) -> _Made | N
         and all(sizes[d] == shape[d] for d in others)
     )
     inside = rows.size > 0 and rows.min() >= 0 and rows.max() < shape[dim]
-    return (0, rows, dim, dim, {}) if plain and inside and np.all(np.diff(rows) >= 0) else None
+    if not plain or not inside:
+        return None
+    # What wraps or reflects is recognised by its table as well (`_extend`).
+    near = np.all(np.diff(rows) >= 0) or border_of(rows, shape[dim]) is not None
+    return (0, rows, dim, dim, {}) if near else None
 
 
 def _from_dot(eqn: Equation, known: Sequence[np.ndarray | None]) -> _Made | None:
@@ -86,9 +91,7 @@ def _from_dot(eqn: Equation, known: Sequence[np.ndarray | None]) -> _Made | None
     if matrix.ndim != 2 or matrix.dtype.kind != "f":
         return None
     matrix = matrix if contracting[side][0] == 0 else matrix.T
-    reads = _band(matrix)
-    width = max(stop - first for first, stop in zip(reads.first, reads.stop, strict=True))
-    if width > max(NARROW, matrix.shape[0] // 2):
+    if not _is_resizing(matrix):
         return None
     rank = len(eqn.operand_values[1 - side].shape)
     precision = eqn.params["precision"]
@@ -99,6 +102,21 @@ def _from_dot(eqn: Equation, known: Sequence[np.ndarray | None]) -> _Made | None
     }
     out_dim = 0 if side == 0 else rank - 1
     return 1 - side, matrix, contracting[1 - side][0], out_dim, options
+
+
+def _is_resizing(matrix: np.ndarray) -> bool:
+    """Whether a matrix is zero outside of a narrow band that moves down from column to column.
+
+    Else it is the weight of a dense layer. Begin and end of the band both move, which those of a
+    small matrix without zeros, or of a triangle, do not; single columns may have further zeros.
+    """
+    columns = [rows for column in matrix.T if (rows := np.flatnonzero(column)).size]
+    if not columns:
+        return False
+    begin = np.minimum.accumulate([rows[0] for rows in reversed(columns)])[::-1]
+    end = np.maximum.accumulate([rows[-1] for rows in columns])
+    narrow = max(end - begin) < max(NARROW, matrix.shape[0] // 2)
+    return bool(narrow and begin[0] < begin[-1] and end[0] < end[-1])
 
 
 def _band(matrix: np.ndarray) -> Rows:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from jaxlwp._border import Border
 from jaxlwp._program import Equation
 
 Labels = tuple[str | None, ...]
@@ -31,8 +32,21 @@ evaluated where it is used, in the layout asked for (broadcasts, iota, random bi
 class Reach(Protocol):
     """Which elements of a split dimension the elements of the result read."""
 
+    def __hash__(self) -> int:
+        """Equal for what reads the same."""
+        ...
+
+    @property
+    def border(self) -> Border:
+        """The elements that stand beyond the array's ends."""
+        ...
+
+    def behind(self, border: Border) -> Reach:
+        """The same of the array alone, where this one is said of the array with the border."""
+        ...
+
     def reads(self, start: int, stop: int) -> tuple[int, int]:
-        """First element, and one past the last, that the results `start` to `stop - 1` read.
+        """First position, and one past the last, that the results `start` to `stop - 1` read.
 
         Either may lie outside the array, and `stop` beyond the result's end.
         """
@@ -53,6 +67,7 @@ class Window:
       dilation: distance between the window's elements.
       pad_low: padding before the first element; negative cuts elements off.
       base_dilation: distance between the array's elements (transposed convolution): zeros between.
+      border: elements that stand beyond the array's ends; beyond them is padding.
     """
 
     size: int = 1
@@ -60,6 +75,12 @@ class Window:
     dilation: int = 1
     pad_low: int = 0
     base_dilation: int = 1
+    border: Border = Border()
+
+    def behind(self, border: Border) -> Window:
+        """See `Reach`."""
+        pad_low = self.pad_low + len(border.before) * self.base_dilation
+        return replace(self, pad_low=pad_low, border=border)
 
     @property
     def extent(self) -> int:
@@ -93,10 +114,19 @@ class Rows:
     Attributes:
       first: first element read, for each element of the result.
       stop: one past the last.
+      border: elements that stand beyond the array's ends.
     """
 
     first: tuple[int, ...]
     stop: tuple[int, ...]
+    border: Border = Border()
+
+    def behind(self, border: Border) -> Rows:
+        """See `Reach`."""
+        first, stop = (
+            tuple(i - len(border.before) for i in each) for each in (self.first, self.stop)
+        )
+        return Rows(first, stop, border)
 
     def reads(self, start: int, stop: int) -> tuple[int, int]:
         """See `Reach`; beyond the result's end nothing more is read."""
@@ -208,6 +238,12 @@ class Rule:
       flops: floating-point operations of the forward pass for given local operand and result
         shapes.
       combines: the lowering itself combines partial results over a split reduced dimension.
+      lower_whole: evaluates the operator on whole arrays, where it is not split; the primitive
+        itself by default.
+      once: it is evaluated once, never where it is read. All other operators have derivatives that
+        are linear in the cotangent: whether each of several readers evaluates them, and whether
+        each device has a part of the cotangent, cannot be told apart.
+      unread: positions of the results whose cotangents the derivative does not read.
     """
 
     kind: str
@@ -217,6 +253,9 @@ class Rule:
         elementwise_flops
     )
     combines: bool = False
+    lower_whole: Callable[[Equation, Sequence[Any]], tuple[Any, ...]] | None = None
+    once: bool = False
+    unread: Callable[[Equation], tuple[int, ...]] = lambda eqn: ()
 
 
 def bind_lowering(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:

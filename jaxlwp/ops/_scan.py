@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlwp._program import SCAN, Equation, Program, Scan, StandIn, Value, scan_of
+from jaxlwp._program import CUSTOM_VJP, SCAN, Equation, Program, Scan, StandIn, Value, scan_of
 from jaxlwp.ops._blocks import (
     Blocks,
     Classes,
@@ -163,7 +163,7 @@ def _summed_gradients(classes: Classes, body: Program) -> set[Dim] | None:
     """
     allowed: set[Dim] | None = None
     for eqn in body.equations:
-        if eqn.name == "custom_vjp_call":
+        if eqn.name in CUSTOM_VJP:
             read = [
                 {classes.find(dim) for dim in dims_of(BODY, body, i)}
                 for i, value in zip(eqn.operands, eqn.operand_values, strict=True)
@@ -182,7 +182,7 @@ def _summed_gradients(classes: Classes, body: Program) -> set[Dim] | None:
 
 def _has_own_gradient(body: Program) -> bool:
     return any(
-        eqn.name == "custom_vjp_call" or (eqn.name == SCAN and _has_own_gradient(scan_of(eqn).body))
+        eqn.name in CUSTOM_VJP or (eqn.name == SCAN and _has_own_gradient(scan_of(eqn).body))
         for eqn in body.equations
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 from jax import lax
 
 from jaxlwp._program import Equation
+from jaxlwp._spmd import vary
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, anonymous, bind_lowering
 
 
@@ -99,7 +100,7 @@ def _lower_iota(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[A
     shape, dim = local.result_shapes[0], eqn.params["dimension"]
     iota = lax.broadcasted_iota(eqn.params["dtype"], shape, dim)
     # It has no operand from which it would become varying where its reader is active.
-    iota = lax.pcast(iota, local.varying, to="varying")
+    iota = vary(iota, local.varying)
     start = local.offsets[0][dim]
     return (iota + start.astype(iota.dtype) if not isinstance(start, int) else iota,)
 

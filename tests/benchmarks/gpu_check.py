@@ -113,7 +113,7 @@ def accuracy(
             work = load_workload(module, batch=batch, input_shape=shape)
             loss, params, data = cast(work, dtype)
             plan = jaxlwp.parallelize(loss, params, *data, devices=device)
-            times_s = step_times(plan, (params, *data), None, 15)
+            times_s = step_times(plan, ((params, *data), {}), None, 15)
             rows.append(
                 {
                     "model": name,

@@ -617,6 +617,7 @@ SCANS = [
 ]
 
 MEAN = np.float32([0.5, -1.0, 2.0, 0.1, -0.3])
+MIXING = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
 
 CHAINS = [
     chain(
@@ -659,6 +660,8 @@ CHAINS = [
         lambda p: convolve((p["x"] - MEAN) * np.exp(MEAN), p["kernel"]),
         {"kernel": (3, 3, 5, 6)},
     ),
+    chain("constant-weight-5x5", (5, 5), lambda p: jnp.einsum("bi,io->bo", p["x"], MIXING), {}),
+    chain("constant-weight-left", (5, 6), lambda p: jnp.einsum("io,ib->ob", MIXING, p["x"]), {}),
     chain(
         "bytes-13x14",
         (3, 5, 5, 5),
@@ -912,6 +915,144 @@ ARRANGEMENTS = [
 ]
 
 
+# --- padding with an array's own rows ------------------------------------------------------------
+
+LENGTH = frozenset({"sample", "length", "channel", "reduction"})
+
+
+def padded(x: Any, mode: str, *widths: tuple[int, int]) -> Any:
+    """Channels-last images, padded in space with rows of their own."""
+    return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=mode)
+
+
+def valid(x: Any, kernel: Any, stride: int = 1, **kwargs: Any) -> Any:
+    space = "DHW"[5 - x.ndim :]
+    numbers = (f"N{space}C", f"{space}IO", f"N{space}C")
+    strides = (stride,) * (x.ndim - 2)
+    return lax.conv_general_dilated(
+        x, kernel, strides, "VALID", dimension_numbers=numbers, **kwargs
+    )
+
+
+def own_rows(
+    name: str,
+    x: tuple[int, ...],
+    apply: Callable[..., Any],
+    kernel: tuple[int, ...] = (),
+    kind: str = "conv",
+    **kwargs: Any,
+) -> Case:
+    space = IMAGE if len(x) == 4 else LENGTH - {"reduction"}
+    return Case(
+        name=name,
+        apply=lambda p: apply(p["x"], p["kernel"]) if kernel else apply(p["x"]),
+        params={"x": x} | ({"kernel": kernel} if kernel else {}),
+        kind=kind,
+        dimensions=kwargs.pop("dimensions", space | ({"reduction"} if kind == "conv" else set())),
+        **kwargs,
+    )
+
+
+def two_readers(x: Any, kernel: Any) -> Any:
+    """A convolution of which the padding becomes part, and an operator that reads it as it is."""
+    y = padded(x, "reflect", (1, 1), (1, 1))
+    return [jnp.tanh(y)[:, 1:-1, 1:-1] + valid(y, kernel), jnp.sin(y)]
+
+
+def two_windows(x: Any, kernel: Any) -> Any:
+    """Both read the rows around the ends, one through a window that is padded besides."""
+    y = padded(x, "wrap", (1, 1), (1, 1))
+    return valid(y, kernel) + nn.max_pool(y, (3, 3), (1, 1), "SAME")[:, :-2, 2:]
+
+
+def two_exchanges(x: Any, kernel: Any) -> Any:
+    """One tensor, exchanged in a ring and in a row."""
+    return valid(padded(x, "wrap", (1, 1), (1, 1)), kernel) * convolve(x, kernel)
+
+
+def resampled(x: Any, kernel: Any) -> Any:
+    """A vocoder's filters: twice as many samples, and back, between repeated edges."""
+    channels, options = x.shape[-1], {"feature_group_count": x.shape[-1]}
+    numbers = ("NWC", "WIO", "NWC")
+    y = lax.conv_general_dilated(
+        padded(x, "edge", (2, 2)), kernel, (1,), ((3, 3),), (2,), None, numbers, **options
+    )
+    y = jnp.sin(2 * y[:, 3:-3])
+    assert y.shape[-1] == channels
+    return valid(padded(y, "edge", (1, 2)), kernel, 2, **options)
+
+
+def one_at_a_time(x: Any, kernel: Any) -> Any:
+    """Each image padded alone, its channels first, in another type than that of its convolution."""
+
+    def one(image: Any) -> Any:
+        y = jnp.pad(image, ((0, 0), (1, 1), (2, 2)), mode="wrap").astype(kernel.dtype)
+        return lax.conv_general_dilated(y[None], kernel, (1, 1), "VALID")[0]
+
+    return jax.vmap(one)(x.astype(jnp.float32).transpose(0, 3, 1, 2))
+
+
+def taken(x: Any, kernel: Any) -> Any:
+    """Wrapped and clipped by their indices."""
+    x = x[:, np.arange(-2, x.shape[1] + 1)]
+    return valid(x[:, :, np.clip(np.arange(-1, x.shape[2] + 1), 0, x.shape[2] - 1)], kernel)
+
+
+MODES = ("wrap", "reflect", "symmetric", "edge")
+
+
+def own_rows_of(mode: str) -> list[Case]:
+    """Convolutions of several sizes, a pool, and the padding alone."""
+    seldom = {"slow": mode in ("symmetric", "edge")}
+
+    def conv_of(widths: int, stride: int = 1) -> Any:
+        return lambda x, kernel: valid(
+            padded(x, mode, *((widths, widths),) * (x.ndim - 2)), kernel, stride
+        )
+
+    return [
+        own_rows(f"{mode}-conv-3x3/1", (4, 8, 8, 4), conv_of(1), (3, 3, 4, 6), slow=True),
+        own_rows(f"{mode}-conv-3x3/1-7x5", (3, 7, 5, 3), conv_of(1), (3, 3, 3, 5)),
+        own_rows(f"{mode}-conv-5/1-5", (3, 5, 5), conv_of(2), (5, 5, 3), **seldom),
+        own_rows(f"{mode}-conv-5/2-13", (3, 13, 5), conv_of(2, 2), (5, 5, 6), **seldom),
+        own_rows(
+            f"{mode}-pad-7x13",
+            (3, 7, 13, 2),
+            lambda x: padded(x, mode, (2, 1), (0, 3)),
+            kind="pad",
+        ),
+        own_rows(
+            f"{mode}-pad-wide", (2, 9, 3), lambda x: padded(x, mode, (8, 7)), kind="pad", **seldom
+        ),
+        own_rows(
+            f"{mode}-max_pool-3/2",
+            (3, 8, 7, 5),
+            lambda x: nn.max_pool(padded(x, mode, (1, 1), (0, 1)), (3, 2), (2, 1)),
+            kind="max_pool",
+            slow=mode != "reflect",
+        ),
+    ]
+
+
+def flax_conv(padding: str) -> Any:
+    layer = nn.Conv(6, (3, 5), (2, 1), padding, kernel_dilation=(2, 1), use_bias=False)
+    return lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x)
+
+
+OWN_ROWS = [
+    *(case for mode in MODES for case in own_rows_of(mode)),
+    own_rows("flax-CIRCULAR", (3, 8, 7, 3), flax_conv("CIRCULAR"), (3, 5, 3, 6)),
+    own_rows("flax-REFLECT", (3, 8, 7, 3), flax_conv("REFLECT"), (3, 5, 3, 6), slow=True),
+    own_rows("pad-two-readers", (3, 7, 8, 5), two_readers, (3, 3, 5, 5), "pad", dimensions=IMAGE),
+    own_rows("pad-two-windows", (3, 8, 7, 5), two_windows, (3, 3, 5, 5)),
+    own_rows("pad-two-exchanges", (3, 8, 7, 5), two_exchanges, (3, 3, 5, 5)),
+    own_rows("pad-resampled", (3, 13, 4), resampled, (6, 1, 4), dimensions=LENGTH - {"reduction"}),
+    own_rows("pad-one-at-a-time", (3, 8, 7, 5), one_at_a_time, (6, 5, 3, 5)),
+    own_rows("pad-taken", (3, 7, 8, 5), taken, (3, 3, 5, 6), slow=True),
+    own_rows("roll", (3, 8, 13, 2), lambda x: jnp.roll(x, (3, -2), (1, 2)), kind="slice"),
+]
+
+
 def slow_where_even(cases: list[Case]) -> list[Case]:
     """Of two cases that differ in their sizes only, the even one is left to `make test-all`."""
     uneven = {case.name.removesuffix("-7x9") for case in cases if case.name.endswith("-7x9")}
@@ -928,6 +1069,7 @@ CASES = [
     *CHAINS,
     *SCANS,
     *slow_where_even(ARRANGEMENTS),
+    *OWN_ROWS,
 ]
 
 EIGHT_PARTS = [
@@ -937,6 +1079,17 @@ EIGHT_PARTS = [
     max_pool("max_pool-3/2-7x27", (5, 7, 27, 13), 3, 2, "SAME"),
 ]
 
+OWN_ROWS_EIGHT = {
+    mode: own_rows(
+        f"{mode}-conv-5-{size}",
+        (3, size, 5),
+        lambda x, k, mode=mode, stride=stride: valid(padded(x, mode, (2, 2)), k, stride),
+        (5, 5, 9),
+    )
+    for mode, size, stride in zip(MODES, (13, 21, 21, 13), (1, 2, 1, 2), strict=True)
+}
+EIGHT_PARTS += [OWN_ROWS_EIGHT["wrap"], OWN_ROWS_EIGHT["reflect"]]
+
 EIGHT_PARTS_SLOW = [
     conv("conv-5x5/2-27x13", (9, 27, 13, 5), (5, 5, 5, 11), stride=2),
     conv("conv-3x3/1-dilated-27x14", (5, 27, 14, 9), (3, 3, 9, 8), dilation=2),
@@ -945,6 +1098,8 @@ EIGHT_PARTS_SLOW = [
     avg_pool("avg_pool-3/2-13x27", (9, 13, 27, 5), 3, 2, "SAME", include=False),
     dense("dense-rank4-7x9", (9, 7, 9, 13), 11),
     flatten_dense("flatten-dense-8x5", (9, 8, 5, 3), 13),
+    OWN_ROWS_EIGHT["symmetric"],
+    OWN_ROWS_EIGHT["edge"],
 ]
 
 SIX_PARTS = [

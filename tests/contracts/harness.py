@@ -25,9 +25,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp._config import Config, Layout, enumerate_configs
-from jaxlwp._graph import ComputationGraph
+from jaxlwp._config import Config, enumerate_configs
+from jaxlwp._graph import ComputationGraph, Layer
 from jaxlwp._lower import Lowered
+from jaxlwp._spmd import partition_spec, placed
 from jaxlwp._trace import trace
 
 TOLERANCE = 1e-5
@@ -191,21 +192,35 @@ def draw(case: Case, seed: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
 
 
 def every_config(
-    graph: ComputationGraph, axis_sizes: dict[str, int], rng: random.Random
+    graph: ComputationGraph,
+    axis_sizes: dict[str, int],
+    rng: random.Random,
+    orders: Sequence[Sequence[str]] = (),
 ) -> tuple[tuple[Config, ...], ...]:
-    """Choices of one config per layer in which every config of every layer appears."""
-    spaces = [
-        list(
-            enumerate_configs(
+    """Choices of one config per layer in which every config of every layer appears.
+
+    Args:
+      graph: the traced function.
+      axis_sizes: devices along each mesh axis.
+      rng: shuffles.
+      orders: of the axes in which configs name several; that of the mesh by default.
+    """
+
+    def configs(layer: Layer) -> list[Config]:
+        found = [
+            config
+            for order in orders or [tuple(axis_sizes)]
+            for config in enumerate_configs(
                 sizes=layer.dimensions,
                 even=layer.even,
-                axis_groups=[tuple(axis_sizes)],
+                axis_groups=[[axis for axis in order if axis_sizes[axis] > 1]],
                 axis_sizes=axis_sizes,
                 interchangeable=False,
             )
-        )
-        for layer in graph.layers
-    ]
+        ]
+        return list(dict.fromkeys(found))
+
+    spaces = list(map(configs, graph.layers))
     count = max(map(len, spaces))
     for space in spaces:
         rng.shuffle(space)
@@ -224,18 +239,17 @@ def bind(
       example: a pytree like the function's result.
     """
     lowered = Lowered(graph=graph, configs=tuple(configs), axis_sizes=dict(mesh.shape))
+    specs = tuple(map(partition_spec, lowered.input_layouts()))
     sharded = jax.shard_map(
         lowered,
         mesh=mesh,
-        in_specs=tuple(map(_spec, lowered.input_layouts())),
-        out_specs=tuple(map(_spec, lowered.output_layouts())),
+        in_specs=specs,
+        out_specs=tuple(map(partition_spec, lowered.output_layouts())),
     )
-    tree = jax.tree.structure(example)
-    return lambda *args: jax.tree.unflatten(tree, sharded(*jax.tree.leaves(args)))
-
-
-def _spec(layout: Layout) -> PartitionSpec:
-    return PartitionSpec(*(axes or None for axes in layout))
+    tree, shardings = jax.tree.structure(example), [NamedSharding(mesh, spec) for spec in specs]
+    return lambda *args: jax.tree.unflatten(
+        tree, sharded(*map(placed, jax.tree.leaves(args), shardings))
+    )
 
 
 def relative_error(actual: jax.Array, expected: Any) -> float:
@@ -262,7 +276,15 @@ def acceptable(errors: dict[str, float]) -> bool:
     return all(error <= TOLERANCE for error in errors.values())
 
 
-def sweep(case: Case, mesh: Mesh, seed: int, *, fast_compile: bool = True) -> Report:
+def sweep(
+    case: Case,
+    mesh: Mesh,
+    seed: int,
+    *,
+    fast_compile: bool = True,
+    orders: Sequence[Sequence[str]] = (),
+    most: int | None = None,
+) -> Report:
     """Run a case under every config of its layers.
 
     Args:
@@ -270,6 +292,8 @@ def sweep(case: Case, mesh: Mesh, seed: int, *, fast_compile: bool = True) -> Re
       mesh: where it runs.
       seed: of the inputs and of the order of configs.
       fast_compile: False compiles with XLA's own settings.
+      orders: see `every_config`.
+      most: choices of configs that are run at most; all by default.
     """
     params, args = draw(case, seed)
     loss = loss_of(case)
@@ -277,7 +301,7 @@ def sweep(case: Case, mesh: Mesh, seed: int, *, fast_compile: bool = True) -> Re
     layer = _operator_layer(case, graph)
     expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, *args)
     _check_reference(case, expected)
-    choices = every_config(graph, dict(mesh.shape), random.Random(seed))
+    choices = every_config(graph, dict(mesh.shape), random.Random(seed), orders)[:most]
     wrong, worst = [], 0.0
     for start in range(0, len(choices), BATCH):
         batch = choices[start : start + BATCH]

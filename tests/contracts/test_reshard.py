@@ -17,13 +17,32 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxlwp import _layout
 from jaxlwp._config import Layout
 from jaxlwp._layout import Move, degree, layout_axes, local_shape, plan_moves
-from jaxlwp._reshard import reshard
+from jaxlwp._reshard import move_block
 
 from .harness import compiler_options
 
 AXES = {"a": 2, "b": 2, "c": 2}
 MANY_AXES = {"a": 2, "b": 2, "c": 3, "d": 2, "e": 2, "f": 3}
 """More than are rearranged in every possible way; no devices are needed to follow moves."""
+
+
+def reshard(
+    x: Any,
+    *,
+    shape: tuple[int, ...],
+    source: Layout,
+    target: Layout,
+    active: frozenset[str],
+    axis_sizes: dict[str, int],
+) -> Any:
+    """Bring a block from one layout to another, inside `jax.shard_map`."""
+    moves = plan_moves(
+        shape=shape, source=source, target=target, active=active, axis_sizes=axis_sizes
+    )
+    before = source
+    for move in moves:
+        x, before = move_block(x, move, before, shape, axis_sizes), move.after
+    return x
 
 
 class Change(NamedTuple):

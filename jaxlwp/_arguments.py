@@ -1,0 +1,63 @@
+"""How the function is called: positional and keyword arguments in one form, and their names.
+
+However a caller passes an argument, by position or by name, it is the same argument: `canonical`
+gives positions to all that have one, so that a plan made with `parallelize(loss, params, x, y)` can
+be called as `plan(params, x=images, y=labels)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional arguments, the parameters first, and those that are passed by name only."""
+
+
+def canonical(
+    where: str,
+    fn: Callable[..., Any] | None,
+    positional: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    *,
+    partial: bool = False,
+) -> Arguments:
+    """Arguments with positions for all that the function gives one.
+
+    Args:
+      where: who is called, for the error.
+      fn: the function; None, or one that does not tell its signature, leaves them as they are.
+      positional: arguments by position.
+      keywords: arguments by name.
+      partial: some may be left out.
+
+    Raises:
+      ValueError: the function cannot be called with these arguments.
+    """
+    if not keywords or fn is None:
+        return positional, dict(keywords)
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return positional, dict(keywords)
+    try:
+        bind = signature.bind_partial if partial else signature.bind
+        bound = bind(*positional, **keywords)
+    except TypeError as error:
+        raise ValueError(
+            f"{where}: {getattr(fn, '__name__', 'the function')}{signature} cannot be called with "
+            f"{len(positional)} positional arguments and {', '.join(sorted(keywords))}: {error}"
+        ) from error
+    return bound.args, dict(bound.kwargs)
+
+
+def argument_name(path: tuple[Any, ...]) -> str:
+    """Name of a leaf of `Arguments`: "params['w']", "args[0]", "labels"."""
+    which, entry, *rest = path
+    tail = jax.tree_util.keystr(tuple(rest))
+    if which.idx == 1:
+        return str(entry.key) + tail
+    return ("params" if entry.idx == 0 else f"args[{entry.idx - 1}]") + tail

@@ -1,0 +1,91 @@
+"""Contract 1 on the meshes that users make: any order of sizes, any order of axes, any devices.
+
+Configs name mesh axes in every order, so nothing may rely on that of the mesh. Meshes of twelve
+devices are swept in a process of their own, since all other tests simulate eight.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from .cases import CASES
+from .harness import SEED_VARIABLE, Case, draw_seed, sweep
+
+SEED = draw_seed()
+SHAPES = ((2, 4), (4, 2), (2, 3), (3, 2), (2, 1, 3))
+TWELVE = ((3, 4), (2, 3, 2))
+INSIDE = "JAXLWP_TEST_DEVICES" in os.environ  # the process of `test_twelve_devices`
+KINDS = ("Auto", "Explicit")
+FAST = ("conv-3x3/1-14x15", "max_pool-3/2-SAME-27x15-ties", "dense-5x13")
+MOST = 24
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs() -> Iterator[None]:
+    yield
+    jax.clear_caches()
+
+
+def mesh_of(shape: tuple[int, ...], kind: str) -> Mesh:
+    """A mesh of permuted devices with names of its own."""
+    devices = jax.devices()
+    if len(devices) < math.prod(shape):
+        pytest.skip(f"needs {math.prod(shape)} devices")
+    chosen = np.random.default_rng(SEED).permutation(np.array(devices, dtype=object))
+    names = ("rows", "columns", "boards")[: len(shape)]
+    types = (getattr(AxisType, kind),) * len(shape)
+    return Mesh(chosen[: math.prod(shape)].reshape(shape), names, axis_types=types)
+
+
+def check(case: Case, shape: tuple[int, ...], kind: str, most: int | None) -> None:
+    print(f"repeat with {SEED_VARIABLE}={SEED}")
+    mesh = mesh_of(shape, kind)
+    orders = list(itertools.permutations(mesh.axis_names))
+    report = sweep(case, mesh, SEED, orders=orders, most=most)
+    named = {axes for choice in report.checked for c in choice for _, axes in c.splits}
+    sizes = [size for size in shape if size > 1]
+    assert any(list(axes) != sorted(axes, key=mesh.axis_names.index) for axes in named), sizes
+    assert not report.wrong, str(report)
+
+
+def chosen(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", TWELVE if INSIDE else SHAPES, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_meshes(name: str, shape: tuple[int, ...], kind: str) -> None:
+    check(chosen(name), shape, kind, MOST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_meshes_every_case(case: Case, shape: tuple[int, ...], kind: str) -> None:
+    check(case, shape, kind, 4 * MOST)
+
+
+if not INSIDE:
+
+    def test_twelve_devices() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        done = subprocess.run(
+            [*command, f"{__file__}::test_meshes"],
+            env={**os.environ, "JAXLWP_TEST_DEVICES": "12", SEED_VARIABLE: str(SEED)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert f"{len(FAST) * len(TWELVE) * len(KINDS)} passed" in done.stdout

@@ -1,0 +1,193 @@
+"""Contract 2 without a compiler: of every layer, what is priced is in the program for XLA.
+
+`check_layers` counts the collectives of the differentiated program, layer by layer, and sets them
+against those priced. Strategies are drawn from the whole space, every order of mesh axes, so
+neighbours disagree wherever they can, and values with several readers are wanted in several
+layouts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh
+
+import jaxlwp
+from jaxlwp._plan import bind
+from jaxlwp._verify import check_layers
+
+from .harness import draw_seed
+from .zoo import RATES, ZOO, case, random_batch
+
+SEED = draw_seed()
+LARGE = ("inception_v3", "resnet101", "densenet121", "efficientnet_b0", "unet3d", "convnext_t")
+SHAPES = ((2, 4), (4, 2), (2, 2, 2), (2, 1, 3), (3, 2))
+
+
+def mesh_of(shape: tuple[int, ...]) -> Mesh:
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    names = tuple("abc"[: len(shape)])
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def space_on(mesh: Mesh, graph: jaxlwp.ComputationGraph) -> jaxlwp.SearchSpace:
+    rates = jaxlwp.device_graph(mesh, rates=RATES)
+    return jaxlwp.price(graph, rates, interchangeable=False)
+
+
+def disagreeing(plan: jaxlwp.Plan) -> list[str]:
+    return [
+        f"{layer.name} [{layer.config}]: priced {layer.predicted}, program {layer.program}"
+        for layer in check_layers(plan)
+        if not layer.agrees
+    ]
+
+
+def check(space: jaxlwp.SearchSpace, mesh: Mesh, loss: Any, arguments: Any, draws: int) -> None:
+    """The strategy found, the baselines, and random strategies of a space."""
+    rng = random.Random(SEED)
+    out = jax.tree.structure(jax.eval_shape(loss, *arguments))
+    strategies = [jaxlwp.search(space).strategy]
+    for name in jaxlwp.BASELINES:
+        try:
+            strategies.append(space.baseline(name))
+        except ValueError:  # a batch that the devices do not divide
+            continue
+    for n in range(draws):
+        choices = [rng.randrange(len(configs)) for configs in space.configs]
+        strategies.append(space.strategy(f"random {n}", choices))
+    wrong = {}
+    for strategy in strategies:
+        if found := disagreeing(bind(space, strategy, mesh, arguments, out)):
+            wrong[strategy.name] = found
+    assert not wrong, f"{SEED=}, {len(wrong)} of {len(strategies)}: {list(wrong.items())[:3]}"
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in ZOO]
+)
+def test_networks(name: str) -> None:
+    this = case(name, SEED)
+    mesh = mesh_of((2, 4))
+    arguments = (this.params, this.stats, *random_batch(name, SEED))
+    check(space_on(mesh, this.space.graph), mesh, this.loss, arguments, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_networks_random(name: str) -> None:
+    this = case(name, SEED)
+    mesh = mesh_of((2, 2, 2))
+    arguments = (this.params, this.stats, *random_batch(name, SEED))
+    check(space_on(mesh, this.space.graph), mesh, this.loss, arguments, 20)
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+def conv(x: Any, features: int, size: int = 3) -> Any:
+    return nn.Conv(features, (size, size))(x)
+
+
+class Bottleneck(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(nn.BatchNorm(use_running_average=False)(conv(x, 4, 1)))
+        y = nn.relu(nn.BatchNorm(use_running_average=False)(conv(y, 4)))
+        return nn.relu(x + nn.BatchNorm(use_running_average=False)(conv(y, 8, 1)))
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + conv(nn.relu(conv(x, 8)), 8)
+
+
+class Inception(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        pooled = nn.avg_pool(x, (3, 3), padding="SAME")
+        paths = [
+            conv(x, 4, 1),
+            conv(conv(x, 4, 1), 4),
+            conv(conv(x, 4, 1), 4, 5),
+            conv(pooled, 4, 1),
+        ]
+        return jnp.concatenate(paths, -1)
+
+
+class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(3):
+            x = jnp.concatenate([x, conv(nn.relu(nn.GroupNorm(2)(x)), 4)], -1)
+        return x
+
+
+class Down(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inner = conv(nn.max_pool(nn.relu(conv(x, 8)), (2, 2), (2, 2)), 8)
+        up = nn.ConvTranspose(8, (2, 2), (2, 2))(inner)
+        return conv(jnp.concatenate([x, up], -1), 4)
+
+
+class Checkpointed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for n in range(3):
+            x = nn.remat(Residual)(name=f"block{n}")(x)
+        return x
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "bottleneck": Bottleneck,
+    "residual": Residual,
+    "inception": Inception,
+    "dense": Dense,
+    "unet": Down,
+    "checkpointed": Checkpointed,
+}
+
+
+def block(name: str) -> tuple[Any, tuple[Any, Any]]:
+    """Loss and arguments of a block between two layers."""
+    model = BLOCKS[name]()
+    x = jax.random.normal(jax.random.key(SEED), (6, 10, 8, 8))
+    variables = model.init(jax.random.key(1), x)
+    params = variables.pop("params")
+
+    def loss(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        given = {"params": params, **variables}
+        y = model.apply(given, x, mutable=["batch_stats"])[0]
+        return jnp.mean(y**2), jnp.tanh(x)
+
+    return loss, (params, x)
+
+
+def check_block(name: str, shape: tuple[int, ...], draws: int) -> None:
+    mesh = mesh_of(shape)
+    loss, arguments = block(name)
+    check(space_on(mesh, jaxlwp.trace(loss, *arguments)), mesh, loss, arguments, draws)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name: str) -> None:
+    check_block(name, SHAPES[SEED % len(SHAPES)], 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_blocks_random(name: str, shape: tuple[int, ...]) -> None:
+    check_block(name, shape, 200)
