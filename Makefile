@@ -16,8 +16,8 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all test-newest test-gpu-aot lint format demo notebook bench-search bench-space \
-	bench-compare bench-memory bench-costs gpu-check fuzz clean
+.PHONY: help venv test test-all test-newest test-gpu-aot lint format demo notebook \
+	bench-search bench-space bench-compile bench-compare bench-memory bench-costs gpu-check fuzz clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +101,9 @@ bench-costs: $(READY)  ## Predicted against measured steps, lazy against full ta
 
 gpu-check: $(READY)  ## Correctness, profile and accuracy on the GPUs at hand (under 8 minutes)
 	$(BIN)/python -m tests.benchmarks.gpu_check
+
+bench-compile: $(READY)  ## Time tracing and compiling beside plain JAX
+	$(SIMULATED) $(BIN)/python -m tests.benchmarks.compile
 
 bench-space: $(READY)  ## Measure what one fixed order of mesh axes costs
 	$(SIMULATED) $(BIN)/python -m tests.benchmarks.space

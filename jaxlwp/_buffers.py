@@ -216,6 +216,7 @@ class _Builder:
         self.axes: dict[int, str] = {}
         self.names: list[tuple[int, str]] = []
         self.ordered: list[tuple[int, str]] = []
+        self.read = {v for eqn in program.equations for v in eqn.operands} | set(program.outputs)
         for value in program.inputs:
             self.nodes[value] = Node("argument", self.size(value), argument=True, origin=value)
         for eqn in program.equations:
@@ -306,7 +307,8 @@ class _Builder:
 
     def scratch(self, eqn: Equation) -> Node:
         """What one iteration of a loop holds at most; the next one uses the same memory."""
-        kernels = _fuse(_Builder(scan_of(eqn).body).root({}))
+        scan, _, _ = scan_of(eqn).only([n for n, v in enumerate(eqn.results) if v in self.read])
+        kernels = _fuse(_Builder(scan.body).root({}))
         live = _most(_order(kernels), kernels)
         return Node("scratch", sum(node.num_bytes for node in live), writes=True)
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 from jax import lax
 
 from .harness import Case
@@ -482,6 +483,139 @@ def scan_of_checkpoints(params: Any) -> Any:
     return lax.scan(layer, params["x"], params["stack"])[0]
 
 
+# --- scans that are one layer --------------------------------------------------------------------
+
+
+def scan(
+    name: str,
+    x: tuple[int, ...],
+    apply: Any,
+    more: dict[str, tuple[int, ...]],
+    dimensions: frozenset[str] = frozenset({"sample"}),
+    **kwargs: Any,
+) -> Case:
+    return Case(
+        name=name, apply=apply, params={"x": x} | more, kind="scan", dimensions=dimensions, **kwargs
+    )
+
+
+def recurrence(params: Any, cell: Any = None, start: Any = jnp.zeros, **options: Any) -> Any:
+    """Outputs of all steps, batch first: h = tanh(x w + h u + b)."""
+
+    def step(h: Any, x: Any) -> Any:
+        h = jnp.tanh(x @ params["w"] + h @ params["u"] + params["b"])
+        return h, 2 * h
+
+    x = jnp.moveaxis(params["x"], 1, 0)
+    h = start((x.shape[1], params["b"].size))
+    last, ys = lax.scan(cell(step) if cell else step, h, x, **options)
+    return jnp.moveaxis(ys, 0, 1) + last[:, None]
+
+
+def logarithms(params: Any) -> Any:
+    """Padding of zeros would give log 0 and 1 / 0, and NaN in the gradient of the weights."""
+
+    def step(h: Any, x: Any) -> Any:
+        h = jnp.log(jnp.abs(x) + jnp.abs(h)) * jnp.exp(params["w"]) + params["w"] / (1e-3 + x * x)
+        return h, h
+
+    x = jnp.moveaxis(params["x"], 1, 0)
+    return jnp.moveaxis(lax.scan(step, jnp.zeros(x.shape[1:]), x)[1], 0, 1)
+
+
+def noisy(params: Any, key: Any) -> Any:
+    """A counter, random bits, a table of positions, a derivative of its own, in a checkpoint."""
+    place = jnp.arange(20.0).reshape(5, 4)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(carry: Any, x: Any) -> Any:
+        h, key, count = carry
+        key, now = jax.random.split(key)
+        kept = jax.random.bernoulli(now, 0.6, x.shape)
+        h = jax.nn.silu(h @ params["w"]) + halved_gradient(x * kept) * (place + count)
+        return (h, key, count + 1), h
+
+    x = jnp.moveaxis(params["x"], 1, 0)
+    (h, key, count), ys = lax.scan(step, (jnp.zeros(x.shape[1:]), key, 0), x)
+    return ys.sum(0) * count + h * jax.random.uniform(key, h.shape)
+
+
+def ctc(params: Any, labels: Any) -> Any:
+    """Losses of sequences of several lengths."""
+    lengths = jnp.asarray([9, 8, 7, 9, 6])
+    late = jnp.arange(9) >= lengths[:, None]
+    none = jnp.zeros(labels.shape)
+    return optax.ctc_loss(params["x"] * 2, late.astype(jnp.float32), labels, none)
+
+
+def lstm(params: Any) -> Any:
+    """Flax's LSTM."""
+    weights = {name: value for name, value in params.items() if name != "x"}
+    cell = nn.OptimizedLSTMCell(3)
+    variables = {"params": {"cell": traverse_util.unflatten_dict(weights, sep="/")}}
+    return nn.RNN(cell).apply(variables, params["x"])
+
+
+LSTM_WEIGHTS = {
+    name: shape
+    for gate in "ifgo"
+    for name, shape in (
+        (f"i{gate}/kernel", (4, 3)),
+        (f"h{gate}/kernel", (3, 3)),
+        (f"h{gate}/bias", (3,)),
+    )
+}
+
+
+def mapped(params: Any) -> Any:
+    """`lax.map` over the samples: they are what is scanned."""
+    return lax.map(lambda x: jnp.cumsum(jnp.sin(x), 0) @ params["w"], params["x"])
+
+
+def scan_in_scan(params: Any) -> Any:
+    def outer(h: Any, x: Any) -> Any:
+        def inner(g: Any, bias: Any) -> Any:
+            return jnp.tanh(g @ params["u"] + x + bias), None
+
+        h, _ = lax.scan(inner, h, params["b"])
+        return h, h
+
+    x = jnp.moveaxis(params["x"], 1, 0)
+    return jnp.moveaxis(lax.scan(outer, jnp.zeros(x.shape[1:]), x)[1], 0, 1)
+
+
+CELL = {"w": (4, 7), "u": (7, 7), "b": (7,)}
+
+SCANS = [
+    scan("scan-rnn", (5, 6, 4), recurrence, CELL),
+    scan(
+        "scan-reverse",
+        (5, 6, 4),
+        lambda p: recurrence(p, start=jnp.ones, reverse=True, unroll=2),
+        CELL,
+    ),
+    scan(
+        "scan-checkpointed-body",
+        (4, 6, 4),
+        lambda p: recurrence(p, functools.partial(jax.checkpoint, prevent_cse=False)),
+        CELL,
+        slow=True,
+    ),
+    scan("scan-checkpointed", (3, 6, 4), jax.checkpoint(recurrence), CELL, slow=True),
+    scan("scan-logarithms", (5, 6, 7), logarithms, {"w": (7,)}, frozenset({"sample", "channel"})),
+    scan("scan-noisy", (5, 6, 4), noisy, {"w": (4, 4)}, args=lambda rng: (jax.random.key(3),)),
+    scan(
+        "scan-ctc",
+        (5, 9, 8),
+        ctc,
+        {},
+        args=lambda rng: (jnp.asarray(rng.integers(1, 8, (5, 3))),),
+    ),
+    scan("scan-lstm", (5, 6, 4), lstm, LSTM_WEIGHTS),
+    scan("scan-map", (5, 6, 4), mapped, {"w": (4, 3)}, frozenset({"sample", "channel"})),
+    scan("scan-in-scan", (5, 3, 4), scan_in_scan, {"u": (4, 4), "b": (2, 4)}, slow=True),
+]
+
 MEAN = np.float32([0.5, -1.0, 2.0, 0.1, -0.3])
 MIXING = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
 
@@ -933,6 +1067,7 @@ CASES = [
     *DENSE_LAYERS,
     *REDUCTIONS,
     *CHAINS,
+    *SCANS,
     *slow_where_even(ARRANGEMENTS),
     *OWN_ROWS,
 ]
