@@ -63,7 +63,7 @@ def rows_of(pieces: Pieces, dim: int, rows: Sequence[int]) -> list[Any]:
       Arrays that follow each other: slices of the pieces, reversed or repeated.
     """
     result: list[Any] = []
-    for first, step, count in _runs(rows):
+    for first, step, count in runs(rows):
         low = min(first, first + step * (count - 1))
         cut = _cut(pieces, dim, low, low + 1 + abs(step) * (count - 1))
         if step == 0:
@@ -74,18 +74,20 @@ def rows_of(pieces: Pieces, dim: int, rows: Sequence[int]) -> list[Any]:
     return result
 
 
-def _runs(rows: Sequence[int]) -> list[tuple[int, int, int]]:
+def runs(rows: Sequence[int]) -> list[tuple[int, int, int]]:
     """Rows as runs (first, step, count) of step 1, -1 or 0."""
-    runs: list[tuple[int, int, int]] = []
+    if isinstance(rows, range) and rows.step == 1:  # of a long array
+        return [(rows.start, 1, len(rows))] if rows else []
+    result: list[tuple[int, int, int]] = []
     for row in rows:
-        if runs:
-            first, step, count = runs[-1]
+        if result:
+            first, step, count = result[-1]
             found = row - (first + step * (count - 1))
             if found == step or (count == 1 and abs(found) <= 1):
-                runs[-1] = first, found, count + 1
+                result[-1] = first, found, count + 1
                 continue
-        runs.append((row, 1, 1))
-    return runs
+        result.append((row, 1, 1))
+    return result
 
 
 def _cut(pieces: Pieces, dim: int, start: int, stop: int) -> list[Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlwp._border import Border, Pieces, join, rows_of
+from jaxlwp._border import Border, Pieces, join, rows_of, runs
 from jaxlwp._layout import cdiv
 from jaxlwp._spmd import device_index, permute
 from jaxlwp.ops import Reach
@@ -269,17 +269,18 @@ def _with_border(pieces: Pieces, dim: int, start: int, halo: Halo, index: Any) -
     """
     moved = [dict(rows) for rows in halo.received.moved]
     result: list[Any] = []
-    somewhere = frozenset().union(*moved)
-    for _, group in itertools.groupby(range(halo.rows), somewhere.__contains__):
-        rows = list(group)
-        cases = [tuple(start + own.get(row, row) for row in rows) for own in moved]
+    done = 0
+    for first, _, count in runs(sorted(frozenset().union(*moved))):
+        result += rows_of(pieces, dim, range(start + done, start + first))
+        done = first + count
+        cases = [tuple(start + own.get(row, row) for row in range(first, done)) for own in moved]
         distinct = list(dict.fromkeys(cases))
         made = [rows_of(pieces, dim, case) for case in distinct]
         if len(distinct) > 1:
             which = _of_device([distinct.index(case) for case in cases], index)
             made = [[lax.select_n(which, *(join(case, dim) for case in made))]]
         result += made[0]
-    return result
+    return result + rows_of(pieces, dim, range(start + done, start + halo.rows))
 
 
 def _of_device(numbers: Sequence[int], index: Any) -> Any:

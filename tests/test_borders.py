@@ -216,6 +216,19 @@ def test_random_strategies_run_what_is_priced(padding: str) -> None:
         assert not wrong, wrong
 
 
+@pytest.mark.parametrize("strategy", ["data", "spatial"])
+def test_nothing_is_evaluated_again_for_a_gradient_that_needs_no_value(strategy: str) -> None:
+    x = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
+    turned = jax.checkpoint(lambda x: jnp.pad(x, ((1, 0), (1, 2), (0, 0), (0, 0)), mode="reflect"))
+
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(turned(2 * x)))
+
+    plan = jaxlwp.parallelize(loss, x, devices=4, strategy=strategy, rates=RATES)
+    wrong = [layer for layer in check_layers(plan) if not layer.agrees]
+    assert not wrong, wrong
+
+
 def vocoder(mode: str) -> Callable[[Any, jax.Array], jax.Array]:
     """Filters between repeated edges: twice the rate, a periodic activation, and back."""
 
@@ -305,3 +318,22 @@ def test_pieces_in_order_are_the_array() -> None:
     assert kinds_of(lambda x: jnp.concatenate([x[:, :3], x[:, 3:]], 1) ** 2, x) == ["reduce"]
     cut = kinds_of(lambda x: jnp.concatenate([x[:, 1:3], x[:, 3:7]], 1), x)
     assert cut == ["slice", "reduce"]
+
+
+def test_outputs_that_are_the_array() -> None:
+    """What is put together in order is nothing new: an argument, or what a layer has made."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 3)), jnp.float32)
+    weight = jnp.linspace(-1.0, 1.0, 15).reshape(3, 5)
+
+    def loss(weight: jax.Array, x: jax.Array) -> Any:
+        y = jnp.tanh(x @ jnp.concatenate([weight[:1], weight[1:]], 0))
+        y = jnp.concatenate([y[:, :1], y[:, 1:]], 1)
+        nothing = jnp.pad(x[:, :0], ((0, 0), (0, 0), (1, 1), (0, 0)), mode="edge")
+        return jnp.sum(y**2), (y, jnp.concatenate([x[:, :3], x[:, 3:]], 1), nothing)
+
+    plan = jaxlwp.parallelize(loss, weight, x, devices=4, strategy="spatial", rates=RATES)
+    assert "concat" not in {layer.kind for layer in plan.graph.layers}
+    expected = jax.value_and_grad(loss, has_aux=True)(weight, x)
+    actual = jax.jit(jax.value_and_grad(plan, has_aux=True))(weight, x)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

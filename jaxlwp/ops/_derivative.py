@@ -12,7 +12,7 @@ ZERO_DERIVATIVE = frozenset("stop_gradient sign floor ceil round nextafter is_fi
 LINEAR = frozenset(
     "add add_any sub neg convert_element_type copy real imag reduce_sum reshape transpose squeeze "
     "expand_dims broadcast_in_dim slice pad concatenate rev reduce_window_sum stack unstack tile "
-    "split cumsum row resize name reduce_precision".split()
+    "split cumsum row resize extend name reduce_precision".split()
 )
 """Operators whose derivatives need no operand's value."""
 

@@ -3,7 +3,7 @@
 JAX has no primitive for it. `jnp.pad` writes a concatenation of slices, of their reversals, or of
 repeated rows, one side after the other; others index with wrapped or clipped positions. All of it
 says which row of one array each row of the result is: a table of numbers. Where the table counts up
-through the array, and what comes before and after is not longer than the array, the result is the
+through the array, and what comes before and after is shorter than the array, the result is the
 array with a border (`_border`), and one operator takes the equations' place. What a windowed
 operator reads of such a result it reads of the array, with the border beyond its ends: blocks stay
 those of the array, and what is exchanged is a halo like any other.
@@ -31,6 +31,9 @@ Table = NDArray[np.int64]
 RuleOf = Callable[[Equation], tuple[Rule, Signature] | None]
 """Rule and signature of an equation."""
 
+LONGEST = 4096
+"""Rows of the longest border: they are written down one by one."""
+
 MOST_STEPS = 64
 """Equations that are followed back from a concatenation: wide padding reflects several times."""
 
@@ -42,7 +45,7 @@ def border_of(table: Table, size: int) -> tuple[Border, int] | None:
 
     Returns:
       The border, and how many rows of the array with the border come before the table's first;
-      None if the rows are others, or a border is as long as the array.
+      None if the rows are others, or a border is as long as the array, or very long.
     """
     if table.size == 0:
         return None
@@ -52,7 +55,9 @@ def border_of(table: Table, size: int) -> tuple[Border, int] | None:
     position = np.arange(table.size) + shifts[np.argmax(counts)]
     inside = (position >= 0) & (position < size)
     before, after = table[position < 0], table[position >= size]
-    if np.any(table[inside] != position[inside]) or max(before.size, after.size) >= size:
+    if np.any(table[inside] != position[inside]):
+        return None
+    if max(before.size, after.size) >= min(size, LONGEST):
         return None
     border = Border(*(tuple(int(row) for row in rows) for rows in (before, after)))
     return border, max(0, int(position[0]))
@@ -88,10 +93,10 @@ class _Tables:
         return {root: table[rows] for root, table in self(operand, dim, steps).items()}
 
     def _joined(self, eqn: Equation, dim: int, steps: int) -> dict[int, Table]:
-        if eqn.params["dimension"] != dim:
-            return {}
         sizes = [value.shape[dim] for value in eqn.operand_values]
         operands = [i for i, size in zip(eqn.operands, sizes, strict=True) if size]
+        if eqn.params["dimension"] != dim or not operands:
+            return {}
         pieces = [self(i, dim, steps) for i in operands]
         roots = [root for root in pieces[0] if all(root in piece for piece in pieces)]
         return {root: np.concatenate([piece[root] for piece in pieces]) for root in roots}
