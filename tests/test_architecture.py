@@ -22,7 +22,17 @@ NUMBERS_ONLY = (
     *SOLVER,
 )
 COST_FREE = (
-    *("_program", "_constants", "_graph", "_group", "_trace", "_halo", "_reshard", "_lower"),
+    *(
+        "_program",
+        "_constants",
+        "_samples",
+        "_graph",
+        "_group",
+        "_trace",
+        "_halo",
+        "_reshard",
+        "_lower",
+    ),
     *("_buffers", "_memory", "ops"),
 )
 COSTS = (

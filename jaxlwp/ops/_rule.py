@@ -202,6 +202,8 @@ class Rule:
       flops: floating-point operations of the forward pass for given local operand and result
         shapes.
       combines: the lowering itself combines partial results over a split reduced dimension.
+      weight_first: the signature, named for a weight on the left, of an operator with the same
+        lowering whose weight may be either operand; `signature` takes it to be on the right.
     """
 
     kind: str
@@ -211,6 +213,7 @@ class Rule:
         elementwise_flops
     )
     combines: bool = False
+    weight_first: Callable[[Equation], Signature] | None = None
 
 
 def bind_lowering(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
