@@ -18,7 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from jaxlwp._program import Equation, Program
-from jaxlwp.ops import RULES, Labels, Rule, Signature, default_names, rule_of
+from jaxlwp._samples import Samples
+from jaxlwp.ops import RULES, Labels, Rule, Signature, default_names, rule_of, spatial_names
 
 # --- matching a signature against dimension names ----------------------------------------------
 
@@ -147,6 +148,7 @@ class Grouping:
         self.of_parameters = set(program.inputs[:num_parameters]) | set(program.constants)
         self.outputs = frozenset(program.outputs)
         self.of_arguments = set(program.inputs)
+        self.samples = Samples(program, num_parameters)
         self.drafts: list[Draft] = []
         self.known: dict[int, dict[int, Labels]] = {}  # value -> layer -> labels
         self.homes: dict[int, tuple[int, Labels]] = {}
@@ -228,8 +230,13 @@ class Grouping:
         """The signature of a layer's first operator with proper dimension names.
 
         An anonymous dimension keeps the name that it has where its operand is made: the height of
-        an image stays the height through transposes and reshapes.
+        an image stays the height through transposes and reshapes. What comes from the batch's
+        leading dimension is the sample, wherever it is; other names go by position.
         """
+        weights = tuple(self.of_parameters.issuperset([i]) for i in eqn.operands)
+        turned = RULES[eqn.name].weight_first
+        if turned is not None and weights[0] and not all(weights):
+            signature = turned(eqn)
         names = {n: n for n in sorted(signature.names) if not n.startswith("#")}
 
         def give(letters: Labels, labels: Labels) -> None:
@@ -240,14 +247,34 @@ class Grouping:
         for operand, letters in zip(eqn.operands, signature.operands, strict=True):
             give(letters, self.names_of(operand))
         tensors = (*signature.operands, *signature.results)
+        values = (*eqn.operands, *eqn.results)
+        ranks = [
+            (rank, letter)
+            for value, letters in zip(values, tensors, strict=True)
+            for dim, letter in enumerate(letters)
+            if letter and (rank := self.samples.rank(value, dim)) is not None
+        ]
+        for _, letter in sorted(ranks, key=lambda pair: pair[0]):
+            give((letter,), ("sample",))
         penalty = self.of_parameters.issuperset(eqn.results) and not any(signature.results)
-        likely = signature.likely or tuple(default_names(len(letters)) for letters in tensors)
-        for letters, labels in zip(tensors, likely, strict=True):
+        likely = signature.likely or (None,) * len(tensors)
+        for value, letters, labels in zip(values, tensors, likely, strict=True):
             if not penalty:  # the sum over a kernel, whose first dimension is no sample
-                give(letters, labels)
+                known = [names.get(x or "") for x in letters]
+                give(letters, labels if labels else self.default_names(value, known))
         for letters in tensors:
             give(letters, tuple(f"dim{dim}" for dim in range(len(letters))))
         return rename(signature, names)
+
+    def default_names(self, value: int, known: list[str | None]) -> Labels:
+        """Names of an activation's dimensions by their position, given those that are known."""
+        rank = len(known)
+        if "sample" in known:
+            others = iter(default_names(rank)[1:])
+            return tuple("sample" if name == "sample" else next(others) for name in known)
+        if rank and self.samples.excluded(value, 0):
+            return (*spatial_names(rank - 1), "channel")
+        return default_names(rank)
 
     def names_of(self, value: int) -> Labels:
         """Names that a value's dimensions have already, seen through lazy operators."""

@@ -340,9 +340,12 @@ def _kept_blocks(
     readers: dict[int, tuple[int, Labels]] = {}
     for layer in graph.layers:
         for member in layer.members:
-            if member.equation.name in LIBRARY and any(member.gradient[1:]):
-                label = layer.index, member.signature.operands[0]
-                readers.setdefault(member.equation.operands[0], label)
+            if member.equation.name not in LIBRARY:
+                continue
+            for side in (0, 1):  # the weight of a matrix product may be either
+                if member.gradient[1 - side]:
+                    label = layer.index, member.signature.operands[side]
+                    readers.setdefault(member.equation.operands[side], label)
     result: list[list[_Block]] = [[] for _ in graph.layers]
     for node, tag in zip(buffers.kept, buffers.tags, strict=True):
         if tag is None or node.kind == "filter":

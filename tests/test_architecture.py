@@ -27,6 +27,7 @@ COST_FREE = (
         "_steps",
         "_program",
         "_constants",
+        "_samples",
         "_graph",
         "_group",
         "_trace",

@@ -243,6 +243,8 @@ class Rule:
         are linear in the cotangent: whether each of several readers evaluates them, and whether
         each device has a part of the cotangent, cannot be told apart.
       unread: positions of the results whose cotangents the derivative does not read.
+      weight_first: the signature, named for a weight on the left, of an operator with the same
+        lowering whose weight may be either operand; `signature` takes it to be on the right.
     """
 
     kind: str
@@ -255,6 +257,7 @@ class Rule:
     lower_whole: Callable[[Equation, Sequence[Any]], tuple[Any, ...]] | None = None
     once: bool = False
     unread: Callable[[Equation], tuple[int, ...]] = lambda eqn: ()
+    weight_first: Callable[[Equation], Signature] | None = None
 
 
 def bind_lowering(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
