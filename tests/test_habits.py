@@ -302,3 +302,25 @@ def test_arguments_of_a_wrong_kind(options: dict[str, Any], message: str) -> Non
     with pytest.raises(ValueError, match=message) as error:
         jaxlwp.parallelize(convolution, KERNEL, IMAGES, **{"rates": RATES, **options})
     assert "\n" not in str(error.value)
+
+
+# --- what XLA gets wrong --------------------------------------------------------------------------
+
+
+def test_updates_out_of_range() -> None:
+    """Start indices beyond the end are clamped, in gradients too, whatever block a device has."""
+
+    def loss(p: Any, x: Any) -> Any:
+        y = jnp.tanh(x * p["s"])
+        z = lax.dynamic_update_slice(y, y[:, :6] * p["w"], (0, 9, 0))
+        return jnp.sum(z**2) + jnp.sum(3 * lax.dynamic_slice(z, (0, 9, 0), (4, 6, 2)))
+
+    params, x = {"s": normal(0, 2), "w": normal(1, 4, 1, 2)}, normal(2, 4, 7, 2)
+    graph = jaxlwp.trace(loss, params, x)
+    a, b = ("a",), ("b",)
+    splits = [{"length": a}, {"sample": b}, *[{"sample": b, "channel": a}] * 2]
+    splits += [{"sample": b, "length": a}, {}]
+    names = [layer.name for layer in graph.layers]
+    pins = jaxlwp.Constraints(pin=dict(zip(names, map(jaxlwp.Config.of, splits), strict=True)))
+    plan = planned(loss, params, x, mesh=mesh_of((2, 4), ("a", "b")), constraints=pins)
+    assert_trains(plan, loss, params, x)

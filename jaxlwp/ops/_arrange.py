@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxlwp._program import Equation
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, Window, anonymous, bind_lowering
 
@@ -113,8 +115,26 @@ def _dynamic_signature(eqn: Equation) -> Signature:
     )
 
 
+def _clamped(starts: Sequence[Any], whole: Sequence[int], part: Sequence[int]) -> list[Any]:
+    """Start indices in range, as JAX defines those that are not.
+
+    XLA's algebraic simplifier forgets to clamp known ones that are out of range, where a device has
+    a block of its own: their gradients were wrong.
+    """
+    limits = (size - taken for size, taken in zip(whole, part, strict=True))
+    wide = [jnp.asarray(start, jnp.promote_types(jnp.int32, start.dtype)) for start in starts]
+    return [jnp.clip(start, 0, limit) for start, limit in zip(wide, limits, strict=True)]
+
+
 def _lower_dynamic_slice(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
-    return eqn.bind(*operands, slice_sizes=local.result_shapes[0])
+    sizes = local.result_shapes[0]
+    starts = _clamped(operands[1:], operands[0].shape, sizes)
+    return eqn.bind(operands[0], *starts, slice_sizes=sizes)
+
+
+def _lower_dynamic_update(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
+    array, part, *starts = operands
+    return eqn.bind(array, part, *_clamped(starts, array.shape, part.shape))
 
 
 def _row_signature(eqn: Equation) -> Signature:
@@ -165,7 +185,7 @@ RULES = {
     "pad": _rule("pad", _pad_signature, lower=_lower_pad),
     "slice": _rule("slice", _slice_signature, lower=_lower_slice),
     "dynamic_slice": _rule("slice", _dynamic_signature, lower=_lower_dynamic_slice),
-    "dynamic_update_slice": _rule("slice", _dynamic_signature),
+    "dynamic_update_slice": _rule("slice", _dynamic_signature, lower=_lower_dynamic_update),
 } | {
     name: _rule("cumulative", _along("axis"))
     for name in "cumsum cumprod cummax cummin cumlogsumexp".split()

@@ -20,10 +20,11 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh
 
 import jaxlwp
+from jaxlwp._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp._plan import bind
 from jaxlwp._verify import check_layers
 
-from .harness import draw_seed
+from .harness import compiler_options, draw_seed
 from .zoo import RATES, ZOO, case, random_batch
 
 SEED = draw_seed()
@@ -191,3 +192,66 @@ def test_blocks(name: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_blocks_random(name: str, shape: tuple[int, ...]) -> None:
     check_block(name, shape, 200)
+
+
+class Snake(nn.Module):
+    """A learned activation: scalars for each channel, behind a reshape."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for n in range(2):
+            x = conv(x, 8)
+            alpha = self.param(f"alpha{n}", nn.initializers.ones, (8,)).reshape(1, 1, 1, 8)
+            x = x + jnp.sin(alpha * x) ** 2 / (alpha + 1e-9)
+        return x
+
+
+BLOCKS["snake"] = Snake
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+def check_compiled(name: str, shape: tuple[int, ...], draws: int) -> None:
+    """Bytes by kind of random strategies, as priced and in the programs that XLA makes."""
+    mesh = mesh_of(shape)
+    loss, arguments = block(name)
+    space = space_on(mesh, jaxlwp.trace(loss, *arguments))
+    rng, out = random.Random(SEED), jax.tree.structure(jax.eval_shape(loss, *arguments))
+    wrong = []
+    for n in range(draws):
+        choices = [rng.randrange(len(configs)) for configs in space.configs]
+        plan = bind(space, space.strategy(f"random {n}", choices), mesh, arguments, out)
+        step = jax.jit(
+            jax.value_and_grad(plan, has_aux=True),
+            in_shardings=plan.shardings,
+            out_shardings=((None, None), plan.param_shardings),
+            compiler_options=compiler_options(mesh),
+        )
+        found = bytes_by_kind(compiled_collectives(step.lower(*arguments).compile().as_text()))
+        priced: dict[str, int] = {}
+        for collective in plan.collectives:
+            priced[collective.kind] = priced.get(collective.kind, 0) + collective.num_bytes
+        # Processors have no reduce-scatter: XLA makes it of an all-reduce.
+        scattered = priced.pop("reduce-scatter", 0)
+        if scattered:
+            priced["all-reduce"] = priced.get("all-reduce", 0) + scattered
+        if scattered and "reduce-scatter" in found:
+            found["all-reduce"] = found.get("all-reduce", 0) + found.pop("reduce-scatter")
+        if found != priced:
+            wrong.append((choices, priced, found))
+    assert not wrong, f"{SEED=}, {len(wrong)} of {draws}: {wrong[:3]}"
+
+
+COMPILED = [name for name in BLOCKS if name != "checkpointed"]  # XLA undoes it on processors
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(name: str) -> None:
+    check_compiled(name, SHAPES[SEED % len(SHAPES)], 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_random(name: str) -> None:
+    check_compiled(name, (2, 4), 20)
