@@ -26,7 +26,7 @@ import itertools
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,17 +68,17 @@ class Block:
 # --- what a step does -----------------------------------------------------------------------------
 
 
-class Op(Protocol):
+class Op:
     """What a step does; equal ones of equal operands make equal results."""
 
     @property
     def plain(self) -> Op:
         """The same, as regards data: it may differ in the axes over which results are varying."""
-        ...
+        return self
 
 
 @dataclass(frozen=True)
-class Change:
+class Change(Op):
     """One move of a change of layout.
 
     Attributes:
@@ -100,7 +100,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Fill:
+class Fill(Op):
     """Replaces padding: by a number, or by the second operand (a scalar)."""
 
     shape: tuple[int, ...]
@@ -108,39 +108,24 @@ class Fill:
     axes: AxisSizes
     value: Any
 
-    @property
-    def plain(self) -> Op:
-        """See `Op`."""
-        return self
-
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(Op):
     """Broadcasts a block to a shape."""
 
     shape: tuple[int, ...]
 
-    @property
-    def plain(self) -> Op:
-        """See `Op`."""
-        return self
-
 
 @dataclass(frozen=True)
-class Cut:
+class Cut(Op):
     """Cuts a block in three, along a dimension: what is sent, what is not, what is sent."""
 
     dim: int
     sizes: tuple[int, ...]
 
-    @property
-    def plain(self) -> Op:
-        """See `Op`."""
-        return self
-
 
 @dataclass(frozen=True)
-class Receive:
+class Receive(Op):
     """Receives rows of another device along a dimension, in a ring or not."""
 
     dim: int
@@ -149,14 +134,9 @@ class Receive:
     piece: Neighbour
     ring: bool
 
-    @property
-    def plain(self) -> Op:
-        """See `Op`."""
-        return self
-
 
 @dataclass(frozen=True)
-class Assemble:
+class Assemble(Op):
     """Puts received rows and one's own block together, and cuts out what the operator reads.
 
     Its operands are the pieces, which begin at the rows `starts`, and what fills the padding unless
@@ -169,53 +149,33 @@ class Assemble:
     starts: tuple[int, ...]
     value: Any
 
-    @property
-    def plain(self) -> Op:
-        """See `Op`."""
-        return self
-
 
 @dataclass(frozen=True)
-class Extend:
+class Extend(Op):
     """Puts an array's border around it, along a dimension that is not split."""
 
     dim: int
     border: Border
 
-    @property
-    def plain(self) -> Op:
-        """See `Op`."""
-        return self
-
 
 @dataclass(frozen=True)
-class Dilate:
+class Dilate(Op):
     """Puts zeros between rows, and around them, as each device needs them."""
 
     dim: int
     axes: tuple[str, ...]
     halo: Halo
 
-    @property
-    def plain(self) -> Op:
-        """See `Op`."""
-        return self
-
 
 @dataclass(frozen=True)
-class AddUp:
+class AddUp(Op):
     """Adds up partial results."""
 
     axes: tuple[str, ...]
 
-    @property
-    def plain(self) -> Op:
-        """See `Op`."""
-        return self
-
 
 @dataclass(frozen=True)
-class Operate:
+class Operate(Op):
     """Evaluates an operator on blocks.
 
     Attributes:
@@ -253,7 +213,7 @@ class Operate:
 
 
 @dataclass(frozen=True)
-class Again:
+class Again(Op):
     """Takes what another step has received (the second operand) as if it had done `op` itself."""
 
     op: Op
