@@ -54,9 +54,9 @@ $(NEWEST_READY): pyproject.toml
 	@$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-NEWEST_TESTS := $(filter-out tests/test_solve%.py tests/test_store.py tests/test_limit.py \
-	tests/test_models.py tests/test_wide.py tests/test_readme.py tests/test_cli.py, \
-	$(wildcard tests/test_*.py)) tests/contracts
+NEWEST_TESTS := $(addprefix tests/, test_architecture.py test_borders.py test_config.py \
+	test_constants.py test_habits.py test_measure.py test_memory.py test_plan.py test_resize.py \
+	test_verify.py test_vmap.py contracts/test_programs.py contracts/test_meshes.py)
 
 ifeq ($(NEWEST),)
 test-newest:  ## Run what depends on JAX with the newest one, on the newest Python here
