@@ -64,8 +64,6 @@ test-newest:  ## Run what depends on JAX with the newest one, on the newest Pyth
 else
 test-newest: $(NEWEST_READY)
 	$(NEWEST_VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(NEWEST_TESTS)
-	JAX_REMAT3=1 JAX_CUSTOM_VJP3=1 $(NEWEST_VENV)/bin/python -m pytest -q -n $(WORKERS) \
-		tests/test_habits.py tests/contracts/test_programs.py
 	$(foreach nb,$(NOTEBOOKS),PYTHONPATH="$(CURDIR)" $(NEWEST_VENV)/bin/jupyter execute --timeout=600 "$(nb)" &&) true
 endif
 

@@ -24,13 +24,12 @@ INLINED = ("jit", "pjit", "closed_call", "core_call")
 """Primitives whose body is inlined; the body is under the parameter `jaxpr` or `call_jaxpr`."""
 
 CUSTOM_JVP = ("custom_jvp_call",)
-CUSTOM_VJP = ("custom_vjp_call", "CustomVJPTraced")
+CUSTOM_VJP = ("custom_vjp_call",)
 CUSTOM = CUSTOM_JVP + CUSTOM_VJP
-"""Primitives of calls with a derivative of their own; the body is under `call_jaxpr`. The last is
-that of JAX's coming `jax_custom_vjp3`."""
+"""Primitives of calls with a derivative of their own; the body is under `call_jaxpr`."""
 
-CHECKPOINTS = ("checkpoint", "remat2", "RematTraced")
-"""Names of the primitive of `jax.checkpoint`; the last is that of JAX's coming `jax_remat3`."""
+CHECKPOINTS = ("checkpoint", "remat2")
+"""Names of the primitive of `jax.checkpoint`."""
 
 SCAN = "scan"
 """Name of the primitive of `jax.lax.scan`."""
