@@ -64,7 +64,6 @@ test-newest:  ## Run what depends on JAX with the newest one, on the newest Pyth
 else
 test-newest: $(NEWEST_READY)
 	$(NEWEST_VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(NEWEST_TESTS)
-	$(foreach nb,$(NOTEBOOKS),PYTHONPATH="$(CURDIR)" $(NEWEST_VENV)/bin/jupyter execute --timeout=600 "$(nb)" &&) true
 endif
 
 lint: $(READY)  ## Check style, formatting and types
