@@ -189,6 +189,10 @@ def descend(relaxation: Relaxation, choices: list[int]) -> list[int]:
 _EDGE_WORK = 6_000  # handing a message over one edge, and a layer's turn, besides its sums
 _LAYER_WORK = 20_000  # eliminating a layer, besides its sums
 
+Report = Callable[[float, int], None]
+"""Called with a lower bound, and with the work that it took or that comes next, in the same units;
+ends the search by raising."""
+
 _PATIENCE = 100
 """Rounds that elimination may take to be preferred where two have dropped no config."""
 
@@ -307,13 +311,13 @@ def _most(graph: Graph) -> float:
     return min(2 * largest or 1.0, float(np.finfo(float).max) / (8 * len(tables)))
 
 
-def tighten(bounded: Bounded, order: Order, report: Callable[[float], None]) -> Order:
+def tighten(bounded: Bounded, order: Order, report: Report) -> Order:
     """Message passing, as long as it pays, against elimination of what it leaves.
 
     Args:
         bounded: the graph.
         order: in which its layers would be eliminated.
-        report: called with lower bounds; ends the search by raising.
+        report: called after each round.
 
     Returns:
         The order, and what following it takes now.
@@ -323,7 +327,7 @@ def tighten(bounded: Bounded, order: Order, report: Callable[[float], None]) -> 
     for n in range(_ROUNDS_LIMIT):
         before = bounded.lower_s
         bounded.round(improve=n & (n + 1) == 0)  # after 1, 2, 4, 8 ... rounds
-        report(bounded.lower_s - bounded.slack_s)
+        report(bounded.lower_s - bounded.slack_s, step)
         if bounded.closed:
             return order
         if bounded.drop():

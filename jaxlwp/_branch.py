@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlwp._bound import Relaxation, descend, reparametrised
+from jaxlwp._bound import Relaxation, Report, descend, reparametrised
 from jaxlwp._eliminate import min_plus
 from jaxlwp._tables import FloatArray
 
@@ -61,7 +61,7 @@ def branch(
     relaxation: Relaxation,
     upper_s: Callable[[], float],
     offer: Callable[[list[int]], None],
-    lower: Callable[[float], None],
+    lower: Report,
 ) -> int:
     """Searches until no prefix can lead to less than `upper_s()`.
 
@@ -70,7 +70,7 @@ def branch(
         upper_s: what strategies must cost less than to be of interest; may fall meanwhile.
         offer: called with strategies, per layer its config.
         lower: called with a bound of all strategies that are neither offered nor of no interest,
-            before each batch; whatever it raises ends the search.
+            before each batch.
 
     Returns:
         How many prefixes were bounded.
@@ -79,9 +79,10 @@ def branch(
     levels: list[list[_Open]] = [[] for _ in core.layers]
     levels[0] = [_Open(lower_s=np.array([-np.inf]), prefixes=np.zeros((1, 0), dtype=np.intp))]
     bounded, batches = 0, 0
+    sums = sum(table.size for tables in core.tables for table in tables.values())  # both ways
     while any(levels):
         least, level = min((o.lower_s[-1], -d) for d, opened in enumerate(levels) for o in opened)
-        lower(float(least))
+        lower(float(least), _BATCH * sums)
         count = sum(o.lower_s.size for opened in levels for o in opened)
         deepest = max(d for d, opened in enumerate(levels) if opened)
         batches += 1

@@ -9,9 +9,8 @@ them) is not: every reader makes its own block of it, in place of an array in th
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +55,7 @@ class KnownValues:
         """The value, or None if it is not known."""
         if index not in self.known:
             return None
-        with _alone():
+        with jax.ensure_compile_time_eval():
             for position in self._missing(index):
                 eqn = self.program.equations[position]
                 results = _evaluate(eqn, [self._get(operand) for operand in eqn.operands])
@@ -85,9 +84,7 @@ class KnownValues:
 def _evaluate(eqn: Equation, operands: Sequence[Any]) -> Sequence[Any]:
     """Apply an equation; of a call with a derivative of its own the body alone."""
     if eqn.name not in CUSTOM:
-        # A function that is traced under a mesh names it in its equations.
-        elsewhere = {name: None for name in ("sharding", "out_sharding") if name in eqn.params}
-        return eqn.bind(*operands, **elsewhere)
+        return eqn.bind(*operands)
     body = flatten(eqn.params["call_jaxpr"], derivatives=False)
     made: dict[int, Any] = {**body.constants, **dict(zip(body.inputs, operands, strict=True))}
     for inner in body.equations:
@@ -108,18 +105,6 @@ def _is_at_hand(constant: Any) -> bool:
         and math.prod(np.shape(constant)) <= LARGEST_KNOWN
         and getattr(constant, "is_fully_addressable", True)
     )
-
-
-_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Evaluate at once, inside a trace too, on one device, whatever mesh is set."""
-    mesh_is_set = not jax.sharding.get_abstract_mesh().empty
-    no_mesh = jax.set_mesh(_NO_MESH) if mesh_is_set else contextlib.nullcontext()
-    with no_mesh, jax.ensure_compile_time_eval():
-        yield
 
 
 def with_constants(program: Program, known: KnownValues) -> Program:

@@ -66,7 +66,7 @@ def floor_s(graph: ComputationGraph, model: AnalyticCostModel) -> float:
             )
         )
     pairs = [(edge.source, edge.target) for edge in graph.edges]
-    found = solve(nodes, pairs, tables, time_limit_s=_TIME_LIMIT_S)
+    found = solve(nodes, pairs, tables, work_limit=_WORK_LIMIT)
     return found.lower_bound_s + model.step_s(graph)
 
 
@@ -76,8 +76,8 @@ _FINE_AXES = 9
 _COLUMNS = 4
 """Of an end of an edge: splits of channels, samples and the rest; devices that share a part."""
 
-_TIME_LIMIT_S = 5.0
-"""For the relaxation: what is proven until then is a bound too."""
+_WORK_LIMIT = 5e9
+"""For the relaxation, some five seconds: what is proven until then is a bound too."""
 
 
 @dataclass(frozen=True)

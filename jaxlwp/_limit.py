@@ -10,7 +10,8 @@ Branch and bound (`solve_limited`). The limit's two sums enter the costs with a 
 every strategy that fits. Prices come from cutting planes (Kelley). Strategies met on the way that
 fit are kept; configs that cannot fit, or whose bound (min-marginal) is above the best, are dropped.
 What is left is split: by the bytes of the layer whose configs decide about fitting, or by the
-largest temporary.
+largest temporary. Where nothing that fits is met at once, the strategy that takes the least bytes
+is searched for (`_least`): either it fits, or nothing does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linprog
 
+from jaxlwp._least import Bytes, Least, least_bytes
 from jaxlwp._marginals import DenseGraphError, min_marginals
+from jaxlwp._minmax import PROGRAM_WORK
 from jaxlwp._problem import BoundedSolution, Problem, check_problem
 from jaxlwp._solve import solve
 from jaxlwp._tables import FloatArray
@@ -36,9 +39,6 @@ _ROUNDS = 20
 
 _CLOSE = 1e-9
 """Relative distance at which a bound meets the best strategy: rounding."""
-
-_LEVELS = 12
-"""How many largest temporaries are tried to find the least bytes."""
 
 _HIGHEST_PRICE = 1e6
 """Of all bytes of the limit, in costs of the cheapest strategy."""
@@ -63,11 +63,20 @@ class MemoryLimitError(ValueError):
     Attributes:
       least_bytes: of the strategy that takes least, as far as is known.
       choices: that strategy.
+      lower_bound_bytes: no strategy takes less than that: `least_bytes` if the search for them was
+        not ended early, 0 if nothing is known.
     """
 
-    def __init__(self, message: str, least_bytes: float, choices: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        message: str,
+        least_bytes: float,
+        choices: tuple[int, ...],
+        lower_bound_bytes: float = 0.0,
+    ) -> None:
         super().__init__(message)
         self.least_bytes, self.choices = least_bytes, choices
+        self.lower_bound_bytes = lower_bound_bytes
 
 
 @dataclass(frozen=True)
@@ -88,39 +97,6 @@ class LayerBytes:
 
 
 @dataclass(frozen=True)
-class _Bytes:
-    """Sums that the limit applies to: per layer, shape (configs,).
-
-    `copied` is per edge (i, j), shape (configs of i, configs of j).
-    """
-
-    with_kept: tuple[FloatArray, ...]
-    with_gradient: tuple[FloatArray, ...]
-    temporary: tuple[FloatArray, ...]
-    edges: tuple[tuple[int, int], ...]
-    copied: tuple[FloatArray, ...]
-
-    def sums(self, choices: Sequence[int]) -> tuple[float, float, float]:
-        """Held, kept and copied; held and gradients; largest temporary."""
-        kept = math.fsum(
-            itertools.chain(
-                (b[c] for b, c in zip(self.with_kept, choices, strict=True)),
-                (
-                    table[choices[i], choices[j]]
-                    for (i, j), table in zip(self.edges, self.copied, strict=True)
-                ),
-            )
-        )
-        gradient = math.fsum(b[c] for b, c in zip(self.with_gradient, choices, strict=True))
-        return kept, gradient, max(b[c] for b, c in zip(self.temporary, choices, strict=True))
-
-    def peak(self, choices: Sequence[int]) -> float:
-        """Bytes of a strategy."""
-        kept, gradient, temporary = self.sums(choices)
-        return float(max(kept + temporary, gradient))
-
-
-@dataclass(frozen=True)
 class _Part:
     """A part of the space: which configs each layer may have, and the least largest temporary."""
 
@@ -138,6 +114,7 @@ def solve_limited(
     *,
     copied: Sequence[ArrayLike] | None = None,
     time_limit_s: float | None = None,
+    work_limit: float | None = None,
 ) -> LimitedSolution:
     """Finds the cheapest of all strategies whose peak fits into a memory.
 
@@ -150,6 +127,8 @@ def solve_limited(
       copied: per edge (i, j), shape (configs of i, configs of j), bytes kept besides; zeros if
         not given.
       time_limit_s: after so many seconds the best strategy so far is returned, with its bound.
+      work_limit: the same with work in the units of `solve`: a limit that gives the same result on
+        every machine.
 
     Raises:
       MemoryLimitError: nothing fits, or nothing that fits was found in time.
@@ -162,26 +141,25 @@ def solve_limited(
     queue: list[tuple[float, int, list[_Part]]] = []
     number = itertools.count()
     deadline = start + (math.inf if time_limit_s is None else time_limit_s)
+    most_work = math.inf if work_limit is None else work_limit
+    least: Least | None = None
     parts, lower_s = [root], 0.0
     while True:
         for part in parts:
             bounded = search.bound(part)
             if bounded is not None:
                 heapq.heappush(queue, (bounded[0], next(number), bounded[1]))
+        if search.cost_s == math.inf and least is None:
+            # Nothing fits so far. What takes least tells whether anything does, and may be a start.
+            limits = deadline - time.perf_counter(), most_work - search.work
+            least = search.look_for_least(*limits, proven=not queue)
         lower_s = min(queue[0][0], search.cost_s) if queue else search.cost_s
-        if lower_s >= search.cost_s * (1 - _CLOSE) or time.perf_counter() > deadline:
+        ended = time.perf_counter() > deadline or search.work > most_work
+        if lower_s >= search.cost_s * (1 - _CLOSE) or ended:
             break
         _, _, parts = heapq.heappop(queue)
-    if search.cost_s == math.inf:
-        least_bytes, choices = search.least()
-        proven = "" if queue else "; no strategy fits"
-        raise MemoryLimitError(
-            f"memory limit: {limit_bytes:,.0f} bytes, but the strategy that takes least needs "
-            f"{least_bytes:,.0f} bytes{proven}; use more devices, a smaller batch, or a higher "
-            "limit",
-            least_bytes,
-            choices,
-        )
+    if search.cost_s == math.inf and least is not None:
+        raise _too_little(search.limit, least, proven=not queue)
     if lower_s >= search.cost_s * (1 - _CLOSE):
         lower_s = search.cost_s
     return LimitedSolution(
@@ -197,7 +175,7 @@ def solve_limited(
 
 def _checked(
     problem: Problem, memory: Sequence[LayerBytes], copied: Sequence[ArrayLike] | None
-) -> _Bytes:
+) -> Bytes:
     if len(memory) != len(problem.node_costs):
         raise ValueError(
             f"memory has {len(memory)} entries for {len(problem.node_costs)} layers: give one each"
@@ -226,7 +204,7 @@ def _checked(
                 f"each pair of configs; it is {values!r}"
             )
     held = arrays["held"]
-    return _Bytes(
+    return Bytes(
         tuple(h + k for h, k in zip(held, arrays["kept"], strict=True)),
         tuple(h + g for h, g in zip(held, arrays["gradient"], strict=True)),
         tuple(arrays["temporary"]),
@@ -235,16 +213,35 @@ def _checked(
     )
 
 
+def _too_little(limit_bytes: float, least: Least, *, proven: bool) -> MemoryLimitError:
+    """The error that tells the least bytes, or what is known of them."""
+    needs = f"the strategy that takes least needs {least.peak_bytes:,.0f} bytes"
+    if not least.proven:
+        needs = (
+            f"the strategy that takes least of those found needs {least.peak_bytes:,.0f} bytes, "
+            f"and none takes less than {least.lower_bound_bytes:,.0f}"
+        )
+    return MemoryLimitError(
+        f"memory limit: {limit_bytes:,.0f} bytes, but {needs}"
+        f"{'; no strategy fits' if proven else ''}; use more devices, a smaller batch, or a "
+        "higher limit",
+        least.peak_bytes,
+        least.choices,
+        least.lower_bound_bytes,
+    )
+
+
 @dataclass
 class _Search:
     """The best strategy so far, and how to bound a part of the space."""
 
     problem: Problem
-    bytes: _Bytes
+    bytes: Bytes
     limit: float
     choices: tuple[int, ...] = ()
     cost_s: float = math.inf
     bounded: int = 0
+    work: int = 0
 
     def offer(self, choices: Sequence[int]) -> bool:
         """Keep a strategy if it fits and is the best so far; whether it fits."""
@@ -254,6 +251,25 @@ class _Search:
         if cost_s < self.cost_s:
             self.choices, self.cost_s = tuple(choices), cost_s
         return True
+
+    def look_for_least(self, time_limit_s: float, work_limit: float, *, proven: bool) -> Least:
+        """Find the strategy that takes the least bytes, and keep it if it fits.
+
+        Args:
+          time_limit_s: of that search.
+          work_limit: likewise.
+          proven: it is known that no strategy fits.
+
+        Raises:
+          MemoryLimitError: no strategy fits.
+        """
+        least = least_bytes(
+            self.problem, self.bytes, time_limit_s=time_limit_s, work_limit=work_limit
+        )
+        self.work += least.work
+        if not self.offer(least.choices) and (proven or least.lower_bound_bytes > self.limit):
+            raise _too_little(self.limit, least, proven=True)
+        return least
 
     def bound(self, part: _Part) -> tuple[float, list[_Part]] | None:
         """A lower bound of a part, and what it splits into; None if nothing better is in it."""
@@ -338,10 +354,11 @@ class _Search:
     def _cheapest(self, part: _Part, prices: tuple[float, float]) -> tuple[int, ...] | None:
         nodes, tables = self._priced(part, prices)
         try:
-            found = solve(nodes, self.problem.edges, tables).choices
+            found = solve(nodes, self.problem.edges, tables)
         except ValueError:  # what is left is not allowed together
             return None
-        return tuple(int(n[c]) for n, c in zip(part.names, found, strict=True))
+        self.work += found.work + PROGRAM_WORK
+        return tuple(int(n[c]) for n, c in zip(part.names, found.choices, strict=True))
 
     def _prices(
         self, planes: Sequence[tuple[float, float, float]]
@@ -438,30 +455,3 @@ class _Search:
             if max(differences) > 0:
                 return differences.index(max(differences))
         return spans.index(max(spans))
-
-    def least(self) -> tuple[float, tuple[int, ...]]:
-        """The least bytes found, whatever they cost, and the strategy."""
-        best: tuple[float, tuple[int, ...]] = (math.inf, ())
-        levels = np.unique(np.concatenate(self.bytes.temporary))
-        some = levels[np.unique(np.linspace(0, levels.size - 1, _LEVELS).astype(int))]
-        for largest, share in itertools.product(some.tolist(), (0.0, 0.5, 1.0)):
-            nodes = [
-                np.where((t <= largest) & np.isfinite(c), share * k + (1 - share) * g, np.inf)
-                for c, k, g, t in zip(
-                    self.problem.node_costs,
-                    self.bytes.with_kept,
-                    self.bytes.with_gradient,
-                    self.bytes.temporary,
-                    strict=True,
-                )
-            ]
-            tables = [
-                np.where(np.isfinite(cost), share * copied, np.inf)
-                for cost, copied in zip(self.problem.edge_costs, self.bytes.copied, strict=True)
-            ]
-            try:
-                choices = solve(nodes, self.problem.edges, tables).choices
-            except ValueError:  # not allowed with temporaries as small as that
-                continue
-            best = min(best, (self.bytes.peak(choices), choices))
-        return best

@@ -32,7 +32,10 @@ _PLANES = 30
 """Most cutting planes of one bound."""
 
 _PARTS = 400
-"""Most parts of the space that are bounded, unless a time limit is given."""
+"""Most parts of the space that are bounded, unless a limit is given."""
+
+PROGRAM_WORK = 1_000_000
+"""What a linear program of prices or weights takes, in the units of `Solution.work`, about."""
 
 _CLOSE = 1e-9
 """Relative distance at which a bound meets the best strategy: rounding."""
@@ -117,21 +120,74 @@ class MinMaxSolution(BoundedSolution):
 _Names = tuple[np.ndarray, ...]
 
 
-def minimize_max(rows: Rows, *, time_limit_s: float | None = None) -> MinMaxSolution:
+def minimize_max(
+    rows: Rows, *, time_limit_s: float | None = None, work_limit: float | None = None
+) -> MinMaxSolution:
     """Finds the choices whose largest sum is least.
 
     Args:
       rows: the sums.
       time_limit_s: after so many seconds the best strategy so far is returned, with its bound;
-        without it, the search ends after a fixed number of bounds.
+        without any limit, the search ends after a fixed number of bounds.
+      work_limit: the same after so much work, in the units of `solve`.
 
     Raises:
       ValueError: no strategy is allowed.
     """
     start = time.perf_counter()
-    search = _Search(rows)
+    found = explore(rows, time_limit_s=time_limit_s, work_limit=work_limit)
+    if found.best == math.inf:
+        raise ValueError("no strategy is allowed: every one has an infinite sum; allow more")
+    return MinMaxSolution(
+        choices=found.choices,
+        cost_s=found.best,
+        lower_bound_s=found.lower,
+        optimal=found.lower == found.best,
+        wall_s=time.perf_counter() - start,
+        bounded=found.bounded,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explored:
+    """What is known of strategies whose largest sum is below a given one.
+
+    Attributes:
+      choices: the best of them that was met; empty if none was.
+      best: its largest sum, or the one given.
+      lower: no strategy's largest sum is less; `best` if nothing better is left.
+      bounded: how many parts of the space were bounded.
+      work: what that took, in the units of `Solution.work`.
+    """
+
+    choices: tuple[int, ...]
+    best: float
+    lower: float
+    bounded: int
+    work: int
+
+
+def explore(
+    rows: Rows,
+    *,
+    below: float = math.inf,
+    time_limit_s: float | None = None,
+    work_limit: float | None = None,
+) -> Explored:
+    """Searches for the least largest sum, as far as it is below a given one.
+
+    Args:
+      rows: the sums.
+      below: strategies that do not stay below are of no interest.
+      time_limit_s: as for `minimize_max`.
+      work_limit: likewise.
+    """
+    start = time.perf_counter()
+    search = _Search(rows, best=below)
     root = tuple(np.arange(array.size) for array in rows.terms[0])
-    deadline = math.inf if time_limit_s is None else start + time_limit_s
+    deadline = start + (math.inf if time_limit_s is None else time_limit_s)
+    most_work = math.inf if work_limit is None else work_limit
+    most_parts = _PARTS if time_limit_s is None and work_limit is None else math.inf
     queue: list[tuple[float, int, _Names]] = []
     number = itertools.count()
     parts, floor = [root], 0.0
@@ -142,20 +198,16 @@ def minimize_max(rows: Rows, *, time_limit_s: float | None = None) -> MinMaxSolu
                 heapq.heappush(queue, (lower, next(number), left))
         best = search.best
         floor = min(queue[0][0], best) if queue else best
-        spent = search.bounded >= _PARTS and time_limit_s is None
+        spent = search.bounded >= most_parts or search.work > most_work
         if floor >= best * (1 - _CLOSE) or spent or time.perf_counter() > deadline:
             break
         parts = search.split(heapq.heappop(queue)[2])
-    if search.best == math.inf:
-        raise ValueError("no strategy is allowed: every one has an infinite sum; allow more")
-    optimal = floor >= search.best * (1 - _CLOSE)
-    return MinMaxSolution(
+    return Explored(
         choices=search.choices,
-        cost_s=search.best,
-        lower_bound_s=search.best if optimal else max(floor, 0.0),
-        optimal=optimal,
-        wall_s=time.perf_counter() - start,
+        best=search.best,
+        lower=search.best if floor >= search.best * (1 - _CLOSE) else max(floor, 0.0),
         bounded=search.bounded,
+        work=search.work,
     )
 
 
@@ -167,6 +219,7 @@ class _Search:
     choices: tuple[int, ...] = ()
     best: float = math.inf
     bounded: int = 0
+    work: int = 0
     seen: list[tuple[int, ...]] = field(default_factory=list)
 
     def bound(self, names: _Names, floor: float) -> tuple[float, _Names | None]:
@@ -207,10 +260,11 @@ class _Search:
     def _cheapest(self, share: FloatArray, names: _Names) -> tuple[int, ...] | None:
         nodes, tables = self.rows.mean(share, names)
         try:
-            found = solve(nodes, self.rows.edges, tables).choices
+            found = solve(nodes, self.rows.edges, tables)
         except ValueError:  # what is left is not allowed together
             return None
-        return tuple(int(n[c]) for n, c in zip(names, found, strict=True))
+        self.work += found.work + PROGRAM_WORK
+        return tuple(int(n[c]) for n, c in zip(names, found.choices, strict=True))
 
     def _promising(self, share: FloatArray, names: _Names) -> _Names | None:
         """The configs that may be in a strategy better than the best so far."""

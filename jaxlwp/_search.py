@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +77,7 @@ def search(
     memory_bytes: float | None = None,
     optimizer_slots: float = 1.0,
     time_limit_s: float | None = None,
+    work_limit: float | None = None,
 ) -> SearchResult:
     """Find the strategy of least predicted cost.
 
@@ -88,19 +90,28 @@ def search(
         the sum of `memory_costs`. `parallelize(memory_bytes=...)` also looks at the program.
       optimizer_slots: of the optimizer, for the memory, as in `price`.
       time_limit_s: after so many seconds the best strategy so far is returned, with its gap.
+      work_limit: the same after so much work, as for `solve`: the same result on every machine.
 
     Raises:
       ValueError: the space is too large for "exhaustive", or every strategy has an infinite cost,
         an unknown objective, or a memory limit with another objective or method.
       MemoryLimitError: nothing fits: the least memory, and which layers hold it.
-      TimeoutError: the time limit ended the search before it found a strategy.
+      TimeoutError: a limit ended the search before it found a strategy.
     """
     if memory_bytes is not None and method != "elimination":
         raise ValueError(
             f'method is {method!r}: a search with memory_bytes is by "elimination"; leave one out'
         )
     goal = Goal.of(space, objective, memory_bytes, optimizer_slots)
-    return goal.result(space, goal.solve(space, method=method, time_limit_s=time_limit_s))
+    solution = goal.solve(space, method=method, time_limit_s=time_limit_s, work_limit=work_limit)
+    return goal.result(space, solution)
+
+
+class _Limits(TypedDict):
+    """What ends a search early."""
+
+    time_limit_s: float | None
+    work_limit: float | None
 
 
 @dataclass(frozen=True)
@@ -133,18 +144,20 @@ class Goal:
         *,
         method: str = "elimination",
         time_limit_s: float | None = None,
+        work_limit: float | None = None,
     ) -> AnySolution:
         """The best strategy of a space, whatever of it is measured."""
+        limits: _Limits = {"time_limit_s": time_limit_s, "work_limit": work_limit}
         if self.limit is not None:
-            return self.limit.solve(space, time_limit_s)
+            return self.limit.solve(space, limits)
         rows = self.objective.rows(space)
         if len(rows.scale) == 1:
-            return solve(*rows.only(), method=method, time_limit_s=time_limit_s)
+            return solve(*rows.only(), method=method, **limits)
         if method != "elimination":
             raise ValueError(
                 f'method is {method!r}: objectives of several sums are by "elimination"'
             )
-        return minimize_max(rows, time_limit_s=time_limit_s)
+        return minimize_max(rows, **limits)
 
     def result(self, space: SearchSpace, solution: AnySolution) -> SearchResult:
         """The result of a search of the space."""
@@ -204,7 +217,7 @@ class _Limit:
         names = tuple(layer.name for layer in space.graph.layers)
         return cls(names, memory, costs.copied_bytes, memory_bytes)
 
-    def solve(self, space: SearchSpace, time_limit_s: float | None) -> LimitedSolution:
+    def solve(self, space: SearchSpace, limits: _Limits) -> LimitedSolution:
         """The best strategy that fits; raises MemoryLimitError as `search`."""
         tables = space.tables
         try:
@@ -215,7 +228,7 @@ class _Limit:
                 self.memory,
                 self.limit_bytes,
                 copied=self.copied,
-                time_limit_s=time_limit_s,
+                **limits,
             )
         except MemoryLimitError as error:
             raise self._named(error) from None
@@ -228,5 +241,8 @@ class _Limit:
         ]
         most = ", ".join(f"{name} {num_bytes:,.0f}" for num_bytes, name in sorted(taken)[:-4:-1])
         return MemoryLimitError(
-            f"{error}. Most of it is held by {most}", error.least_bytes, error.choices
+            f"{error}. Most of it is held by {most}",
+            error.least_bytes,
+            error.choices,
+            error.lower_bound_bytes,
         )

@@ -14,9 +14,10 @@ least. Method "elimination" takes what is enough, in this order:
 
 "exhaustive" is `_exhaustive` on the whole problem: the paper's baseline.
 
-Nothing depends on hash order, and on a clock only where a time limit ends the search: where costs
-tie, the first config wins, and the same input always gives the same choices. Bounds are compared
-with an allowance for rounding. A sum of costs that overflows is infinite: not allowed.
+Nothing depends on hash order, and on a clock only where a time limit ends the search (a limit of
+work ends it at the same place on every machine): where costs tie, the first config wins, and the
+same input always gives the same choices. Bounds are compared with an allowance for rounding. A sum
+of costs that overflows is infinite: not allowed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxlwp import _exhaustive
-from jaxlwp._bound import Bounded, elimination_work, sweep_work, tighten
+from jaxlwp._bound import Bounded, Report, elimination_work, sweep_work, tighten
 from jaxlwp._branch import branch
 from jaxlwp._eliminate import (
     Graph,
@@ -71,6 +72,7 @@ class Solution(BoundedSolution):
         configs_dropped: how many configs bounds showed to be in no better strategy.
         enumerated: how many combinations of configs were enumerated or, branching, bounded.
         remaining: K, how many layers they were combinations of.
+        work: what the search took, in units of one sum of two costs, about.
     """
 
     method: str
@@ -80,10 +82,11 @@ class Solution(BoundedSolution):
     configs_dropped: int
     enumerated: int
     remaining: int
+    work: int = 0
 
 
-class _OutOfTimeError(Exception):
-    """The time limit is over; never leaves this module."""
+class _LimitError(Exception):
+    """The limit of time, or of work, is over; never leaves this module."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +94,9 @@ class _Progress:
     """What a search knows so far; a search that is interrupted leaves it behind."""
 
     problem: Problem
-    deadline: float
+    deadline: float = math.inf
+    work_limit: float = math.inf
+    work: int = 0
     choices: tuple[int, ...] = ()
     cost_s: float = math.inf
     lower_bound_s: float = 0.0
@@ -108,15 +113,22 @@ class _Progress:
         if cost_s < self.cost_s:
             self.choices, self.cost_s = tuple(choices), cost_s
 
-    def bound(self, lower_bound_s: float) -> None:
-        """Keeps a lower bound if it is the best so far, and looks at the clock."""
+    def bound(self, lower_bound_s: float, work: int) -> None:
+        """Keeps a lower bound if it is the best so far; see `spend`."""
         self.lower_bound_s = max(self.lower_bound_s, lower_bound_s)
+        self.spend(work)
+
+    def spend(self, work: int) -> None:
+        """Counts work that was or will be done; ends the search if that is more than it may do."""
+        self.work += work
+        if self.work > self.work_limit:
+            raise _LimitError
         self.check()
 
     def check(self) -> None:
         """Looks at the clock."""
         if time.perf_counter() > self.deadline:
-            raise _OutOfTimeError
+            raise _LimitError
 
 
 def solve(
@@ -126,6 +138,7 @@ def solve(
     *,
     method: str = "elimination",
     time_limit_s: float | None = None,
+    work_limit: float | None = None,
     enumerate_limit: int = 1_000_000,
 ) -> Solution:
     """Finds one config per layer such that the sum of all costs is least.
@@ -148,6 +161,9 @@ def solve(
             Both are exact.
         time_limit_s: after so many seconds (and the step under way) the search ends with the best
             strategy and bound that it has; None for no limit. So does Ctrl-C.
+        work_limit: the same after so much work, in units of one sum of two costs (a nanosecond or
+            two): a limit that gives the same result on every machine. "exhaustive" has
+            `enumerate_limit` instead.
         enumerate_limit: the most combinations of configs that "exhaustive" may enumerate.
 
     Returns:
@@ -156,9 +172,9 @@ def solve(
 
     Raises:
         ValueError: the method is unknown, a shape or an index does not fit, a cost is NaN or
-            negative, the time limit is, "exhaustive" has more combinations than
-            `enumerate_limit`, or no strategy is allowed.
-        TimeoutError: the time limit ended the search before it found an allowed strategy.
+            negative, a limit is, "exhaustive" has more combinations than `enumerate_limit`, or no
+            strategy is allowed.
+        TimeoutError: a limit ended the search before it found an allowed strategy.
     """
     start = time.perf_counter()
     search = _METHODS.get(method)
@@ -169,16 +185,21 @@ def solve(
         raise ValueError(
             f"time_limit_s is {time_limit_s}: it must be 0 s or more; give None for no limit."
         )
+    if work_limit is not None and not work_limit >= 0:
+        raise ValueError(f"work_limit is {work_limit}: it must be 0 or more; give None for none.")
     problem = check_problem(node_costs, edges, edge_costs)
     if method == "exhaustive":
         _check_limit(problem, enumerate_limit)
-    limit_s = math.inf if time_limit_s is None else time_limit_s
-    progress = _Progress(problem=problem, deadline=start + limit_s)
+    progress = _Progress(
+        problem=problem,
+        deadline=start + (math.inf if time_limit_s is None else time_limit_s),
+        work_limit=math.inf if work_limit is None else work_limit,
+    )
     ended = False
     with np.errstate(over="ignore"):
         try:
             search(progress)
-        except (_OutOfTimeError, KeyboardInterrupt) as reason:
+        except (_LimitError, KeyboardInterrupt) as reason:
             ended = True
             _give_up(progress, reason)
     if progress.cost_s == math.inf:
@@ -201,6 +222,7 @@ def solve(
         configs_dropped=progress.configs_dropped,
         enumerated=progress.enumerated,
         remaining=progress.remaining,
+        work=progress.work,
     )
 
 
@@ -212,8 +234,8 @@ def _give_up(progress: _Progress, reason: BaseException) -> None:
         if isinstance(reason, KeyboardInterrupt):
             raise reason
         raise TimeoutError(
-            "time_limit_s is over, and no allowed strategy is found yet: most pairs of configs "
-            "cost inf; give the search more time, or allow more."
+            "the limit of the search (time_limit_s, work_limit) is over, and no allowed strategy "
+            "is found yet: most pairs of configs cost inf; give the search more, or allow more."
         )
     least = (float(costs.min()) for costs in (*problem.node_costs, *problem.edge_costs))
     progress.lower_bound_s = max(progress.lower_bound_s, math.fsum(least) * (1 - 1e-12))
@@ -242,6 +264,7 @@ def _fits(order: Order) -> bool:
 
 def _eliminate_all(progress: _Progress, graph: Graph, order: Order) -> list[int]:
     """The best strategy of a graph, which is used up."""
+    progress.spend(elimination_work(order))
     buckets, _, merged = eliminate(graph, order.layers, progress.check)
     progress.nodes_eliminated += len(buckets)
     progress.edges_eliminated += merged
@@ -249,16 +272,14 @@ def _eliminate_all(progress: _Progress, graph: Graph, order: Order) -> list[int]
     return best_choices(buckets, [0] * len(order.layers))
 
 
-def _solve_dense(
-    progress: _Progress, bounded: Bounded, order: Order, report: Callable[[float], None]
-) -> None:
+def _solve_dense(progress: _Progress, bounded: Bounded, order: Order, report: Report) -> None:
     """Bounds first; then elimination, parts on their own, or branching: the first that will do.
 
     Args:
         progress: counts what is done.
         bounded: the graph; the best strategy is offered to it.
         order: an elimination order of it.
-        report: called with lower bounds; ends the search by raising.
+        report: called with lower bounds and work; ends the search by raising.
     """
     order = tighten(bounded, order, report)
     progress.configs_dropped += bounded.dropped
@@ -279,7 +300,7 @@ def _solve_dense(
         bounded.relaxation,
         upper_s=lambda: bounded.upper_s - bounded.slack_s,
         offer=lambda choices: bounded.offer(bounded.named(choices)),
-        lower=lambda lower_s: report(min(lower_s, bounded.upper_s) - bounded.slack_s),
+        lower=lambda lower_s, work: report(min(lower_s, bounded.upper_s) - bounded.slack_s, work),
     )
 
 
@@ -288,7 +309,7 @@ def _solve_parts(
     whole: Bounded,
     graph: Graph,
     sparse: Sequence[int],
-    report: Callable[[float], None],
+    report: Report,
 ) -> None:
     """Eliminates the layers `sparse`, and solves each connected part of the rest.
 
@@ -297,7 +318,7 @@ def _solve_parts(
         whole: the graph before configs were dropped; the best strategy is offered to it.
         graph: what is left of it; used up.
         sparse: layers of at most two neighbours each, in the order of their elimination.
-        report: called with lower bounds of the whole.
+        report: called with lower bounds of the whole, and work.
     """
     choices = [int(np.searchsorted(n, c)) for n, c in zip(whole.names, whole.best, strict=True)]
     buckets, constant, merged = eliminate(graph, sparse, progress.check)
@@ -322,9 +343,9 @@ def _solve_parts(
     ]
     for n, part in enumerate(bounds):
 
-        def of_whole(lower_s: float, n: int = n) -> None:
+        def of_whole(lower_s: float, work: int, n: int = n) -> None:
             others = (other.lower_s for m, other in enumerate(bounds) if m != n)
-            report(constant + math.fsum(others) + lower_s)
+            report(constant + math.fsum(others) + lower_s, work)
 
         _solve_dense(progress, part, _plan(part.graph), of_whole)
         part.lower_s = max(part.lower_s, part.upper_s - part.slack_s)

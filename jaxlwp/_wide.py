@@ -38,8 +38,8 @@ MOST_CONFIGS = 24
 ROUNDS = 8
 """Most rounds."""
 
-_TIME_LIMIT_S = 10.0
-"""For the search of one round."""
+_WORK_LIMIT = 1e10
+"""For the search of one round: some ten seconds."""
 
 _GAIN = 1e-4
 """A round that saves less, relatively, is the last."""
@@ -104,7 +104,7 @@ def price_around(
                 objective=objective,
                 memory_bytes=memory_bytes,
                 optimizer_slots=optimizer_slots,
-                time_limit_s=_TIME_LIMIT_S,
+                work_limit=_WORK_LIMIT,
             )
             choices, value = found.solution.choices, found.value
         except MemoryLimitError as error:  # what takes least leads to what fits

@@ -31,6 +31,7 @@ os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 # Tracing makes many small objects and little garbage: looking for it took a fifth of the suite.
 gc.set_threshold(200_000, 20, 100)
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -40,6 +41,12 @@ import jaxlwp  # noqa: E402
 from jaxlwp import _calibrate, _measure  # noqa: E402
 from jaxlwp._local import LocalStep  # noqa: E402
 from jaxlwp._store import Measurement  # noqa: E402
+
+# No test fails because the machine is slow, or busy with something else.
+hypothesis.settings.register_profile(
+    "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any speed")
 
 
 def _mesh(*axis_names: str) -> Mesh:

@@ -13,7 +13,7 @@ PACKAGE = Path(jaxlwp.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOLVER = (
     *("_tables", "_problem", "_eliminate", "_bound", "_branch", "_exhaustive", "_marginals"),
-    *("_solve", "_limit", "_minmax"),
+    *("_solve", "_limit", "_least", "_minmax"),
 )
 NUMBERS_ONLY = (
     "_config",

@@ -304,9 +304,18 @@ def test_nothing_else_is_known() -> None:
 @pytest.mark.parametrize("explicit", [True, False])
 def test_with_a_mesh_set(explicit: bool) -> None:
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    arguments = jax.tree.map(np.asarray, wave_arguments())
+    found = []
+
+    @jax.jit
+    def step(x: Any) -> Any:
+        found.append(trace(vocoder, *arguments))
+        return x
+
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(kind,))):
-        graph = trace(vocoder, *jax.tree.map(np.asarray, wave_arguments()))
-    assert [value.shape for value in graph.constants] == [(7, 1, 1)]
+        found.append(trace(vocoder, *arguments))
+        step(1.0)
+    assert [[value.shape for value in graph.constants] for graph in found] == [[(7, 1, 1)]] * 2
 
 
 def test_derivatives_are_not_taken() -> None:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 from jaxlwp import _bound, _branch, _eliminate, _exhaustive, _solve
 from jaxlwp._solve import Solution, solve
+from tests.benchmarks.solvers import dense, inception, k_tree, sharding
 
 INF, NAN = math.inf, math.nan
 METHODS = ("elimination", "exhaustive")
@@ -155,7 +156,8 @@ def problems(draw):
     max_examples=150,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # limits stay as they are
+    # Limits stay as they are, and no machine is too slow.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(problems())
 @every_way
@@ -288,6 +290,45 @@ def test_the_first_config_wins_ties(shape, way):
     layers, edges = SHAPES[shape]
     nodes, tables = [np.ones(3)] * layers, [np.ones((3, 3))] * len(edges)
     assert solve(nodes, edges, tables, method=way).choices == (0,) * layers
+
+
+# Limits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("graph", "configs"),
+    [(dense(12), 10), (k_tree(20, 6), 8), (inception(60), 60)],
+    ids=["branching", "k-tree", "inception"],
+)
+def test_a_limit_of_work_ends_the_search_at_the_same_place(graph, configs):
+    """What it knows by then holds, and is the same each time; more work knows no less."""
+    problem = sharding(graph, configs, 1)
+    whole = solve(*problem)
+    assert whole.optimal and whole.work > 0
+    gaps = []
+    for share in (0, 0.1, 0.5, 0.9, 1):
+        ended = solve(*problem, work_limit=share * whole.work)
+        assert solve(*problem, work_limit=share * whole.work) == ended
+        assert (
+            ended.lower_bound_s <= whole.cost_s <= ended.cost_s == evaluate(problem, ended.choices)
+        )
+        assert ended.optimal == (share == 1)
+        gaps.append(ended.gap)
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] > 0
+
+
+def test_a_limit_that_leaves_no_time_for_a_strategy_says_so():
+    forbidden = np.full((2, 2), INF)
+    forbidden[1, 1] = 1.0
+    problem = [[0.0, 9.0]] * 3, [(0, 1), (1, 2), (2, 0)], [forbidden] * 3
+    assert solve(*problem).choices == (1, 1, 1)
+    with pytest.raises(
+        TimeoutError, match="work_limit.* is over, and no allowed strategy is found"
+    ):
+        solve(*problem, work_limit=0)
+    with pytest.raises(ValueError, match="work_limit is -1: it must be 0 or more"):
+        solve(*problem, work_limit=-1)
 
 
 @pytest.mark.parametrize("block", [1, 9, 1 << 16])
