@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import jax
+
 from jaxlwp._config import Config, Layout
 from jaxlwp._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp._halo import plan_halo
@@ -24,7 +26,7 @@ from jaxlwp._layout import (
     move_collectives,
     plan_moves,
 )
-from jaxlwp._program import Value
+from jaxlwp._program import Checkpoint, Value
 from jaxlwp._steps import (
     AddUp,
     Again,
@@ -333,26 +335,44 @@ class _Flow:
         values = {step.operands[n] for n in values_needed(op.eqn, moved)}
         return values.union(step.results) if op.combines else values
 
-    def evaluate_again(self, region: Region) -> set[Block]:
-        """Count the steps of a checkpointed call that its backward pass needs.
+    def evaluate_again(self, region: Region, outside: tuple[Checkpoint, ...] = ()) -> set[Block]:
+        """Count the steps of a checkpointed call that its backward pass evaluates again.
+
+        Args:
+          region: the call.
+          outside: the calls around it. What the policy of one of them keeps is not evaluated again.
 
         Returns:
-          The blocks that it reads for that.
+          The blocks that this reads: made before the call, or kept by a policy.
         """
+        calls = (*outside, region.call)
         needed: set[Block] = set()
         for item in region.items:
-            needed |= self.evaluate_again(item) if isinstance(item, Region) else self.needed(item)
-        self._count(region.items, needed)
-        return needed
-
-    def _count(self, items: Items, needed: set[Block]) -> None:
-        """Count what makes the blocks needed, adding the blocks that this reads."""
-        for item in reversed(items):
             if isinstance(item, Region):
-                self._count(item.items, needed)
-            elif not needed.isdisjoint(item.results):
-                self.again[item] += 1
-                needed.update(item.operands)
+                needed |= self.evaluate_again(item, calls)
+            else:
+                needed |= self.needed(item)
+        return self._count(region.items, needed, calls)
+
+    def _count(self, items: Items, needed: set[Block], calls: tuple[Checkpoint, ...]) -> set[Block]:
+        """Count what makes the blocks needed; returns those that are there already."""
+        there = set(needed)
+        for step in reversed(list(every_step(items))):
+            if there.isdisjoint(step.results) or _is_kept(step, calls):
+                continue
+            self.again[step] += 1
+            there.difference_update(step.results)
+            there.update(step.operands)
+        return there
+
+
+def _is_kept(step: Step, calls: Iterable[Checkpoint]) -> bool:
+    """Whether the policy of a checkpointed call keeps the results of a step."""
+    if not isinstance(step.op, Operate):
+        return any(call.keeps_moves for call in calls)
+    eqn = step.op.eqn
+    operands = [jax.ShapeDtypeStruct(block.shape, block.dtype) for block in step.operands]
+    return any(call.keeps(eqn.primitive, operands, eqn.params) for call in calls)
 
 
 def _flowing(step: Step, blocks: Iterable[Block]) -> list[Block]:

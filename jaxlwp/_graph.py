@@ -21,7 +21,8 @@ class Member:
       equation: the operator.
       signature: its signature, in the layer's dimension names.
       gradient: for each operand, whether it has a cotangent.
-      recomputed: it is evaluated again in the backward pass (`jax.checkpoint`).
+      recomputed: it is evaluated again in the backward pass (`jax.checkpoint`), unless the policy
+        keeps whatever any operator makes.
       awaited: work goes on from its results; not so of the loss, which is only returned.
     """
 

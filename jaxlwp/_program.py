@@ -78,6 +78,10 @@ class StandIn:
         return self.function(*operands, **params)
 
 
+MOVE = StandIn("move", lambda *operands: operands)
+"""Stands for what is not an operator of the function: sums, halo exchanges, changes of layout."""
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """One call of `jax.checkpoint`: its equations are evaluated again in the backward pass.
@@ -87,8 +91,27 @@ class Checkpoint:
       prevent_cse: keep the compiler from merging the second evaluation with the first.
     """
 
-    policy: Callable[..., bool] | None
+    policy: Callable[..., Any] | None
     prevent_cse: bool
+
+    def keeps(self, primitive: Any, operands: Sequence[Any], params: Mapping[str, Any]) -> bool:
+        """Whether the policy keeps what an operator makes.
+
+        Args:
+          primitive: the operator; one that stands in for a collective has no known name.
+          operands: their shapes and dtypes.
+          params: of the operator.
+        """
+        if self.policy is None:
+            return False
+        answer = self.policy(primitive, *operands, **params)
+        # Policies may answer with JAX's objects for "keep", "keep on the host" and "recompute".
+        return answer if isinstance(answer, bool) else type(answer).__name__ != "RecomputeType"
+
+    @property
+    def keeps_moves(self) -> bool:
+        """Whether the policy keeps what collectives make, as it keeps what any operator makes."""
+        return self.keeps(MOVE, (), {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,24 +440,29 @@ class _Builder:
         for eqn in jaxpr.eqns:
             operands = tuple(read(atom) for atom in eqn.invars)
             where = "/".join(p for p in (scope, str(eqn.source_info.name_stack)) if p)
-            if eqn.primitive.name in self.inlined:
-                body = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
-                results = self.inline(body.jaxpr, body.consts, operands, where)
-            elif eqn.primitive.name in ("sharding_constraint", "device_put"):
+            primitive, params, read_by_body = _plain(eqn)
+            if primitive.name in self.inlined:
+                body, consts = _opened(params.get("jaxpr") or params["call_jaxpr"])
+                given = [operands[n] for n in read_by_body]
+                results = self.inline(body, consts, given, where)
+            elif primitive.name in ("sharding_constraint", "device_put"):
                 results = list(operands)  # where tensors are is for the strategy to say
-            elif eqn.primitive.name in CHECKPOINTS:
-                results = self.checkpoint(eqn, operands, where)
+            elif primitive.name in CHECKPOINTS:
+                results = self.checkpoint(params, operands, where)
             else:
-                results = self.append(eqn, operands, where)
+                results = self.append(eqn, primitive, params, operands, where)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def checkpoint(self, eqn: Any, operands: tuple[int, ...], scope: str) -> list[int]:
+    def checkpoint(
+        self, params: dict[str, Any], operands: tuple[int, ...], scope: str
+    ) -> list[int]:
         """Inline the body of a `jax.checkpoint`; its equations remember the call."""
         outer = self.checkpoints
-        call = Checkpoint(policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
+        call = Checkpoint(policy=params["policy"], prevent_cse=params["prevent_cse"])
         self.checkpoints = (*outer, call)
-        results = self.inline(eqn.params["jaxpr"], (), operands, scope)
+        body, consts = _opened(params["jaxpr"])
+        results = self.inline(body, consts, operands, scope)
         self.checkpoints = outer
         return results
 
@@ -479,17 +507,24 @@ class _Builder:
         stacking = jax.make_jaxpr(lambda *rows: jax.numpy.stack(rows))(*avals)
         return self.inline(stacking.jaxpr, stacking.consts, rows, scope)[0]
 
-    def append(self, eqn: Any, operands: tuple[int, ...], scope: str) -> list[int]:
+    def append(
+        self,
+        eqn: Any,
+        primitive: Any,
+        params: dict[str, Any],
+        operands: tuple[int, ...],
+        scope: str,
+    ) -> list[int]:
         """Append an equation, a stack of layers unrolled; returns the indices of its results."""
         if any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects):
             raise ValueError(
-                f"trace: {eqn.primitive.name} at {scope or 'the top level'} has the side effects "
+                f"trace: {primitive.name} at {scope or 'the top level'} has the side effects "
                 f"{set(map(str, eqn.effects))}; a sharded step must be pure: remove debug prints "
                 "and callbacks from the function"
             )
         made = Equation(
-            primitive=eqn.primitive,
-            params=dict(eqn.params),
+            primitive=primitive,
+            params=params,
             operands=operands,
             results=(),
             operand_values=tuple(self.values[i] for i in operands),
@@ -509,6 +544,33 @@ class _Builder:
 def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """A jaxpr and its constants; bodies of loops are closed up to JAX 0.10, open from 0.11 on."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def _plain(eqn: Any) -> tuple[Any, dict[str, Any], Sequence[int]]:
+    """Primitive and parameters of an equation, and which operands its body reads.
+
+    JAX's coming `jax_remat3` and `jax_custom_vjp3` make one primitive of all such calls, whose only
+    parameter says which it is: in place of it are the primitive and parameters known till now.
+    """
+    everything = range(len(eqn.invars))
+    call: Any = eqn.params.get("_prim") if eqn.primitive.name == "call_hi_primitive" else None
+    kind = type(call).__name__
+
+    def bind(*operands: Any, **params: Any) -> Any:
+        return eqn.primitive.bind(*operands, **eqn.params)
+
+    if kind == "RematTraced":
+        return StandIn(CHECKPOINTS[0], bind, multiple_results=True), dict(call.params), everything
+    if kind == "CheckpointName":
+        return StandIn("name", bind, multiple_results=True), dict(call.params), everything
+    if kind != "CustomVJPTraced":
+        return eqn.primitive, dict(eqn.params), everything
+
+    # The derivative alone reads what comes after the constants that the body closes over.
+    consts, derivative = (len(jax.tree.leaves(avals)) for avals in call.in_avals[:2])
+    primitive = StandIn(CUSTOM_VJP[0], bind, multiple_results=True)
+    body = [*everything[:consts], *everything[consts + derivative :]]
+    return primitive, {"call_jaxpr": call.params["traced"].jaxpr}, body
 
 
 def _row(x: Any, *, index: int) -> Any:

@@ -233,7 +233,8 @@ class _Reader:
     ) -> None:
         """Read an operator's operands; `active` is its own dimensions unless it is pulled."""
         if active is None:
-            self.recomputed = bool(eqn.checkpoints)
+            kept = any(call.keeps_moves for call in eqn.checkpoints)
+            self.recomputed = bool(eqn.checkpoints) and not kept
         driven = {*unread_results(eqn), *(r for r in eqn.results if r in self.gradients)}
         gradient = tuple(bool(driven) and operand in self.gradients for operand in eqn.operands)
         names = signature.names if active is None else active

@@ -11,6 +11,7 @@ from jaxlwp.ops import (
     _conv,
     _custom,
     _dense,
+    _derivative,
     _elementwise,
     _extend,
     _pool,
@@ -19,7 +20,7 @@ from jaxlwp.ops import (
     _scan,
     _shape,
 )
-from jaxlwp.ops._derivative import LINEAR, ZERO_DERIVATIVE, values_needed
+from jaxlwp.ops._derivative import LINEAR, ZERO_DERIVATIVE
 from jaxlwp.ops._rule import (
     Labels,
     Local,
@@ -59,6 +60,18 @@ def evaluate_whole(eqn: Equation, operands: Sequence[Any]) -> tuple[Any, ...]:
     """Evaluate an operator that is not split, on whole arrays."""
     rule = RULES.get(eqn.name)
     return rule.lower_whole(eqn, operands) if rule and rule.lower_whole else eqn.bind(*operands)
+
+
+def values_needed(eqn: Equation, gradient: Sequence[bool]) -> tuple[int, ...]:
+    """Positions of the operands whose values the derivative needs.
+
+    Args:
+      eqn: the operator.
+      gradient: for each operand, whether it has a cotangent.
+    """
+    rule = RULES.get(eqn.name)
+    needed = rule.needed if rule and rule.needed else _derivative.values_needed
+    return needed(eqn, gradient)
 
 
 def unread_results(eqn: Equation) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from jaxlwp._program import (
 )
 from jaxlwp._spmd import no_mesh
 from jaxlwp.ops._blocks import Blocks, Classes, SignatureOf, dims_of, labels_of, relate
+from jaxlwp.ops._derivative import values_needed
 from jaxlwp.ops._rule import Local, Rule, Signature
 
 
@@ -219,6 +220,36 @@ def _unread(eqn: Equation) -> tuple[int, ...]:
     )
 
 
+def _needed(eqn: Equation, gradient: Sequence[bool]) -> tuple[int, ...]:
+    """Positions of the operands whose values the derivative reads; see `Rule.needed`."""
+    programs, count = _programs(eqn), len(eqn.operands)
+    derivative = programs.derivative
+    if programs.error is not None:
+        return tuple(range(count))
+    differentiable = [n for n, value in enumerate(eqn.operand_values) if value.differentiable]
+    if programs.forward:
+        tangents = zip(differentiable, derivative.inputs[count:], strict=True)
+        read = _coefficients(derivative, {value for n, value in tangents if gradient[n]})
+    else:
+        cotangents = zip(differentiable, derivative.outputs, strict=True)
+        read = {value for n, value in cotangents if gradient[n]}
+    for each in reversed(derivative.equations):
+        if not read.isdisjoint(each.results):
+            read.update(each.operands)
+    return tuple(n for n in range(count) if derivative.inputs[n] in read)
+
+
+def _coefficients(derivative: Program, tangents: set[int]) -> set[int]:
+    """What stands beside tangents in a program that is linear in them."""
+    read: set[int] = set()
+    for eqn in derivative.equations:
+        moved = [value in tangents for value in eqn.operands]
+        if any(moved):
+            tangents.update(eqn.results)
+            read.update(eqn.operands[n] for n in values_needed(eqn, moved))
+    return read - tangents
+
+
 def _lower(
     rule_of: SignatureOf, eqn: Equation, operands: Sequence[Any], local: Local
 ) -> tuple[Any, ...]:
@@ -305,6 +336,7 @@ def rules(rule_of: SignatureOf) -> dict[str, Rule]:
             lower_whole=_lower_whole,
             once=once,
             unread=_unread if once else lambda eqn: (),
+            needed=_needed,
         )
 
     return dict.fromkeys(CUSTOM_JVP, rule(once=False)) | dict.fromkeys(CUSTOM_VJP, rule(once=True))

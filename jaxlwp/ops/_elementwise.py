@@ -7,9 +7,15 @@ broadcast, as in JAX's own elementwise primitives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from jaxlwp._program import Equation
-from jaxlwp.ops._rule import Labels, Rule, Signature, bind_lowering
+import jax
+import jax.numpy as jnp
+
+from jaxlwp._program import Equation, flatten
+from jaxlwp._spmd import no_mesh, vary
+from jaxlwp.ops._rule import Labels, Local, Rule, Signature, bind_lowering
 
 POINTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
@@ -57,9 +63,40 @@ def _bitcast_signature(eqn: Equation) -> Signature | None:
     return _signature(eqn) if same else None
 
 
+def _lower_error_function(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
+    """With a derivative that is traced where no mesh is known.
+
+    JAX 0.12 cannot trace it on one device's block: it makes constants that do not vary over the
+    mesh.
+    """
+    (x,) = operands
+    block = jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    def evaluate(x: Any) -> Any:
+        return eqn.bind(x)[0]
+
+    with no_mesh():
+        traced = jax.make_jaxpr(lambda x: jax.jvp(evaluate, (x,), (jnp.ones_like(x),))[1])(block)
+    slope = flatten(traced, derivatives=False)
+
+    def push(primals: Any, tangents: Any) -> Any:
+        made = {i: vary(jnp.asarray(c), local.varying) for i, c in slope.constants.items()}
+        made[slope.inputs[0]] = primals[0]
+        for each in slope.equations:
+            made.update(
+                zip(each.results, each.bind(*(made[i] for i in each.operands)), strict=True)
+            )
+        return function(*primals), tangents[0] * made[slope.outputs[0]]
+
+    function = jax.custom_jvp(evaluate)
+    function.defjvp(push)
+    return (function(x),)
+
+
 _RULE = Rule(kind="elementwise", signature=_signature, lower=bind_lowering)
 RULES = {name: _RULE for name in POINTWISE} | {
     "bitcast_convert_type": Rule(
         kind="elementwise", signature=_bitcast_signature, lower=bind_lowering
     ),
+    **dict.fromkeys(("erf", "erfc"), replace(_RULE, lower=_lower_error_function)),
 }

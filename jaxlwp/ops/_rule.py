@@ -243,6 +243,9 @@ class Rule:
         are linear in the cotangent: whether each of several readers evaluates them, and whether
         each device has a part of the cotangent, cannot be told apart.
       unread: positions of the results whose cotangents the derivative does not read.
+      needed: `needed(equation, gradient)` gives the positions of the operands whose values the
+        derivative needs, `gradient` says which operands have a cotangent; None if `_derivative`
+        knows.
       weight_first: the signature, named for a weight on the left, of an operator with the same
         lowering whose weight may be either operand; `signature` takes it to be on the right.
     """
@@ -257,6 +260,7 @@ class Rule:
     lower_whole: Callable[[Equation, Sequence[Any]], tuple[Any, ...]] | None = None
     once: bool = False
     unread: Callable[[Equation], tuple[int, ...]] = lambda eqn: ()
+    needed: Callable[[Equation, Sequence[bool]], tuple[int, ...]] | None = None
     weight_first: Callable[[Equation], Signature] | None = None
 
 

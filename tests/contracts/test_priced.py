@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh
 
 import jaxlwp
@@ -29,6 +30,7 @@ from .zoo import RATES, ZOO, case, random_batch
 
 SEED = draw_seed()
 LARGE = ("inception_v3", "resnet101", "densenet121", "efficientnet_b0", "unet3d", "convnext_t")
+OUT = jax.tree.structure(0.0)
 SHAPES = ((2, 4), (4, 2), (2, 2, 2), (2, 1, 3), (3, 2))
 
 
@@ -259,3 +261,44 @@ def test_compiled(name: str) -> None:
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_random(name: str) -> None:
     check_compiled(name, (2, 4), 20)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+POLICIES = {
+    "none": None,
+    "everything": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names("hidden"),
+    "others": jax.checkpoint_policies.save_anything_except_these_names("hidden"),
+}
+
+
+@pytest.mark.parametrize("outer", ["", *POLICIES])
+def test_checkpoints_in_checkpoints(outer: str) -> None:
+    """What a policy keeps is not evaluated again, for the call itself and for those inside it."""
+    mesh = mesh_of((2,))
+    params = {name: np.ones((4, 4), np.float32) for name in "abc"}
+    x = np.ones((2, 4), np.float32)
+    for inner in ("", *POLICIES):
+
+        def first(params: Any, x: Any) -> Any:
+            hidden = checkpoint_name(jnp.sin(x @ params["a"]), "hidden")
+            return jnp.sin(hidden @ params["b"])
+
+        def both(params: Any, x: Any, inner: str = inner) -> Any:
+            inside = jax.checkpoint(first, policy=POLICIES[inner]) if inner else first
+            return jnp.sin(inside(params, x) @ params["c"])
+
+        def loss(params: Any, x: Any, both: Any = both) -> Any:
+            whole = jax.checkpoint(both, policy=POLICIES[outer]) if outer else both
+            return jnp.mean(whole(params, x) ** 2)
+
+        space = space_on(mesh, jaxlwp.trace(loss, params, x))
+        choices = [
+            next((n for n, config in enumerate(configs) if config.axes("reduction")), 0)
+            for configs in space.configs
+        ]
+        plan = bind(space, space.strategy("reduction", choices), mesh, (params, x), OUT)
+        assert any(layer.predicted for layer in check_layers(plan))
+        assert not disagreeing(plan), (outer, inner)

@@ -75,9 +75,9 @@ def run(seeds: range, workers: int) -> dict[str, Any]:
 
 
 def outcomes(answer: dict[str, Any]) -> set[str]:
-    """What a program's outcome counts as; right if there is no fault."""
+    """What a program's outcome counts as; right if numbers were compared and there is no fault."""
     kinds = {finding["kind"] for finding in answer["findings"]}
-    return kinds if kinds & set(FAULTS) else kinds | {"right"}
+    return kinds if kinds & set(FAULTS) or not answer["checked"] else kinds | {"right"}
 
 
 def summarize(

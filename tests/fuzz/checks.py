@@ -56,7 +56,8 @@ class Finding:
         is priced differs from the program; "search", a search that differs from trying every
         strategy; and listed apart: "refused" (our ValueError), "oracle" (one device's compiled
         program differs from one device's operators), "unstable" (rounding alone moves the numbers
-        as much), "compiler" (wrong with this compiler's options only), "long" (a search).
+        as much), "compiler" (wrong with this compiler's options only, or a failed check of its
+        own), "long" (a search).
       group: what findings of one cause have in common, roughly.
       detail: for people.
       strategy: name of the strategy, "" if it is not about one.
@@ -120,12 +121,13 @@ def _of_exception(stage: str, strategy: str, error: Exception) -> Finding:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
     refused = isinstance(error, ValueError) and frames[-1].filename.startswith(PACKAGE)
+    internal = isinstance(error, jax.errors.JaxRuntimeError) and "RET_CHECK" in str(error)
     line = (str(error).strip() or repr(error)).splitlines()[0][:300]
     text = re.sub(r"'[^']*'|\d+(\.\d+)?|\(.*\)|\[.*\]", "*", line)[:90]
     place = f"{Path(ours[-1].filename).name}:{ours[-1].name}" if ours else "outside"
     group = f"{stage}: {type(error).__name__}: {text} ({place})"
     return Finding(
-        kind="refused" if refused else "crash",
+        kind="refused" if refused else "compiler" if internal else "crash",
         group=group,
         detail=f"{stage}: {type(error).__name__}: {line}",
         strategy=strategy,
@@ -197,7 +199,7 @@ def evaluate(written: Written) -> Reference | None:
 
 def tolerance(written: Written) -> float:
     """Of a program's numbers."""
-    return TOLERANCE_SINGLE if "float32" in written.text else TOLERANCE
+    return TOLERANCE_SINGLE if written.rounds else TOLERANCE
 
 
 def errors(actual: Any, expected: Any) -> dict[str, float]:
@@ -285,7 +287,8 @@ def _plans(
     function, arguments = case.written.function(), case.written.arrays()
     with log.stage("trace"):
         graph = jaxlwp.trace(function, *arguments)
-        out_tree = jax.tree.structure(jax.eval_shape(lambda *a: function(*a), *arguments))
+        with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+            out_tree = jax.tree.structure(jax.eval_shape(lambda *a: function(*a), *arguments))
         chosen = case.strategies or _drawn(case, graph, mesh, log, drawn_from)
         case = dataclasses.replace(case, strategies=chosen)
         for name, splits in chosen.items():
@@ -415,10 +418,10 @@ def _verdict(
     case: Case, plan: jaxlwp.Plan, reference: Reference, bad: dict[str, float], limit: float
 ) -> str:
     """Whose fault wrong numbers are."""
-    nudged = _nudged(case.written)
-    moved = wrong(errors(nudged, reference.eager), limit / 10)
-    if all(name in moved and moved[name] > 0.01 * error for name, error in bad.items()):
-        return "unstable"
+    for ties in (True, False) if case.written.inexact else (True,):
+        moved = wrong(errors(_nudged(case.written, ties), reference.eager), limit / 10)
+        if all(name in moved and moved[name] > 0.01 * error for name, error in bad.items()):
+            return "unstable"
     for options in (SLOW, WITHOUT_SIMPLIFIER):
         try:
             again = _together(case, [plan], options)[0]
@@ -429,11 +432,19 @@ def _verdict(
     return "wrong"
 
 
-def _nudged(written: Written) -> Any:
-    """One device's numbers with all arrays scaled by 1 + 1e-13, which keeps ties."""
+def _nudged(written: Written, ties: bool) -> Any:
+    """One device's numbers with its arrays changed by 1e-13.
+
+    All by one factor, which keeps ties, or each element by its own. Ties that only operators make
+    that round (a softmax of equal numbers) are broken by another order of sums as well.
+    """
+    rng = np.random.default_rng(0)
 
     def nudge(x: Any) -> Any:
-        return jnp.asarray(x * (1 + 2.0**-43) if x.dtype.kind == "f" else x)
+        if x.dtype.kind != "f":
+            return jnp.asarray(x)
+        by = 1.0 if ties else rng.uniform(-1, 1, x.shape)
+        return jnp.asarray(x * (1 + by * 2.0**-43), x.dtype)
 
     arguments = jax.tree.map(nudge, written.arrays())
     with jax.disable_jit():

@@ -1095,7 +1095,9 @@ def while_loop(w: Writer, x: Value) -> str:
 def checkpoint(w: Writer, x: Value) -> str:
     fit(x.rank >= 2)
     weight = w.parameter(x.shape[-1], x.shape[-1])
-    policy = w.pick("policy", ["", ", policy=jax.checkpoint_policies.dots_saveable"])
+    known = ["", "dots_saveable", "everything_saveable", "nothing_saveable"]
+    name = w.pick("policy", known)
+    policy = f", policy=jax.checkpoint_policies.{name}" if name else ""
     return f"jax.checkpoint(lambda t, m: jnp.sin(jnp.sin(t @ m) @ m){policy})({x}, {weight})"
 
 

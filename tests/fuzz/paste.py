@@ -9,6 +9,8 @@ from .checks import Case
 from .pool import DEVICES
 
 _TEMPLATE = """\
+from __future__ import annotations
+
 import contextlib
 import math
 import os
@@ -76,12 +78,12 @@ mesh = Mesh(
     axis_types=(AxisType.@KIND@,) * @AXES@,
 )
 rates = jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)
+out_tree = jax.tree.structure(jax.eval_shape(loss, *arguments))
 with @ENTER@:
     graph = jaxlwp.trace(loss, *arguments)
     configs = [[jaxlwp.Config.of(pins[layer.name])] for layer in graph.layers]
     space = jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=rates), configs=configs)
     strategy = space.strategy("pinned", [0] * len(configs))
-    out_tree = jax.tree.structure(jax.eval_shape(loss, *arguments))
     plan = jaxlwp.bind(space, strategy, @BOUND@, arguments, out_tree)
 @CALLS@
 """

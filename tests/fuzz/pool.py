@@ -144,7 +144,7 @@ class Worker:
             if message is None:
                 code = self.process.wait()
                 self.stop()
-                return _lost(request, about, "died", stage, begin, f" (exit code {code})")
+                return _lost(request, about, "died", stage, begin, code)
             if "answer" in message:
                 return dict(message["answer"])
             if message["mark"].startswith("{"):
@@ -172,14 +172,16 @@ def _lost(
     kind: str,
     stage: str,
     begin: float,
-    note: str = "",
+    code: int | None = None,
 ) -> dict[str, Any]:
-    """The answer in place of one that did not come."""
+    """The answer in place of one that did not come; `code` is how the process ended."""
+    note = "" if code is None else f" (exit code {code})"
     verb = "the process died" if kind == "died" else f"no end after {CPU_TIMEOUT_S:.0f} s of work"
     words = stage.split()
     finding = {
-        # Before any plan is called it is one device's own program that ends it.
-        "kind": "oracle" if words[0] in ("draw", "eager") else kind,
+        # Before any plan is called it is one device's own program that ends it by a signal; an
+        # exit code is an exception in this package.
+        "kind": "oracle" if words[0] in ("draw", "eager") and not (code or 0) > 0 else kind,
         "group": f"{verb}: {words[0]}",
         "detail": f"{verb} in stage {stage}{note}",
         "strategy": "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 import re
@@ -104,6 +105,10 @@ class Program:
         return tuple(dict.fromkeys(names))
 
 
+INEXACT = "exp exp2 expm1 log log1p tanh logistic erf erfc rsqrt sqrt pow".split()
+"""Operators after which sums round: of equal numbers they may come out unequal."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """A program as source.
@@ -131,6 +136,21 @@ class Written:
     def arrays(self) -> tuple[Any, ...]:
         """(params, *batch), the same for the same program."""
         return example_arrays(self.parameters, self.batch, self.program.seed, self.program.whole)
+
+    @functools.cached_property
+    def jaxpr(self) -> str:
+        """The traced program."""
+        return str(jax.make_jaxpr(self.function())(*self.arrays()))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether something on the way is less than float64: attention takes its softmax so."""
+        return any(name in self.jaxpr for name in ("f32[", "f16[", "bf16["))
+
+    @property
+    def inexact(self) -> bool:
+        """Whether an operator rounds, so that equal numbers may come out unequal."""
+        return any(f"= {name} " in self.jaxpr or f"= {name}[" in self.jaxpr for name in INEXACT)
 
     @property
     def argnums(self) -> tuple[int, ...]:

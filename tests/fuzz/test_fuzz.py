@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +65,14 @@ def test_a_process_that_dies_is_named() -> None:
     died, shown = pool.answers(requests, workers=1)
     assert [finding["kind"] for finding in died["findings"]] == ["died"]
     assert "def loss(" in shown["text"]
+
+
+def test_a_pasted_program_runs() -> None:
+    (answer,) = pool.answers([{"seed": 3, "paste": "random0"}], workers=1)
+    command = [sys.executable, "-c", answer["small"]]
+    done = subprocess.run(command, capture_output=True, text=True, env=pool.environment(()))
+    assert done.returncode == 0, done.stderr
+    assert "jit off by" in done.stdout
 
 
 @pytest.mark.slow
