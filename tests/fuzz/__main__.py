@@ -139,10 +139,31 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def write(path: Path, summary: dict[str, Any]) -> None:
-    """Put a summary into a JSON file, beside those of other JAX versions."""
+    """Put a summary into a JSON file, beside those of other JAX versions.
+
+    Seeds that follow those that are there for this version are added to them.
+    """
     known = json.loads(path.read_text()) if path.exists() else {}
+    before = known.get(summary["jax"])
+    if before and before["seeds"][1] == summary["seeds"][0]:
+        summary = together(before, summary)
     path.write_text(json.dumps(known | {summary["jax"]: summary}, indent=1) + "\n")
     print(f"written to {path}")
+
+
+def together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two summaries as one: counts are added up, and the first example of each group stays."""
+    made = {**one, **other}
+    for name, value in one.items():
+        if name == "seeds":
+            made[name] = [value[0], other[name][1]]
+        elif name == "example":
+            made[name] = value
+        elif isinstance(value, dict):
+            made[name] = together(value, other[name]) if name in other else value
+        elif isinstance(value, int | list) and name in other:
+            made[name] = value + other[name]
+    return made
 
 
 def make_small(summary: dict[str, Any], options: argparse.Namespace) -> None:

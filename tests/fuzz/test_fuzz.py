@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
 from . import operators, pool, programs
-from .__main__ import FAULTS, PROGRAMS_TO_FIND, find_planted
+from .__main__ import FAULTS, PROGRAMS_TO_FIND, find_planted, summarize, write
 from .planted import PLANTS
 
 
@@ -65,6 +67,27 @@ def test_a_process_that_dies_is_named() -> None:
     died, shown = pool.answers(requests, workers=1)
     assert [finding["kind"] for finding in died["findings"]] == ["died"]
     assert "def loss(" in shown["text"]
+
+
+def test_summaries_add_up(tmp_path: Path) -> None:
+    def answer(seed: int) -> dict[str, Any]:
+        finding = {"kind": "price", "group": "g", "detail": f"d{seed}", "strategy": "s"}
+        return {
+            "seed": seed,
+            "operators": ["a", f"b{seed % 2}"],
+            "mesh": "m",
+            "findings": [finding] if seed % 3 == 0 else [],
+            "strategies": ["s"],
+            **{"checked": 1, "priced": 2, "searched": 3},
+        }
+
+    def summary(seeds: range) -> dict[str, Any]:
+        return summarize([answer(seed) for seed in seeds], seeds, "1.0", 10)
+
+    for seeds in (range(0, 5), range(5, 9)):
+        write(tmp_path / "fuzz.json", summary(seeds))
+    whole = json.loads(json.dumps({"1.0": {**summary(range(9)), "seconds": 20}}))
+    assert json.loads((tmp_path / "fuzz.json").read_text()) == whole
 
 
 def test_a_pasted_program_runs() -> None:
