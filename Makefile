@@ -56,14 +56,21 @@ $(NEWEST_READY): pyproject.toml
 
 NEWEST_TESTS := $(addprefix tests/, test_architecture.py test_borders.py test_config.py \
 	test_constants.py test_habits.py test_measure.py test_memory.py test_plan.py test_resize.py \
-	test_verify.py test_vmap.py contracts/test_programs.py contracts/test_meshes.py)
+	test_verify.py test_vmap.py contracts/test_meshes.py contracts/test_pointwise.py \
+	contracts/test_priced.py contracts/test_programs.py)
+COMING_TESTS := $(addprefix tests/, test_habits.py test_memory.py contracts/test_priced.py \
+	contracts/test_scans.py)
 
 ifeq ($(NEWEST),)
-test-newest:  ## Run what depends on JAX with the newest one, on the newest Python here
+test-newest:  ## Run what depends on JAX with the newest one and its coming flags, on the newest Python here
 	@echo "test-newest: ran nothing, this machine has no Python 3.12 or newer; the newest JAX needs one"
 else
 test-newest: $(NEWEST_READY)
 	$(NEWEST_VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(NEWEST_TESTS)
+	JAX_CUSTOM_VJP3=1 JAX_REMAT3=1 $(NEWEST_VENV)/bin/python -m pytest -q -n $(WORKERS) \
+		--dist worksteal $(COMING_TESTS)
+	$(foreach nb,$(NOTEBOOKS),PYTHONPATH="$(CURDIR)" $(NEWEST_VENV)/bin/jupyter execute \
+		--timeout=600 "$(nb)" &&) true
 endif
 
 lint: $(READY)  ## Check style, formatting and types

@@ -280,7 +280,9 @@ def test_checkpoints_in_checkpoints(outer: str) -> None:
     mesh = mesh_of((2,))
     params = {name: np.ones((4, 4), np.float32) for name in "abc"}
     x = np.ones((2, 4), np.float32)
-    for inner in ("", *POLICIES):
+    # With the coming `jax_remat3` JAX evaluates more again where calls are nested.
+    one_call = outer and getattr(jax.config, "jax_remat3", False)
+    for inner in [""] if one_call else ["", *POLICIES]:
 
         def first(params: Any, x: Any) -> Any:
             hidden = checkpoint_name(jnp.sin(x @ params["a"]), "hidden")
