@@ -26,8 +26,8 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import jaxlwp
-from jaxlwp._model import load_workload
-from jaxlwp._report import comparison_table, plan_table
+from jaxlwp.cli._workload import load_workload
+from jaxlwp.report._tables import comparison_table, plan_table
 from models.lenet import LeNet5
 
 DEVICES = 8

@@ -5,36 +5,36 @@ finds the best combination exactly, and returns a `Plan` that is called like the
 Every step is public on its own: `trace`, `device_graph`, `price`, `search`, `bind`.
 """
 
-from jaxlwp._calibrate import Rates, device_graph, make_mesh, measure
-from jaxlwp._collectives import strategy_collectives
-from jaxlwp._compare import Comparison, StrategyResult, compare
-from jaxlwp._config import Config
-from jaxlwp._constraints import Constraints
-from jaxlwp._cost import AnalyticCostModel, CostModel
-from jaxlwp._devices import DeviceGraph, LinkFit, MeshAxis
-from jaxlwp._explain import Alternative, Explanation, RankedStrategy, explain, runners_up
-from jaxlwp._graph import ComputationGraph, Edge, Layer
-from jaxlwp._hlo import CompiledCollective, compiled_collectives
-from jaxlwp._layout import Collective
-from jaxlwp._lazy import measured_space, search_measured
-from jaxlwp._limit import MemoryLimitError
-from jaxlwp._marginals import RankedChoices, k_best, min_marginals
-from jaxlwp._measure import LayerTimer, layer_timer
-from jaxlwp._memory import Memory, MemoryCosts, MemoryTables, memory_costs, plan_memory
-from jaxlwp._objective import MovedBytes, Objective, Overlap, PeakMemory, PlainSum
+from jaxlwp.devices._calibrate import Rates, device_graph, make_mesh, measure
+from jaxlwp.cost._collectives import strategy_collectives
+from jaxlwp.check._compare import Comparison, StrategyResult, compare
+from jaxlwp.space._config import Config
+from jaxlwp.space._constraints import Constraints
+from jaxlwp.cost._model import AnalyticCostModel, CostModel
+from jaxlwp.devices._device_graph import DeviceGraph, LinkFit, MeshAxis
+from jaxlwp.search._explain import Alternative, Explanation, RankedStrategy, explain, runners_up
+from jaxlwp.graph._graph import ComputationGraph, Edge, Layer
+from jaxlwp.check._hlo import CompiledCollective, compiled_collectives
+from jaxlwp.space._layout import Collective
+from jaxlwp.search._measured import measured_space, search_measured
+from jaxlwp.solver._limit import MemoryLimitError
+from jaxlwp.solver._marginals import RankedChoices, k_best, min_marginals
+from jaxlwp.measure._timer import LayerTimer, layer_timer
+from jaxlwp.memory._memory import Memory, MemoryCosts, MemoryTables, memory_costs, plan_memory
+from jaxlwp.search._objective import MovedBytes, Objective, Overlap, PeakMemory, PlainSum
 from jaxlwp._parallelize import parallelize
-from jaxlwp._pareto import ParetoCurve, ParetoPoint, pareto
-from jaxlwp._plan import Plan, bind
-from jaxlwp._profile import Profile, load_profile
-from jaxlwp._search import SearchResult, search
-from jaxlwp._solve import Solution, solve
-from jaxlwp._space import SearchSpace, price, restrict
-from jaxlwp._strategy import BASELINES, Strategy
-from jaxlwp._tables import Cost, CostTables
-from jaxlwp._target import TargetStep, compile_for, target_mesh
-from jaxlwp._trace import trace
-from jaxlwp._verify import LayerCheck, Verification, verify
-from jaxlwp._wide import price_around
+from jaxlwp.search._pareto import ParetoCurve, ParetoPoint, pareto
+from jaxlwp.plan._plan import Plan, bind
+from jaxlwp.measure._profile import Profile, load_profile
+from jaxlwp.search._search import SearchResult, search
+from jaxlwp.solver._solve import Solution, solve
+from jaxlwp.cost._search_space import SearchSpace, price, restrict
+from jaxlwp.space._strategy import BASELINES, Strategy
+from jaxlwp.solver._tables import Cost, CostTables
+from jaxlwp.check._target import TargetStep, compile_for, target_mesh
+from jaxlwp.graph._trace import trace
+from jaxlwp.check._verify import LayerCheck, Verification, verify
+from jaxlwp.search._wide import price_around
 
 __version__ = "0.1.0"
 

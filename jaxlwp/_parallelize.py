@@ -10,24 +10,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlwp._arguments import Arguments, canonical
-from jaxlwp._calibrate import Rates, choose_devices, device_graph, make_mesh
-from jaxlwp._constraints import Constraints
-from jaxlwp._devices import DeviceGraph
-from jaxlwp._graph import ComputationGraph
-from jaxlwp._lazy import measured_space, search_measured
-from jaxlwp._limit import MemoryLimitError
-from jaxlwp._measure import layer_timer
-from jaxlwp._memory import plan_memory
-from jaxlwp._objective import Objective, PeakMemory
-from jaxlwp._plan import Plan, bind, is_loss, output_shapes
-from jaxlwp._profile import Profile
-from jaxlwp._search import search
-from jaxlwp._space import SearchSpace, check_mesh, price
-from jaxlwp._spmd import set_mesh_or_none
-from jaxlwp._strategy import BASELINES, Strategy
-from jaxlwp._trace import trace
-from jaxlwp._wide import ROUNDS, is_large, price_around
+from jaxlwp.program._arguments import Arguments, canonical
+from jaxlwp.devices._calibrate import Rates, choose_devices, device_graph, make_mesh
+from jaxlwp.space._constraints import Constraints
+from jaxlwp.devices._device_graph import DeviceGraph
+from jaxlwp.graph._graph import ComputationGraph
+from jaxlwp.search._measured import measured_space, search_measured
+from jaxlwp.solver._limit import MemoryLimitError
+from jaxlwp.measure._timer import layer_timer
+from jaxlwp.memory._memory import plan_memory
+from jaxlwp.search._objective import Objective, PeakMemory
+from jaxlwp.plan._plan import Plan, bind, is_loss, output_shapes
+from jaxlwp.measure._profile import Profile
+from jaxlwp.search._search import search
+from jaxlwp.cost._search_space import SearchSpace, check_mesh, price
+from jaxlwp.mesh._spmd import set_mesh_or_none
+from jaxlwp.space._strategy import BASELINES, Strategy
+from jaxlwp.graph._trace import trace
+from jaxlwp.search._wide import ROUNDS, is_large, price_around
 
 
 def parallelize(
@@ -146,7 +146,7 @@ def parallelize(
         plan = _fitting(planned, memory_bytes, optimizer, slots)
     if not against:
         return plan
-    from jaxlwp._compare import fastest
+    from jaxlwp.check._compare import fastest
 
     return fastest(
         plan,

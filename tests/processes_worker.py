@@ -36,7 +36,7 @@ def main() -> None:
     port, rank = map(int, sys.argv[1:])
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
     import jaxlwp
-    from jaxlwp import _calibrate
+    from jaxlwp.devices import _calibrate
 
     _calibrate.LINK_BYTES = (1 << 10, 1 << 20)  # every kind of measurement, but quickly
     _calibrate.FIRST_TOUCH_BYTES = 1 << 20, 1 << 20

@@ -18,11 +18,11 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxlwp
-from jaxlwp._border import Border, extend
-from jaxlwp._constraints import Constraints
-from jaxlwp._halo import Halo, assemble, cut, neighbours, plan_halo, receive
-from jaxlwp._plan import bind
-from jaxlwp._verify import check_layers
+from jaxlwp.program._border import Border, extend
+from jaxlwp.space._constraints import Constraints
+from jaxlwp.lower._halo import Halo, assemble, cut, neighbours, plan_halo, receive
+from jaxlwp.plan._plan import bind
+from jaxlwp.check._verify import check_layers
 from jaxlwp.ops import Window
 from jaxlwp.ops._extend import border_of
 from tests.contracts.harness import compiler_options

@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 import jaxlwp
-from jaxlwp import _constants
-from jaxlwp._trace import trace
+from jaxlwp.graph import _constants
+from jaxlwp.graph._trace import trace
 from tests.contracts.harness import bind, compare, compiler_options, every_config
 
 RATES = jaxlwp.Rates(

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 
 import jaxlwp
 from jaxlwp import Config, Constraints
-from jaxlwp._model import load_workload
-from jaxlwp._report import alternatives_table, render
+from jaxlwp.cli._workload import load_workload
+from jaxlwp.report._tables import alternatives_table, render
 
 RATES = jaxlwp.Rates(
     flops_per_s=5e12, memory_bytes_per_s=5e11, latency_s=(1e-5,), link_bytes_per_s=(2e10,)

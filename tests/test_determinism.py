@@ -9,8 +9,8 @@ from pathlib import Path
 
 PROGRAM = """
 import jaxlwp
-from jaxlwp._devices import DeviceGraph, axis_shape
-from jaxlwp._model import load_workload
+from jaxlwp.devices._device_graph import DeviceGraph, axis_shape
+from jaxlwp.cli._workload import load_workload
 
 
 def devices(*levels):

@@ -17,8 +17,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxlwp
-from jaxlwp._plan import bind
-from jaxlwp._verify import check_layers
+from jaxlwp.plan._plan import bind
+from jaxlwp.check._verify import check_layers
 
 RATES = jaxlwp.Rates(flops_per_s=1e12, memory_bytes_per_s=1e11)
 NHWC = ("NHWC", "HWIO", "NHWC")

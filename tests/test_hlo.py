@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlwp._hlo import CompiledCollective, bytes_by_kind, compiled_collectives
+from jaxlwp.check._hlo import CompiledCollective, bytes_by_kind, compiled_collectives
 
 # --- Text -----------------------------------------------------------------------------------
 

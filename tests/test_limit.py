@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 import jaxlwp
-from jaxlwp._limit import LayerBytes, MemoryLimitError, solve_limited
-from jaxlwp._model import load_workload
+from jaxlwp.solver._limit import LayerBytes, MemoryLimitError, solve_limited
+from jaxlwp.cli._workload import load_workload
 from jaxlwp._parallelize import MEMORY_MARGIN
 from tests.benchmarks.solvers import chain, inception, sharding
 

@@ -25,7 +25,7 @@ from flax.training import train_state
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxlwp
-from jaxlwp import _calibrate
+from jaxlwp.devices import _calibrate
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)

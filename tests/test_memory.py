@@ -15,16 +15,16 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxlwp import BASELINES, Config, Plan, Rates, parallelize
-from jaxlwp._buffers import COMBINED_BYTES, _Builder, _fuse, _order, predict
-from jaxlwp._memory import (
+from jaxlwp.memory._buffers import COMBINED_BYTES, _Builder, _fuse, _order, predict
+from jaxlwp.memory._memory import (
     differentiated,
     memory_costs,
     plan_memory,
     strategy_memory,
 )
-from jaxlwp._model import load_workload
-from jaxlwp._program import flatten
-from jaxlwp._strategy import make_strategy
+from jaxlwp.cli._workload import load_workload
+from jaxlwp.program._program import flatten
+from jaxlwp.space._strategy import make_strategy
 
 RATES = Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)
 DIMS = ("NHWC", "HWIO", "NHWC")

@@ -11,10 +11,10 @@ import matplotlib
 import pytest
 
 import jaxlwp
-from jaxlwp._calibrate import device_graph, make_mesh
-from jaxlwp._compare import Comparison, StrategyResult
-from jaxlwp._plot import layer_costs, plot_comparison, plot_plan
-from jaxlwp._tables import Cost
+from jaxlwp.devices._calibrate import device_graph, make_mesh
+from jaxlwp.check._compare import Comparison, StrategyResult
+from jaxlwp.report._plot import layer_costs, plot_comparison, plot_plan
+from jaxlwp.solver._tables import Cost
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxlwp
-from jaxlwp import _compare
+from jaxlwp.check import _compare
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 MOST_CHANGED_LINES = 6

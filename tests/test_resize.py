@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlwp._trace import trace
+from jaxlwp.graph._trace import trace
 
 RNG = np.random.default_rng(0)
 

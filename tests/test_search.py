@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxlwp
-from jaxlwp._model import load_workload
+from jaxlwp.cli._workload import load_workload
 
 RATES = jaxlwp.Rates(
     flops_per_s=5e12, memory_bytes_per_s=5e11, latency_s=(1e-5,), link_bytes_per_s=(2e10,)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxlwp import _marginals
-from jaxlwp._marginals import k_best, min_marginals
-from jaxlwp._solve import solve
+from jaxlwp.solver import _marginals
+from jaxlwp.solver._marginals import k_best, min_marginals
+from jaxlwp.solver._solve import solve
 from tests.test_solve import DRAWS, SHAPES, draw_ties, evaluate, make_problem, problems
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxlwp._tables import Cost, CostTables
+from jaxlwp.solver._tables import Cost, CostTables
 
 INF, NAN = math.inf, math.nan
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxlwp import BASELINES, Rates, parallelize
-from jaxlwp._target import Target, compile_for, target_mesh
+from jaxlwp.check._target import Target, compile_for, target_mesh
 
 RATES = Rates(
     flops_per_s=5e13, memory_bytes_per_s=4e12, latency_s=(1e-6,), link_bytes_per_s=(2e11,)

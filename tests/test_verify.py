@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxlwp
-from jaxlwp import _collectives
+from jaxlwp.cost import _collectives
 
 RATES = jaxlwp.Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)
 
@@ -98,7 +98,7 @@ class TestCheck:
     def test_the_faster_is_kept(
         self, arguments: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from jaxlwp import _compare
+        from jaxlwp.check import _compare
 
         for times, kept in (([[3.0], [1.0]], "data"), ([[1.0], [3.0]], "search")):
             monkeypatch.setattr(_compare, "_measure", lambda *_, t=times: t)
@@ -122,7 +122,7 @@ class TestCheck:
         self, arguments: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Data parallelism would be faster, and needs more than is allowed."""
-        from jaxlwp import _compare
+        from jaxlwp.check import _compare
 
         monkeypatch.setattr(_compare, "_measure", lambda steps, *_: [[3.0], [1.0]][: len(steps)])
         given = {"devices": 8, "rates": RATES, "check": "measure"}
@@ -137,7 +137,7 @@ class TestCheck:
     def test_what_does_not_fit_into_the_device_is_not_run(
         self, arguments: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from jaxlwp import _compare
+        from jaxlwp.check import _compare
 
         needed_bytes = plan(arguments, "data").memory.peak_bytes
         for free_bytes in (needed_bytes - 1, needed_bytes):

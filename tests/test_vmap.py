@@ -12,9 +12,9 @@ import pytest
 from jax import lax
 
 import jaxlwp
-from jaxlwp._strategy import PARAMETER_KINDS
-from jaxlwp._trace import trace
-from jaxlwp._verify import check_layers
+from jaxlwp.space._strategy import PARAMETER_KINDS
+from jaxlwp.graph._trace import trace
+from jaxlwp.check._verify import check_layers
 from tests.contracts.harness import TOLERANCE, compare, compiler_options
 
 RATES = jaxlwp.Rates(

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import jaxlwp
-from jaxlwp import Constraints, _wide
-from jaxlwp._cost import AnalyticCostModel
-from jaxlwp._devices import DeviceGraph, LinkFit, axis_shape
-from jaxlwp._floor import floor_s
-from jaxlwp._model import load_workload
+from jaxlwp import Constraints
+from jaxlwp.search import _wide
+from jaxlwp.cost._model import AnalyticCostModel
+from jaxlwp.devices._device_graph import DeviceGraph, LinkFit, axis_shape
+from jaxlwp.search._floor import floor_s
+from jaxlwp.cli._workload import load_workload
 from tests.contracts import zoo
 
 MODELS = {

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from jaxlwp._program import SCAN, Equation, Program
+from jaxlwp.program._program import SCAN, Equation, Program
 from jaxlwp.ops import (
     _arrange,
     _conv,

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxlwp._program import Equation
+from jaxlwp.program._program import Equation
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, Window, anonymous, bind_lowering
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlwp._program import Checkpoint, Equation, Program, inner_jaxprs
-from jaxlwp._spmd import vary
+from jaxlwp.program._program import Checkpoint, Equation, Program, inner_jaxprs
+from jaxlwp.mesh._spmd import vary
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature
 
 Dim = tuple[str, int, int]

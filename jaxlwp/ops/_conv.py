@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlwp._program import Equation
+from jaxlwp.program._program import Equation
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, Window, spatial_names
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlwp._program import (
+from jaxlwp.program._program import (
     CUSTOM_JVP,
     CUSTOM_VJP,
     Equation,
@@ -25,7 +25,7 @@ from jaxlwp._program import (
     Value,
     flatten,
 )
-from jaxlwp._spmd import no_mesh
+from jaxlwp.mesh._spmd import no_mesh
 from jaxlwp.ops._blocks import Blocks, Classes, SignatureOf, dims_of, labels_of, relate
 from jaxlwp.ops._derivative import values_needed
 from jaxlwp.ops._rule import Local, Rule, Signature

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 
-from jaxlwp._program import Equation
+from jaxlwp.program._program import Equation
 from jaxlwp.ops._rule import Rule, Signature, bind_lowering
 
 

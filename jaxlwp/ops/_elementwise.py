@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlwp._program import Equation, flatten
-from jaxlwp._spmd import no_mesh, vary
+from jaxlwp.program._program import Equation, flatten
+from jaxlwp.mesh._spmd import no_mesh, vary
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, bind_lowering
 
 POINTWISE = (

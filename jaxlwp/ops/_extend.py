@@ -20,8 +20,8 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
-from jaxlwp._border import Border
-from jaxlwp._program import Equation, Program, StandIn, Value
+from jaxlwp.program._border import Border
+from jaxlwp.program._program import Equation, Program, StandIn, Value
 from jaxlwp.ops import _elementwise
 from jaxlwp.ops._rule import Rule, Signature, anonymous, bind_lowering
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlwp._program import Equation
+from jaxlwp.program._program import Equation
 from jaxlwp.ops._rule import Fill, Local, Rule, Signature, Window, anonymous
 
 

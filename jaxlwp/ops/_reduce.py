@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlwp._program import Equation
-from jaxlwp._spmd import all_reduce, all_reduce_max, all_reduce_min
+from jaxlwp.program._program import Equation
+from jaxlwp.mesh._spmd import all_reduce, all_reduce_max, all_reduce_min
 from jaxlwp.ops._rule import (
     Fill,
     Labels,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlwp._program import Equation, StandIn
+from jaxlwp.program._program import Equation, StandIn
 from jaxlwp.ops._extend import border_of
 from jaxlwp.ops._rule import Labels, Local, Rows, Rule, Signature, anonymous
 

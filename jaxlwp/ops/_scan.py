@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlwp._program import CUSTOM_VJP, SCAN, Equation, Program, Scan, StandIn, Value, scan_of
+from jaxlwp.program._program import CUSTOM_VJP, SCAN, Equation, Program, Scan, StandIn, Value, scan_of
 from jaxlwp.ops._blocks import (
     Blocks,
     Classes,

@@ -8,8 +8,8 @@ from typing import Any
 
 from jax import lax
 
-from jaxlwp._program import Equation
-from jaxlwp._spmd import vary
+from jaxlwp.program._program import Equation
+from jaxlwp.mesh._spmd import vary
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, anonymous, bind_lowering
 
 

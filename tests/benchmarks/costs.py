@@ -98,7 +98,7 @@ processors takes three for every kernel, and aborts where Linux (by default 65,5
 
 def workload(name: str) -> Any:
     """The model's loss, parameters and batch."""
-    from jaxlwp._model import load_workload
+    from jaxlwp.cli._workload import load_workload
 
     module, shape, batch, _ = MODELS[name]
     return load_workload(module, batch=batch, input_shape=shape)
@@ -326,7 +326,7 @@ def lazy(name: str) -> list[dict[str, Any]]:
     import jax
 
     import jaxlwp
-    from jaxlwp._measure import layer_timer
+    from jaxlwp.measure._timer import layer_timer
 
     work = workload(name)
     mesh = jaxlwp.make_mesh(jax.devices())

@@ -31,7 +31,7 @@ from flax import linen as nn  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
 
 import jaxlwp  # noqa: E402
-from jaxlwp._config import DIMENSIONS  # noqa: E402
+from jaxlwp.space._config import DIMENSIONS  # noqa: E402
 
 RATES = jaxlwp.Rates(flops_per_s=1e12, memory_bytes_per_s=1e11)
 BATCH, SIZE, WIDTH = 8, 16, 8

@@ -35,12 +35,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlwp
-from jaxlwp._compare import step_times
-from jaxlwp._devices import axis_shape
-from jaxlwp._lazy import measured_space
-from jaxlwp._measure import LayerTimer, TimingCache
-from jaxlwp._model import load_workload
-from jaxlwp._store import Store, environment_of
+from jaxlwp.check._compare import step_times
+from jaxlwp.devices._device_graph import axis_shape
+from jaxlwp.search._measured import measured_space
+from jaxlwp.measure._timer import LayerTimer, TimingCache
+from jaxlwp.cli._workload import load_workload
+from jaxlwp.devices._store import Store, environment_of
 
 MODELS = {
     "AlexNet": "models.alexnet:AlexNet",

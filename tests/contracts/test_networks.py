@@ -27,8 +27,8 @@ import optax
 import pytest
 
 import jaxlwp
-from jaxlwp._hlo import bytes_by_kind
-from jaxlwp._plan import bind
+from jaxlwp.check._hlo import bytes_by_kind
+from jaxlwp.plan._plan import bind
 from models.alexnet import AlexNet
 from models.lenet import LeNet5
 from models.vgg import VGG16

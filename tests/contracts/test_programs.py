@@ -16,8 +16,8 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxlwp
-from jaxlwp._hlo import bytes_by_kind
-from jaxlwp._plan import bind
+from jaxlwp.check._hlo import bytes_by_kind
+from jaxlwp.plan._plan import bind
 from models import UNet, UNet3D
 
 from .harness import compare, compiler_options, convolve_grouped

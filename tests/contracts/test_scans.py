@@ -16,12 +16,12 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import jaxlwp
-from jaxlwp._config import Config
-from jaxlwp._local import local_step
-from jaxlwp._memory import differentiated
-from jaxlwp._plan import bind as bind_plan
-from jaxlwp._program import LONGEST_UNROLLED, flatten
-from jaxlwp._verify import _collectives, check_layers
+from jaxlwp.space._config import Config
+from jaxlwp.measure._local import local_step
+from jaxlwp.memory._memory import differentiated
+from jaxlwp.plan._plan import bind as bind_plan
+from jaxlwp.program._program import LONGEST_UNROLLED, flatten
+from jaxlwp.check._verify import _collectives, check_layers
 from jaxlwp.ops import RULES
 
 from .harness import bind, compare, compiler_options, every_config

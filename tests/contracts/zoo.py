@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 import jaxlwp
-from jaxlwp._hlo import bytes_by_kind
-from jaxlwp._plan import bind
+from jaxlwp.check._hlo import bytes_by_kind
+from jaxlwp.plan._plan import bind
 from models import (
     ConvNeXtTiny,
     DenseNet121,

@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 
 import jaxlwp
-from jaxlwp._verify import check_layers
+from jaxlwp.check._verify import check_layers
 
 jax.config.update("jax_enable_x64", True)
 

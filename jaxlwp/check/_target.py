@@ -1,0 +1,226 @@
+"""Compiling a plan for GPUs that are not there.
+
+XLA needs no GPU to compile for one: a description of the device is enough. The result cannot run,
+but it tells what the program would communicate and how much memory it would take on the cluster,
+before anybody pays for it.
+
+The optional extra `gpu-aot` brings the compiler (no driver and no NVIDIA library is needed). JAX's
+plugin for CUDA 13 knows H200, H100 and A100; the one for CUDA 12, which cannot be installed beside
+it, P100 and V100 (`gpu-aot-cuda12`). On a machine without a GPU, the plugin needs
+`JAX_PLATFORMS=cpu`, or JAX looks for one when it starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import importlib.util
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from jaxlwp.devices._calibrate import make_mesh
+from jaxlwp.check._hlo import CompiledCollective, bytes_by_kind, compiled_collectives
+from jaxlwp.memory._memory import OPTIMIZER, Memory, plan_memory
+from jaxlwp.plan._plan import Plan
+from jaxlwp.mesh._spmd import auto_mesh
+from jaxlwp.plan._step import ProgramMemory, lower_step, program_memory, state_shapes
+
+GPUS = {
+    "h200": ("h200", 13),
+    "h100": ("h100_sxm", 13),
+    "a100": ("a100_sxm_80", 13),
+    "v100": ("v100", 12),
+    "p100": ("p100", 12),
+}
+"""GPU -> (file of its description, version of CUDA whose plugin compiles for it)."""
+
+EXTRAS = {13: "gpu-aot", 12: "gpu-aot-cuda12"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """GPUs to compile for.
+
+    Attributes:
+      gpu: one of `GPUS`.
+      hosts: how many machines.
+      gpus_per_host: GPUs in each.
+    """
+
+    gpu: str
+    hosts: int = 1
+    gpus_per_host: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """From "h200:16" (one host) or "h200:2x8" (two hosts with eight each).
+
+        Raises:
+          ValueError: not of that form, or an unknown GPU.
+        """
+        found = re.fullmatch(r"(\w+):(?:([1-9]\d*)x)?([1-9]\d*)", text.lower(), re.ASCII)
+        if found is None or found[1] not in GPUS:
+            raise ValueError(
+                f"target: {text!r} is not GPU:COUNT or GPU:HOSTSxCOUNT with a GPU of "
+                f"{', '.join(GPUS)}; write it as in h200:16 or h200:2x8"
+            )
+        return cls(gpu=found[1], hosts=int(found[2] or 1), gpus_per_host=int(found[3]))
+
+    @property
+    def num_devices(self) -> int:
+        """GPUs in all."""
+        return self.hosts * self.gpus_per_host
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        hosts = f"{self.hosts}x" if self.hosts > 1 else ""
+        return f"{self.gpu}:{hosts}{self.gpus_per_host}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetStep:
+    """A training step compiled for a target: predicted, and what the compiler made of it.
+
+    Attributes:
+      target: what it was compiled for.
+      strategy: name of the plan's strategy.
+      predicted_bytes_by_kind: operand bytes per device of its collectives, as predicted.
+      collectives: those of the compiled program.
+      predicted_memory: bytes per device, as predicted.
+      memory: the compiler's account; what cuDNN needs as workspace is not in it.
+      text: the compiled program.
+    """
+
+    target: Target
+    strategy: str
+    predicted_bytes_by_kind: dict[str, int]
+    collectives: tuple[CompiledCollective, ...] = field(repr=False)
+    predicted_memory: Memory
+    memory: ProgramMemory
+    text: str = field(repr=False)
+
+    @property
+    def compiled_bytes_by_kind(self) -> dict[str, int]:
+        """Operand bytes per device of the compiled program's collectives."""
+        return bytes_by_kind(self.collectives)
+
+    @property
+    def memory_error(self) -> float:
+        """Predicted memory relative to the compiler's account, less one."""
+        return self.predicted_memory.peak_bytes / self.memory.reserved_bytes - 1
+
+
+def target_mesh(target: str | Target) -> Mesh:
+    """A mesh of GPUs that need not exist, its axes of prime size, hosts first.
+
+    Plans on it are made, printed and compiled like others, with rates given by hand; only running
+    them needs the devices.
+
+    Args:
+      target: as in "h200:16" or "h200:2x8".
+
+    Raises:
+      ValueError: the target is unknown.
+      RuntimeError: the compiler for it is not installed.
+    """
+    return make_mesh(_devices(_resolved(target)))
+
+
+def compile_for(
+    plan: Plan,
+    target: str | Target,
+    *,
+    optimizer: optax.GradientTransformation = OPTIMIZER,
+) -> TargetStep:
+    """Compile a plan's training step for GPUs that need not exist.
+
+    Args:
+      plan: the plan, on any mesh of as many devices.
+      target: as in "h200:16" or "h200:2x8".
+      optimizer: of the training step; SGD with momentum by default.
+
+    Returns:
+      What the compiled program communicates and the memory that it takes, beside the prediction.
+
+    Raises:
+      ValueError: the target is unknown, or has another number of devices than the plan.
+      RuntimeError: the compiler for it is not installed.
+    """
+    target = _resolved(target)
+    if target.num_devices != plan.mesh.size:
+        raise ValueError(
+            f"compile_for: the plan is for {plan.mesh.size} devices, {target} has "
+            f"{target.num_devices}; plan for as many: parallelize(..., mesh=target_mesh("
+            f"{str(target)!r}), rates=...)"
+        )
+    devices = np.array(_devices(target), dtype=object).reshape(plan.mesh.devices.shape)
+    plan = dataclasses.replace(plan, mesh=auto_mesh(devices, plan.mesh.axis_names))
+    state, batch = state_shapes(plan, optimizer), plan.batch_shapes
+    program = _compiled(lower_step(plan, state, batch, optimizer), target)
+    text = program.as_text()
+    predicted: dict[str, int] = {}
+    for collective in plan.collectives:
+        predicted[collective.kind] = predicted.get(collective.kind, 0) + collective.num_bytes
+    return TargetStep(
+        target=target,
+        strategy=plan.strategy.name,
+        predicted_bytes_by_kind=predicted,
+        collectives=compiled_collectives(text),
+        predicted_memory=plan_memory(plan, optimizer),
+        memory=program_memory(program, "gpu"),
+        text=text,
+    )
+
+
+def _resolved(target: str | Target) -> Target:
+    return Target.parse(target) if isinstance(target, str) else target
+
+
+@functools.lru_cache(maxsize=8)
+def _devices(target: Target) -> tuple[Any, ...]:
+    """The target's GPUs, as JAX describes devices that are not there."""
+    name, cuda = GPUS[target.gpu]
+    if importlib.util.find_spec("jax_plugins") is None or (
+        importlib.util.find_spec(f"jax_plugins.xla_cuda{cuda}") is None
+    ):
+        raise _missing(target)
+    config = importlib.resources.files("jaxlwp").joinpath("gpu_specs", f"{name}.txtpb").read_text()
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=config,
+            topology=f"1x{target.hosts}x{target.gpus_per_host}",
+        )
+    except NotImplementedError as error:
+        raise RuntimeError(
+            f"target {target}: JAX looked for GPUs of this machine and found none, so its plugin "
+            "is not there to compile either; set JAX_PLATFORMS=cpu before JAX is first imported"
+        ) from error
+    return tuple(topology.devices)
+
+
+def _compiled(lowered: Any, target: Target) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if re.search(r"ptxas|libdevice|nvvm|nvlink", str(error)):
+            raise _missing(target) from error
+        raise
+
+
+def _missing(target: Target) -> RuntimeError:
+    cuda = GPUS[target.gpu][1]
+    other = EXTRAS[25 - cuda]
+    return RuntimeError(
+        f"target {target}: its compiler, JAX's plugin for CUDA {cuda} with NVIDIA's assembler, is "
+        f"not installed; run: pip install 'jaxlwp[{EXTRAS[cuda]}]' (in an environment without "
+        f"{other}: the plugins do not go together)"
+    )

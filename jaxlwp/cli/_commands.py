@@ -1,0 +1,597 @@
+"""The command line: `jaxlwp plan`, `compare` and `profile MODEL`, and `jaxlwp cache`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import rich.progress
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from jaxlwp import __version__
+from jaxlwp.devices._calibrate import Rates, device_graph, make_mesh
+from jaxlwp.check._compare import ROUNDS, Progress, batch_size, compare, is_simulated
+from jaxlwp.space._constraints import Constraints
+from jaxlwp.devices._device_graph import DeviceGraph
+from jaxlwp.search._explain import explain
+from jaxlwp.measure._timer import LayerTimer, TimingCache
+from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
+from jaxlwp.search._objective import OBJECTIVES
+from jaxlwp._parallelize import parallelize
+from jaxlwp.search._pareto import pareto
+from jaxlwp.plan._plan import Plan
+from jaxlwp.measure._profile import load_profile
+from jaxlwp.report._tables import alternatives_table, render
+from jaxlwp.cost._search_space import price
+from jaxlwp.devices._store import Environment, Store, environment_of
+from jaxlwp.space._strategy import BASELINES, Strategy
+from jaxlwp.graph._trace import trace
+
+_DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def _at_least_one(_: click.Context, option: click.Parameter, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise click.ClickException(f"{option.opts[0]}: {value} given; give a number of at least 1")
+    return value
+
+
+def _input_shape(
+    _: click.Context, option: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", value, re.ASCII):
+        raise click.ClickException(
+            f"{option.opts[0]}: {value!r} given; give the shape of one example as sizes of at "
+            "least 1 joined by x, channels last, as in 224x224x3"
+        )
+    return tuple(int(size) for size in value.split("x"))
+
+
+def _positive(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise click.ClickException(
+            f"{option.opts[0]}: {value} given; a rate must be a positive finite number: give one, "
+            "or leave all rates out to measure them"
+        )
+    return value
+
+
+def _not_negative(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 <= value < math.inf:
+        raise click.ClickException(
+            f"{option.opts[0]}: {value} given; a latency must be a finite number of seconds of at "
+            "least 0: give one, or leave all rates out to measure them"
+        )
+    return value
+
+
+def _pins(
+    _: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, dict[str, int]]:
+    """LAYER:DIM=N,... as layer -> dimension -> degree."""
+    result = {}
+    for value in values:
+        layer, colon, splits = value.rpartition(":")
+        pairs = [split.split("=") for split in splits.split(",") if split]
+        if not colon or not all(len(p) == 2 and re.fullmatch(r"[1-9]\d*", p[1]) for p in pairs):
+            raise click.ClickException(
+                f"{option.opts[0]}: {value!r} given; give a layer and its split, as in "
+                "conv1:sample=4,channel=2"
+            )
+        result[layer] = {dimension: int(degree) for dimension, degree in pairs}
+    return result
+
+
+def _target_file(_: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    """Find out before a long run that its result cannot be written."""
+    if value is None:
+        return None
+    folder = value.absolute().parent
+    if not folder.is_dir():
+        problem = f"there is no folder {folder}; make it, or give another path"
+    elif value.is_dir():
+        problem = "it is a folder; give a file in it"
+    elif not os.access(folder, os.W_OK):
+        problem = f"the folder {folder} is read-only; give another path"
+    else:
+        return value
+    raise click.ClickException(f"{option.opts[0]}: cannot write {value}: {problem}")
+
+
+_MODEL_OPTIONS = (
+    click.argument("model"),
+    click.option(
+        "--devices",
+        type=int,
+        callback=_at_least_one,
+        help="How many devices; all by default. Without accelerators they are simulated.",
+    ),
+    click.option(
+        "--batch",
+        type=int,
+        callback=_at_least_one,
+        help=f"Examples in a batch; {DEFAULT_BATCH} by default.",
+    ),
+    click.option(
+        "--input",
+        "input_shape",
+        metavar="HxWxC",
+        callback=_input_shape,
+        help="Shape of one example; the model's input_shape by default.",
+    ),
+)
+_RATE_OPTIONS = (
+    click.option(
+        "--flops",
+        type=float,
+        callback=_positive,
+        help="Operations per second of one device. The rates are given all four or not at all; "
+        "by default they are measured, and kept for the next time.",
+    ),
+    click.option(
+        "--memory-bandwidth",
+        type=float,
+        callback=_positive,
+        help="Bytes per second that one device reads and writes.",
+    ),
+    click.option(
+        "--latency", type=float, callback=_not_negative, help="Seconds per step of a collective."
+    ),
+    click.option(
+        "--bandwidth",
+        type=float,
+        callback=_positive,
+        help="Bytes per second that one device sends.",
+    ),
+)
+
+
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed((*_MODEL_OPTIONS, *_RATE_OPTIONS)):
+        command = option(command)
+    return command
+
+
+_memory_option = click.option(
+    "--memory",
+    "memory_bytes",
+    type=float,
+    callback=_positive,
+    help="Bytes of each device that a training step may take, as in 70e9.",
+)
+
+
+def _rates_by_hand(given: dict[str, float | None]) -> Rates | None:
+    names = {name: "--" + name.replace("_", "-") for name in given}
+    missing = [names[name] for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise click.ClickException(
+            f"{', '.join(missing)}: missing; rates by hand are given all four or not at all: give "
+            f"all of {', '.join(names.values())}, or none to measure them"
+        )
+    values = {name: value or 0.0 for name, value in given.items()}
+    return Rates(
+        flops_per_s=values["flops"],
+        memory_bytes_per_s=values["memory_bandwidth"],
+        latency_s=(values["latency"],),
+        link_bytes_per_s=(values["bandwidth"],),
+    )
+
+
+# --- devices, progress, errors, files --------------------------------------------------------
+
+
+def _provide_devices(count: int | None) -> list[Any]:
+    """The devices to use: those that exist, or simulated ones if there are only processors.
+
+    The flag has to be set before JAX starts its backends, and means nothing to accelerators.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    asked = [int(n) for n in re.findall(rf"{_DEVICE_COUNT_FLAG}=(\d+)", flags)]
+    if count is not None and count > max(asked, default=1):
+        others = re.sub(rf"{_DEVICE_COUNT_FLAG}=\S*", "", flags).split()
+        os.environ["XLA_FLAGS"] = " ".join([*others, f"{_DEVICE_COUNT_FLAG}={count}"])
+    present = jax.devices()
+    if count is not None and count > len(present):
+        raise click.ClickException(
+            f"--devices: {count} given, but {len(present)} exist ({present[0].device_kind}); ask "
+            "for fewer, or set JAX_PLATFORMS=cpu to simulate them"
+        )
+    return present[:count]
+
+
+def _describe(devices: list[Any]) -> str:
+    cores = f", simulated on {os.cpu_count()} processor cores" if is_simulated(devices) else ""
+    return f"{len(devices)} x {devices[0].device_kind}{cores}"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """Progress bars on stderr, none if it is not a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    tasks: dict[str, rich.progress.TaskID] = {}
+    with rich.progress.Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bars:
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors that the user can mend are told in one line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        raise click.ClickException(" ".join(str(error).split())) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file in one step: it is complete or as it was before."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+@click.group()
+@click.version_option(__version__, prog_name="jaxlwp")
+def main() -> None:
+    """Find, show and measure the fastest layer-wise parallelization of a network.
+
+    MODEL is module:attribute, such as models.alexnet:AlexNet, and is looked for in the current
+    folder too. It names a Flax module (Linen or NNX), which is trained as a classifier of random
+    data, or a function that returns (loss_fn, params, batch).
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+@main.command()
+@_shared_options
+@click.option(
+    "--strategy",
+    default="search",
+    help=f"search, {', '.join(BASELINES)}, or a .json file that --save wrote; search by default.",
+)
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    callback=_target_file,
+    help="Write the strategy to this JSON file.",
+)
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="Plan with the measurements of another machine, from `jaxlwp cache export`.",
+)
+@_memory_option
+@click.option(
+    "--pin",
+    multiple=True,
+    metavar="LAYER:DIM=N,...",
+    callback=_pins,
+    help="Split a layer (or all that match a pattern) so: conv1:sample=4,channel=2; conv1: alone "
+    "replicates it.",
+)
+@click.option("--forbid", multiple=True, metavar="DIM", help="Split no layer by this dimension.")
+@click.option(
+    "--replicated",
+    multiple=True,
+    metavar="PARAMETER",
+    help="Keep a parameter (or all that match a pattern) whole on every device.",
+)
+@click.option(
+    "--why",
+    metavar="LAYER[:DIM]",
+    help="Show what the best strategy with each other config of this layer would cost, or with "
+    "those alone that split DIM; 'all' shows every layer's best three.",
+)
+@click.option(
+    "--curve",
+    is_flag=True,
+    help="Show the fastest strategies for less and less memory too.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(list(OBJECTIVES)),
+    default="sum",
+    help="What to make least: sum (computation, transfers and synchronisation one after the other; "
+    "the default), overlap (gradients synchronised behind the backward pass), bytes or memory.",
+)
+@click.option(
+    "--analytic",
+    is_flag=True,
+    help="Price layers by the devices' rates, without measuring them.",
+)
+def plan(
+    model: str,
+    devices: int | None,
+    batch: int | None,
+    input_shape: tuple[int, ...] | None,
+    strategy: str,
+    save: Path | None,
+    profile: Path | None,
+    analytic: bool,
+    memory_bytes: float | None,
+    pin: dict[str, dict[str, int]],
+    forbid: tuple[str, ...],
+    replicated: tuple[str, ...],
+    why: str | None,
+    curve: bool,
+    objective: str,
+    **rates: float | None,
+) -> None:
+    """Find a strategy for MODEL and print it, a row per layer."""
+    by_hand = _rates_by_hand(rates)
+    chosen = _provide_devices(devices)
+    with _one_line_errors(), _progress() as progress:
+        wanted = Strategy.load(strategy) if strategy.endswith(".json") else strategy
+        work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
+        mesh = make_mesh(chosen)
+        rated = load_profile(profile) if profile else _rated(mesh, by_hand, progress)
+        progress("tracing, pricing and searching", 0, 1)
+        found = parallelize(
+            work.loss,
+            work.params,
+            *work.batch,
+            mesh=mesh,
+            strategy=wanted,
+            rates=rated,
+            measure=by_hand is None and profile is None and not analytic,
+            memory_bytes=memory_bytes,
+            constraints=_constraints(pin, forbid, replicated),
+            objective=objective,
+            on_progress=progress,
+        )
+        texts = [] if why is None else [_explained(found, why)]
+        if curve:
+            texts.append(str(pareto(found.space, progress=progress)))
+    click.echo(f"{model}, batch {batch_size(work.batch)}, on {_describe(chosen)}")
+    click.echo(str(found), nl=False)
+    for text in texts:
+        click.echo(text)
+    if save is not None:
+        with _one_line_errors():
+            _write(save, found.strategy.to_json())
+        click.echo(f"wrote {save}")
+
+
+def _constraints(
+    pin: dict[str, dict[str, int]], forbid: tuple[str, ...], replicated: tuple[str, ...]
+) -> Constraints | None:
+    if not (pin or forbid or replicated):
+        return None
+    return Constraints(pin=pin, forbid=forbid, replicated=replicated)
+
+
+def _explained(found: Plan, why: str) -> str:
+    """What the other configs of a layer, or of all layers, would cost."""
+    explanation = explain(found.space)
+    if why == "all":
+        return str(explanation)
+    layer, _, dimension = why.partition(":")
+    return render(alternatives_table(explanation, layer, (dimension,) if dimension else ()))
+
+
+@main.command("compare")
+@_shared_options
+@_memory_option
+@click.option(
+    "--rounds",
+    type=int,
+    default=ROUNDS,
+    callback=_at_least_one,
+    help=f"Measured steps of each strategy, after one to warm up; {ROUNDS} by default.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    callback=_target_file,
+    help="Write the results to this JSON file.",
+)
+def compare_command(
+    model: str,
+    devices: int | None,
+    batch: int | None,
+    input_shape: tuple[int, ...] | None,
+    memory_bytes: float | None,
+    rounds: int,
+    json_file: Path | None,
+    **rates: float | None,
+) -> None:
+    """Run the strategy found for MODEL and every baseline, and print predicted and measured."""
+    by_hand = _rates_by_hand(rates)
+    chosen = _provide_devices(devices)
+    with _one_line_errors(), _progress() as progress:
+        _check_divides(batch or DEFAULT_BATCH, len(chosen))
+        progress("making the model", 0, 1)
+        work = load_workload(model, batch=batch, input_shape=input_shape)
+        progress("making the model", 1, 1)
+        _check_divides(batch_size(work.batch), len(chosen))
+        comparison = compare(
+            work.loss,
+            work.params,
+            *work.batch,
+            devices=chosen,
+            rounds=rounds,
+            rates=by_hand,
+            memory_bytes=memory_bytes,
+            name=model,
+            on_progress=progress,
+        )
+    click.echo(str(comparison), nl=False)
+    if json_file is not None:
+        with _one_line_errors():
+            _write(json_file, comparison.to_json())
+        click.echo(f"wrote {json_file}")
+
+
+def _rated(mesh: Mesh, by_hand: Rates | None, progress: Progress) -> DeviceGraph:
+    """Rates of a mesh: by hand, cached, or measured now."""
+    progress("measuring device rates", 0, 1)
+    rated = device_graph(mesh, rates=by_hand)
+    progress("measuring device rates", 1, 1)
+    return rated
+
+
+@main.command("profile")
+@_model_options
+@click.option("--again", is_flag=True, help="Measure what was measured before, too.")
+def profile_command(
+    model: str,
+    devices: int | None,
+    batch: int | None,
+    input_shape: tuple[int, ...] | None,
+    again: bool,
+) -> None:
+    """Measure every layer of MODEL in every way to split it, and keep the times.
+
+    It can be interrupted, and goes on where it was.
+    """
+    chosen = _provide_devices(devices)
+    with _one_line_errors(), _progress() as progress:
+        work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
+        mesh = make_mesh(chosen)
+        if again:
+            device_graph(mesh, again=True)
+        rated = _rated(mesh, None, progress)
+        space = price(trace(work.loss, work.params, *work.batch), rated)
+        pairs = [
+            (layer, config)
+            for layer, configs in zip(space.graph.layers, space.configs, strict=True)
+            for config in configs
+            if not layer.fused
+        ]
+        with Store() as store:
+            environment = environment_of(chosen)
+            if again:
+                store.forget(environment, TimingCache.kind)
+            timer = LayerTimer(space.graph, rated, chosen, TimingCache(store, environment))
+            programs = timer.measure(pairs, progress)
+            path = store.path
+    click.echo(
+        f"{model}, batch {batch_size(work.batch)}, on {_describe(chosen)}: {len(pairs):,} pairs of "
+        f"layer and config are measured, {programs:,} programs now; kept in {path}"
+    )
+
+
+@main.group()
+def cache() -> None:
+    """Show, move and clear what was measured."""
+
+
+@cache.command("list")
+def cache_list() -> None:
+    """What was measured, and where it is kept."""
+    with _one_line_errors(), Store() as store:
+        known, path = store.environments(), store.path
+    table = Table(title=f"measurements in {path}", title_justify="left")
+    for column in ("environment", "devices", "versions", "measured"):
+        table.add_column(column)
+    for environment, kinds in known:
+        host = f" on {environment.host}, {environment.at_once} at once" if environment.host else ""
+        table.add_row(
+            environment.key,
+            environment.device_kind + host,
+            f"JAX {environment.jax}, jaxlib {environment.jaxlib}",
+            ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())),
+        )
+    click.echo(render(table))
+
+
+_ENVIRONMENT = click.option(
+    "--environment", help="One environment only, by its key in `jaxlwp cache list`."
+)
+
+
+@cache.command("export")
+@click.argument("file", type=click.Path(path_type=Path))
+@_ENVIRONMENT
+def cache_export(file: Path, environment: str | None) -> None:
+    """Write measurements to FILE, to plan on another machine (`jaxlwp plan --profile FILE`)."""
+    with _one_line_errors(), Store() as store:
+        count = store.export(file, _chosen_environment(store, environment))
+    click.echo(f"wrote {count:,} measurements to {file}")
+
+
+@cache.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+def cache_import(file: Path) -> None:
+    """Add the measurements in FILE; of two for the same thing the newer one stays."""
+    with _one_line_errors(), Store() as store:
+        count = store.import_file(file)
+    click.echo(f"added {count:,} measurements")
+
+
+@cache.command("clear")
+@_ENVIRONMENT
+@click.option("--kind", type=click.Choice(["layer", "rates"]), help="One kind only.")
+def cache_clear(environment: str | None, kind: str | None) -> None:
+    """Drop measurements, to take them again."""
+    with _one_line_errors(), Store() as store:
+        count = store.forget(_chosen_environment(store, environment), kind)
+    click.echo(f"dropped {count:,} measurements")
+
+
+def _chosen_environment(store: Store, key: str | None) -> Environment | None:
+    if key is None:
+        return None
+    known = {environment.key: environment for environment, _ in store.environments()}
+    if key not in known:
+        raise click.ClickException(
+            f"--environment: {key!r} is unknown; give one of {', '.join(known) or 'none'}, as "
+            "`jaxlwp cache list` shows"
+        )
+    return known[key]
+
+
+def _check_divides(size: int, devices: int) -> None:
+    """Data parallelism, which everything is compared with, splits the batch evenly."""
+    if size % devices:
+        raise click.ClickException(
+            f"--batch: {size} examples cannot be shared evenly by {devices} devices, as data "
+            f"parallelism must; give a multiple of {devices}, or fewer devices (`jaxlwp plan` "
+            "takes any batch)"
+        )

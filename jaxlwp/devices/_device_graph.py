@@ -1,0 +1,309 @@
+"""The device graph: mesh axes of prime size, grouped by link level, and the rates of the devices.
+
+Rates are plain numbers, measured by `calibrate`, taken from a preset, or given by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlwp.space._layout import Collective, wire_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshAxis:
+    """One axis of the mesh and the links along it.
+
+    Attributes:
+      name: as in the JAX Mesh.
+      size: devices along it.
+      level: link level, 0 is the slowest (between hosts); axes of one level and size are
+        interchangeable.
+      latency_s: seconds that one step of a collective costs beside the bytes.
+      bytes_per_s: bytes per second that each device sends along it.
+    """
+
+    name: str
+    size: int
+    level: int = 0
+    latency_s: float
+    bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+          ValueError: a size below 1, a negative or NaN latency, a rate that is not positive.
+        """
+        if self.size < 1:
+            raise ValueError(f"MeshAxis {self.name!r}: size {self.size} must be at least 1")
+        check_rate(f"MeshAxis {self.name!r}", "bytes_per_s", self.bytes_per_s)
+        if not (0 <= self.latency_s < math.inf):
+            raise ValueError(
+                f"MeshAxis {self.name!r}: latency_s is {self.latency_s}; it must be a finite "
+                "number of seconds of at least 0: give a measured one or 0.0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkFit:
+    """Seconds of one kind of collective over axes of certain groups, fitted to a size sweep.
+
+    Attributes:
+      kind: as in `Collective`.
+      axes_per_group: how many axes of each of `DeviceGraph.axis_groups` it runs over.
+      latency_s: seconds beside the bytes.
+      byte_s: seconds for each byte of a device's operand.
+      residual: median relative distance between the fit and what was measured.
+    """
+
+    kind: str
+    axes_per_group: tuple[int, ...]
+    latency_s: float
+    byte_s: float
+    residual: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+          ValueError: a time is negative, infinite or NaN.
+        """
+        for name in ("latency_s", "byte_s", "residual"):
+            check_seconds(f"LinkFit of {self.kind}", name, getattr(self, name))
+
+
+def check_seconds(place: str, name: str, value: float) -> None:
+    """Check a duration.
+
+    Raises:
+      ValueError: it is negative, infinite or NaN.
+    """
+    if not (0 <= value < math.inf):
+        raise ValueError(f"{place}: {name} is {value}; it must be at least 0 and finite")
+
+
+def check_rate(place: str, name: str, value: float) -> None:
+    """Check a rate.
+
+    Raises:
+      ValueError: the rate is not a positive finite number.
+    """
+    if not (0 < value < math.inf):
+        raise ValueError(
+            f"{place}: {name} is {value}; a rate must be a positive finite number: measure it "
+            "(calibrate) or give one by hand"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceGraph:
+    """Devices as the cost model sees them.
+
+    Attributes:
+      axes: mesh axes, slowest link level first.
+      conv_flops_per_s: floating-point operations per second of one device in convolutions, all
+        devices busy at once.
+      dense_flops_per_s: the same in matrix products.
+      memory_bytes_per_s: bytes per second that one device reads and writes, all busy at once.
+      overhead_s: fixed seconds per operator.
+      links: measured collectives; where there is none for a kind and its axes, ring steps of the
+        axes' latency and bytes at the axes' rate.
+      first_touch_byte_s: seconds for each byte of temporary memory that a step takes anew, beside
+        reading or writing it: (least bytes of all temporaries, seconds per byte), ascending.
+        Operating systems hand out and clear pages; accelerators' allocators keep them.
+      update_pass_byte_s: seconds for each byte that the optimizer's update reads or writes.
+      wait_s: seconds that devices wait for one another where long work meets a collective.
+      wait_work_s: seconds of work behind which they wait half as long.
+      step_s: fixed seconds of a step.
+      leaf_s: seconds more for each array that a step reads.
+      input_byte_s: seconds for each byte of the batch that is put on a device, all busy at once.
+      device_kind: as JAX names it, for reports.
+      source: where the rates come from: "measured", "preset NAME" or "given".
+    """
+
+    axes: tuple[MeshAxis, ...]
+    conv_flops_per_s: float
+    dense_flops_per_s: float
+    memory_bytes_per_s: float
+    overhead_s: float = 0.0
+    links: tuple[LinkFit, ...] = ()
+    first_touch_byte_s: tuple[tuple[float, float], ...] = ()
+    update_pass_byte_s: float = 0.0
+    wait_s: float = 0.0
+    wait_work_s: float = 0.0
+    step_s: float = 0.0
+    leaf_s: float = 0.0
+    input_byte_s: float = 0.0
+    device_kind: str = "unknown"
+    source: str = "given"
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+          ValueError: two axes share a name, or a rate is not a positive finite number.
+        """
+        names = [axis.name for axis in self.axes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"DeviceGraph: mesh axis names {names} must differ: rename one")
+        for name in ("conv_flops_per_s", "dense_flops_per_s", "memory_bytes_per_s"):
+            check_rate("DeviceGraph", name, getattr(self, name))
+        for name in (
+            "overhead_s",
+            "update_pass_byte_s",
+            "wait_s",
+            "wait_work_s",
+            "step_s",
+            "leaf_s",
+            "input_byte_s",
+        ):
+            check_seconds("DeviceGraph", name, getattr(self, name))
+        for _, byte_s in self.first_touch_byte_s:
+            check_seconds("DeviceGraph", "first_touch_byte_s", byte_s)
+
+    @property
+    def num_devices(self) -> int:
+        """Product of the axis sizes."""
+        return math.prod(axis.size for axis in self.axes)
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Mesh axis name -> devices along it."""
+        return {axis.name: axis.size for axis in self.axes}
+
+    @property
+    def axis_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of interchangeable axes together, slowest link level first.
+
+        Axes of size 1 are in none: they split nothing.
+        """
+        groups: dict[tuple[int, int], list[str]] = {}
+        for axis in sorted(self.axes, key=lambda a: (a.level, -a.size)):
+            if axis.size > 1:
+                groups.setdefault((axis.level, axis.size), []).append(axis.name)
+        return tuple(tuple(group) for group in groups.values())
+
+    @functools.cached_property
+    def _fits(self) -> dict[tuple[str, tuple[int, ...]], LinkFit]:
+        return {(fit.kind, fit.axes_per_group): fit for fit in self.links}
+
+    def first_touch_s(self, temporary_bytes: float) -> float:
+        """Seconds for each byte of a step's temporaries, of which it takes so many in all."""
+        reached = [byte_s for size, byte_s in self.first_touch_byte_s if size <= temporary_bytes]
+        return reached[-1] if reached else 0.0
+
+    def wait_after_s(self, work_s: float) -> float:
+        """Seconds that devices wait for one another at a collective behind so much work of each."""
+        if self.wait_work_s == 0:
+            return self.wait_s
+        return self.wait_s * work_s / (work_s + self.wait_work_s)
+
+    def collective_s(self, collective: Collective) -> float:
+        """Seconds of one collective."""
+        latency_s, byte_s = self.link_rate(collective.kind, collective.axes)
+        return latency_s + byte_s * collective.num_bytes
+
+    def link_rate(self, kind: str, names: tuple[str, ...]) -> tuple[float, float]:
+        """Seconds of a collective beside its bytes, and for each byte of a device's operand.
+
+        As measured; else rings (or, of many devices, trees) over the axes of one link level after
+        the other, each with its latency, and all bytes over the slowest link.
+        """
+        groups = tuple(sum(name in names for name in group) for group in self.axis_groups)
+        if fit := self._fits.get((kind, groups)):
+            return fit.latency_s, fit.byte_s
+        axes = [axis for axis in self.axes if axis.name in names]
+        parts = math.prod(axis.size for axis in axes)
+        hops = 0.0
+        for level in {axis.level for axis in axes}:
+            ring = [axis for axis in axes if axis.level == level]
+            slowest_s = max(axis.latency_s for axis in ring)
+            hops += slowest_s * _steps(math.prod(axis.size for axis in ring))
+        latency_s = hops * (2 if kind == "all-reduce" else 1)
+        if kind == "collective-permute":
+            latency_s = max(axis.latency_s for axis in axes)
+        return latency_s, wire_share(kind, parts) / min(axis.bytes_per_s for axis in axes)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; `from_json` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DeviceGraph:
+        """From what `to_json` wrote.
+
+        Raises:
+          ValueError: fields are missing or unknown, or a value is not allowed.
+        """
+        try:
+            axes = tuple(MeshAxis(**axis) for axis in data["axes"])
+            links = tuple(
+                LinkFit(**{**link, "axes_per_group": tuple(link["axes_per_group"])})
+                for link in data.get("links", ())
+            )
+            touch = tuple((size, byte_s) for size, byte_s in data.get("first_touch_byte_s", ()))
+            fields = {"axes": axes, "links": links, "first_touch_byte_s": touch}
+            return cls(**{**data, **fields})
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"DeviceGraph.from_json: {error}; expected the fields that to_json writes"
+            ) from error
+
+
+_RING = 8
+"""Devices up to which a ring is as quick as a tree."""
+
+
+def _steps(devices: int) -> int:
+    """Steps of a collective over devices of one link level.
+
+    Source: NCCL 2.4, double binary trees: all bandwidth of a ring, with logarithmic latency.
+    """
+    return devices - 1 if devices <= _RING else 2 * math.ceil(math.log2(devices))
+
+
+def prime_factors(n: int) -> tuple[int, ...]:
+    """Prime factors of n, largest first; () for 1."""
+    factors = []
+    divisor = 2
+    while n > 1:
+        while n % divisor == 0:
+            factors.append(divisor)
+            n //= divisor
+        divisor += 1
+    return tuple(reversed(factors))
+
+
+_LEVELS = ("pod", "host", "device")
+"""Names of link levels, slowest first."""
+
+
+def axis_shape(devices_per_level: Sequence[int]) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and levels of the mesh axes for numbers of devices per link level.
+
+    Args:
+      devices_per_level: slowest level first: (hosts, devices per host), (devices,) for one level,
+        up to (pods, hosts per pod, devices per host).
+
+    Raises:
+      ValueError: more levels than have names.
+
+    Returns:
+      (name, size, level) of every axis, such as ("host0", 2, 0), ("device0", 2, 1).
+    """
+    if len(devices_per_level) > len(_LEVELS):
+        raise ValueError(
+            f"{devices_per_level} are {len(devices_per_level)} link levels, of {_LEVELS}"
+        )
+    names = _LEVELS[len(_LEVELS) - len(devices_per_level) :]
+    return tuple(
+        (f"{names[level]}{i}", size, level)
+        for level, count in enumerate(devices_per_level)
+        for i, size in enumerate(prime_factors(count))
+    )

@@ -1,0 +1,171 @@
+"""The computation graph: layers, and the tensors that flow between them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from jaxlwp.program._program import Equation, Program, Value
+from jaxlwp.ops import RULES, Labels, Signature
+
+FUSED = ("elementwise", "broadcast", "iota", "pad", "random", "reshape", "slice", "transpose")
+"""Kinds of operators that compilers merge into other operators' loops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One operator of a layer, its tensors' dimensions named by the layer's dimensions.
+
+    Attributes:
+      equation: the operator.
+      signature: its signature, in the layer's dimension names.
+      gradient: for each operand, whether it has a cotangent.
+      recomputed: it is evaluated again in the backward pass (`jax.checkpoint`), unless the policy
+        keeps whatever any operator makes.
+      awaited: work goes on from its results; not so of the loss, which is only returned.
+    """
+
+    equation: Equation
+    signature: Signature
+    gradient: tuple[bool, ...]
+    recomputed: bool = False
+    awaited: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """A layer reads a value that is not laid out for it already.
+
+    Attributes:
+      value: index of the value.
+      info: its shape and dtype.
+      labels: the reader's dimension names of the value's dimensions.
+      active: dimension names over which the reading operator's work is split.
+      source: index of the layer that holds the value; for arguments of the function the first
+        layer that reads it, since it decides how the argument is stored.
+      source_labels: dimension names of the value in the source layer.
+      argument: the value is an argument of the function (parameter or batch).
+      gradient: the value has a cotangent.
+      recomputed: it is brought here again in the backward pass (`jax.checkpoint`).
+    """
+
+    value: int
+    info: Value
+    labels: Labels
+    active: frozenset[str]
+    source: int
+    source_labels: Labels
+    argument: bool
+    gradient: bool
+    recomputed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A node of the computation graph.
+
+    Attributes:
+      index: position in the graph.
+      name: unique, from the module path (Linen), the parameter path (NNX) or the operator.
+      kind: "conv", "dense", "max_pool", ...
+      dimensions: parallelizable dimension -> all sizes that it has in the layer's tensors.
+      even: dimension -> a size that the degree of its split must divide.
+      members: the layer's operators in order of evaluation, operators pulled in by uses included.
+      uses: the values that it reads.
+      outputs: values it makes that something else reads, and the names of their dimensions.
+      has_rule: False for an operator that jaxlwp does not know: it runs replicated.
+    """
+
+    index: int
+    name: str
+    kind: str
+    dimensions: dict[str, tuple[int, ...]]
+    even: dict[str, int]
+    members: tuple[Member, ...] = field(repr=False)
+    uses: tuple[Use, ...] = field(repr=False)
+    outputs: tuple[tuple[Value, Labels], ...] = field(default=(), repr=False)
+    has_rule: bool = True
+
+    @property
+    def fused(self) -> bool:
+        """Whether compilers merge all of the layer's operators into loops of its neighbours."""
+        rules = [RULES.get(member.equation.name) for member in self.members]
+        return all(rule is not None and rule.kind in FUSED for rule in rules)
+
+    @property
+    def output(self) -> Value:
+        """Shape and dtype of the layer's last result."""
+        return self.members[-1].equation.result_values[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """A tensor that one layer makes (or stores) and another reads; parallel edges are legal."""
+
+    source: int
+    target: int
+    use: Use
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputationGraph:
+    """Layers and edges of a traced training function, and the program they stand for.
+
+    Attributes:
+      layers: in order of their first operator.
+      program: the flat program.
+      assigned: equation position in the program -> (layer index, signature in the layer's
+        dimension names). Equations that are not here are evaluated where they are used.
+      homes: value -> (layer index, dimension names) for values made by a layer.
+      lazy: value -> position of the equation that makes it, for values evaluated where used.
+      owners: argument value -> (layer index, dimension names) of its first use.
+      gradients: values that have a cotangent when the loss is differentiated by the parameters.
+      argument_names: name of each program input, such as "params['Conv_0']['kernel']".
+      num_parameters: how many of the program's inputs are leaves of the first argument.
+      changed: positions of the inputs that the function replaces (state of NNX modules); their
+        new values are the program's last outputs.
+    """
+
+    layers: tuple[Layer, ...]
+    program: Program = field(repr=False)
+    assigned: dict[int, tuple[int, Signature]] = field(repr=False)
+    homes: dict[int, tuple[int, Labels]] = field(repr=False)
+    lazy: dict[int, int] = field(repr=False)
+    owners: dict[int, tuple[int, Labels]] = field(repr=False)
+    gradients: frozenset[int] = field(repr=False)
+    argument_names: tuple[str, ...] = field(repr=False)
+    num_parameters: int
+    changed: tuple[int, ...] = ()
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """All tensors that cross from one layer to another."""
+        return tuple(
+            Edge(source=use.source, target=layer.index, use=use)
+            for layer in self.layers
+            for use in layer.uses
+            if use.source != layer.index
+        )
+
+    @property
+    def constants(self) -> tuple[Value, ...]:
+        """The arrays that depend on no argument: each is whole on every device, and moved by none.
+
+        Numbers do not count, and an array that is read in several places counts once.
+        """
+        found = {id(c): self.program.values[i] for i, c in self.program.constants.items()}
+        return tuple(value for value in found.values() if value.shape)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of layer names, kinds and tensor shapes; a strategy is for one fingerprint."""
+        content = [
+            [layer.name, layer.kind, sorted((k, list(v)) for k, v in layer.dimensions.items())]
+            for layer in self.layers
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def unknown(self) -> tuple[Layer, ...]:
+        """Layers whose operator has no rule."""
+        return tuple(layer for layer in self.layers if not layer.has_rule)

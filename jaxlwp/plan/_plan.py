@@ -1,0 +1,488 @@
+"""Plans: a strategy bound to a mesh, called like the function that it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlwp.program._arguments import Arguments, canonical
+from jaxlwp.cost._collectives import strategy_collectives
+from jaxlwp.space._config import Layout
+from jaxlwp.cost._model import layer_configs
+from jaxlwp.devices._device_graph import DeviceGraph
+from jaxlwp.graph._graph import ComputationGraph
+from jaxlwp.space._layout import Collective
+from jaxlwp.lower._lower import Lowered
+from jaxlwp.memory._memory import Memory, plan_memory
+from jaxlwp.search._search import SearchResult, search
+from jaxlwp.cost._search_space import SearchSpace, check_mesh, price
+from jaxlwp.mesh._spmd import check_set_mesh, no_mesh, partition_spec, placed
+from jaxlwp.space._strategy import Strategy
+from jaxlwp.solver._tables import Cost
+from jaxlwp.graph._trace import trace
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Plan:
+    """A training function, split over a mesh by a strategy.
+
+    Call it like the function: `plan(params, *batch)`, or with arguments by name. It works under
+    `jax.jit`, `jax.grad`, `jax.value_and_grad` (also with `has_aux=True`) and with donated buffers.
+
+    Attributes:
+      space: the priced space that the strategy is from.
+      strategy: the strategy.
+      mesh: the device mesh.
+      result: the search result, if the strategy was searched for.
+      function: the function that was traced.
+      in_tree: structure of ((params, *batch), arguments that are passed by name only).
+      out_tree: structure of the function's output.
+      checked: measured seconds of a step by name of the strategy, if `parallelize` was asked to
+        check; the plan's is the least. Infinite for one that needs more memory than there is.
+    """
+
+    space: SearchSpace
+    strategy: Strategy
+    mesh: Mesh
+    result: SearchResult | None = None
+    function: Callable[..., Any] | None = field(default=None, repr=False)
+    in_tree: Any = field(repr=False)
+    out_tree: Any = field(repr=False)
+    checked: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> ComputationGraph:
+        """The computation graph."""
+        return self.space.graph
+
+    @property
+    def cost(self) -> Cost:
+        """Predicted seconds of one training step, decomposed."""
+        return self.space.evaluate(self.strategy)
+
+    @functools.cached_property
+    def collectives(self) -> tuple[Collective, ...]:
+        """Every collective that one training step (loss and gradients) performs."""
+        configs = self.strategy.for_graph(self.graph)
+        return strategy_collectives(self.graph, configs, self.space.devices.axis_sizes)
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Predicted bytes per device of a training step with SGD with momentum.
+
+        As XLA compiles it for GPUs; see `plan_memory` for other optimizers.
+        """
+        return plan_memory(self)
+
+    @functools.cached_property
+    def lowered(self) -> Lowered:
+        """The function on one device's blocks."""
+        return Lowered(
+            graph=self.graph,
+            configs=self.strategy.for_graph(self.graph),
+            axis_sizes=self.space.devices.axis_sizes,
+        )
+
+    @functools.cached_property
+    def _shardings(self) -> Arguments:
+        flat = [self._sharding(layout) for layout in self.lowered.input_layouts()]
+        shardings: Arguments = jax.tree.unflatten(self.in_tree, flat)
+        return shardings
+
+    @property
+    def shardings(self) -> tuple[Any, ...]:
+        """Shardings of (params, *batch), as a pytree of the same structure."""
+        return self._shardings[0]
+
+    @property
+    def keyword_shardings(self) -> dict[str, Any]:
+        """Shardings of the arguments that can be passed by name only."""
+        return self._shardings[1]
+
+    @property
+    def param_shardings(self) -> Any:
+        """Shardings of the parameters, as a pytree of the same structure."""
+        return self.shardings[0]
+
+    @property
+    def batch_shardings(self) -> tuple[Any, ...]:
+        """Shardings of the arguments after the parameters."""
+        return self.shardings[1:]
+
+    def _sharding(self, layout: Layout) -> NamedSharding:
+        return NamedSharding(self.mesh, partition_spec(layout))
+
+    @functools.cached_property
+    def _function(self) -> Callable[..., Any]:
+        layouts = self.lowered.input_layouts()
+        mapped = jax.shard_map(
+            self.lowered,
+            mesh=self.mesh,
+            in_specs=tuple(map(partition_spec, layouts)),
+            out_specs=tuple(map(partition_spec, self.lowered.output_layouts())),
+        )
+        shardings = [self._sharding(layout) for layout in layouts]
+        return jax.jit(lambda *flat: mapped(*map(placed, flat, shardings)))
+
+    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
+        """The function's output, computed on the mesh.
+
+        State that the function changes in NNX modules (random counts, statistics) is changed in
+        the modules passed here too.
+
+        Raises:
+          ValueError: the arguments differ in structure, shape or dtype from the traced ones, or
+            another mesh than the plan's is set.
+        """
+        check_set_mesh("plan", self.mesh)
+        arguments = canonical("plan", self.function, (params, *batch), keywords)
+        flat = self._check_arguments(arguments)
+        results = self._function(*flat)
+        count = len(results) - len(self.graph.changed)
+        for position, value in zip(self.graph.changed, results[count:], strict=True):
+            flat[position] = value
+        if self.graph.changed:
+            _write_back(arguments, jax.tree.unflatten(self.in_tree, flat))
+        return jax.tree.unflatten(self.out_tree, results[:count])
+
+    def _check_arguments(self, arguments: Arguments) -> list[Any]:
+        flat, tree = jax.tree.flatten(arguments)
+        if tree != self.in_tree:
+            raise ValueError(
+                f"plan: the arguments have the structure {tree}, but the plan was made for "
+                f"{self.in_tree}; pass parameters and batch as to parallelize, or make a new plan"
+            )
+        program = self.graph.program
+        for index, leaf, name in zip(program.inputs, flat, self.graph.argument_names, strict=True):
+            want, have = program.values[index], jax.typeof(leaf)
+            if tuple(have.shape) != want.shape or have.dtype != want.dtype:
+                raise ValueError(
+                    f"plan: {name} is {have.dtype}{list(have.shape)}, but the plan was made for "
+                    f"{want.dtype}{list(want.shape)}; pass arrays of that shape (drop or pad the "
+                    "last incomplete batch), or make a plan for the new one"
+                )
+        return flat
+
+    @functools.cached_property
+    def _argument_shapes(self) -> Arguments:
+        values = (self.graph.program.values[i] for i in self.graph.program.inputs)
+        shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]
+        arguments: Arguments = jax.tree.unflatten(self.in_tree, shapes)
+        return arguments
+
+    @property
+    def argument_shapes(self) -> tuple[Any, ...]:
+        """Shapes and dtypes of (params, *batch), as a pytree of the same structure."""
+        return self._argument_shapes[0]
+
+    @property
+    def batch_shapes(self) -> Arguments:
+        """Shapes and dtypes of the arguments after the parameters, and of those by name only."""
+        return self._argument_shapes[0][1:], self._argument_shapes[1]
+
+    def rebind(
+        self,
+        *batch: Any,
+        fn: Callable[..., Any] | None = None,
+        params: Any = None,
+        keywords: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """The same strategy for another batch size, or for evaluation, without a new search.
+
+        Layers of the same name keep their configs. Only where that is not possible (a smaller
+        batch than the split, layers that the other function alone has) a config is searched for.
+
+        Args:
+          *batch: the arguments after the parameters (arrays or `jax.ShapeDtypeStruct`).
+          fn: another function of the same parameters, such as the logits or the metrics of a
+            batch; by default the plan's own. If its first output is no scalar loss, the new plan
+            is for evaluation: its predicted costs are those of the forward pass.
+          params: the parameters for `fn`, if their structure differs (an NNX module in
+            evaluation mode); by default like the plan's.
+          keywords: arguments of `fn` that are passed by name.
+
+        Returns:
+          A plan, to be called as `fn(params, *batch, **keywords)`.
+
+        Raises:
+          ValueError: the plan does not know its function and none is given.
+        """
+        fn = fn or self.function
+        if fn is None:
+            raise ValueError(
+                "rebind: this plan was bound without its function; give it, as in "
+                "plan.rebind(*batch, fn=loss_fn)"
+            )
+        if params is None:
+            params = self.argument_shapes[0]
+        arguments = canonical("rebind", fn, (params, *batch), keywords or {})
+        outputs = output_shapes(fn, arguments)
+        graph = trace(fn, *arguments[0], keywords=arguments[1], differentiated=is_loss(outputs))
+        space = _kept(graph, self.space.devices, self.strategy)
+        return bind(
+            space,
+            dataclasses.replace(search(space).strategy, name=self.strategy.name),
+            self.mesh,
+            arguments[0],
+            jax.tree.structure(outputs),
+            function=fn,
+            keywords=arguments[1],
+        )
+
+    def place(self, state: Any) -> Any:
+        """Put a training state on the mesh.
+
+        Leaves that stand for a parameter (the parameters themselves, and leaves of the optimizer
+        state whose path ends in a parameter's path and that have its shape) are split like it, and
+        so are leaves that stand for a leaf of another argument (running statistics); all other
+        arrays are replicated. Placed arrays share no memory with those given, so a step may donate
+        them.
+
+        Args:
+          state: parameters, an optimizer state, a Flax `TrainState`, or any pytree of them.
+
+        Returns:
+          The same pytree, its leaves placed.
+        """
+        leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+        # Copies: device_put shares the buffer that is already on its device, even if told not to.
+        own = (leaf.copy() if isinstance(leaf, jax.Array) else leaf for _, leaf in leaves)
+        placed = [
+            jax.device_put(leaf, self.sharding_for(path, leaf))
+            for (path, _), leaf in zip(leaves, own, strict=True)
+        ]
+        return jax.tree.unflatten(tree, placed)
+
+    def place_batch(self, *batch: Any, **keywords: Any) -> Any:
+        """Put a batch on the mesh as the first layers want it; returns what it was given.
+
+        Args:
+          *batch: the arguments after the parameters, or the first few of them.
+          **keywords: arguments by name.
+
+        Returns:
+          The one argument, or a tuple of several; what can be passed by name only is a dict behind
+          them.
+
+        Raises:
+          ValueError: the structure or a shape differs from the traced one.
+        """
+        args, named = canonical(
+            "place_batch", self.function, (None, *batch), keywords, partial=True
+        )
+        given = [*args[1:], named] if named else list(args[1:])
+        shapes, shardings = (
+            [*arguments[0][1 : len(args)], {name: arguments[1].get(name) for name in named}]
+            if named
+            else [*arguments[0][1 : len(args)]]
+            for arguments in (self._argument_shapes, self._shardings)
+        )
+        have: Any = jax.tree.structure(given)
+        expected: Any = jax.tree.structure(shapes)
+        if have != expected:
+            raise ValueError(
+                f"place_batch: the batch has the structure {have}, but the "
+                f"plan was made for {expected}; pass the batch as to parallelize"
+            )
+        leaves = jax.tree_util.tree_flatten_with_path(given)[0]
+        for (path, leaf), want in zip(leaves, jax.tree.leaves(shapes), strict=True):
+            shape = tuple(jax.typeof(leaf).shape)
+            if shape != want.shape:
+                name = f"args{jax.tree_util.keystr(path)}"
+                raise ValueError(
+                    f"place_batch: {name} has shape {shape}, but the plan was made for "
+                    f"{want.shape}; drop or pad the last incomplete batch, or make a plan for the "
+                    "new shape"
+                )
+        placed = jax.device_put(given, shardings)
+        return placed[0] if len(placed) == 1 else tuple(placed)
+
+    def sharding_for(self, path: Sequence[Any], leaf: Any) -> NamedSharding:
+        """Sharding of a leaf of a training state: that of the argument's leaf it stands for."""
+        keys = tuple(_key(entry) for entry in path)
+        shape = tuple(jax.typeof(leaf).shape)
+        best = max(
+            (
+                (len(suffix), sharding)
+                for suffix, want, sharding in self._argument_paths
+                if want == shape and keys[len(keys) - len(suffix) :] == suffix
+            ),
+            key=operator.itemgetter(0),
+            default=None,
+        )
+        return best[1] if best else NamedSharding(self.mesh, PartitionSpec())
+
+    @functools.cached_property
+    def _argument_paths(self) -> list[tuple[tuple[str, ...], tuple[int, ...], NamedSharding]]:
+        leaves = jax.tree_util.tree_flatten_with_path(self._shardings)[0]
+        shapes = [self.graph.program.values[i].shape for i in self.graph.program.inputs]
+        paths = [
+            # Behind which argument it is; one by name is known by that name, too.
+            (tuple(_key(entry) for entry in path[2 - path[0].idx :]), shape, sharding)
+            for (path, sharding), shape in zip(leaves, shapes, strict=True)
+        ]
+        # A batch that is a bare array has no path to know it by: its shape alone says nothing.
+        count = self.graph.num_parameters
+        return paths[:count] + [entry for entry in paths[count:] if entry[0]]
+
+    def verify(
+        self,
+        *arguments: Any,
+        keywords: Mapping[str, Any] | None = None,
+        optimizer: Any = None,
+        target: str | None = None,
+    ) -> Any:
+        """Compile the training step and set it against what was priced.
+
+        Args:
+          *arguments: params and batch, as arrays: the step is run too; left out, it is compiled
+            only.
+          keywords: arguments of the function that are passed by name, likewise.
+          optimizer: optax transformation of the step; SGD with momentum by default.
+          target: GPUs to compile for that need not exist, as in "h200:16" (needs the extra
+            `jaxlwp[gpu-aot]`).
+
+        Returns:
+          A `Verification`: collectives per layer and in total, memory and time, predicted and
+          found. Print it.
+
+        Raises:
+          ValueError: an unknown target, or one of another size, or arguments beside a target.
+          RuntimeError: the compiler for the target is not installed.
+        """
+        from jaxlwp.memory._memory import OPTIMIZER
+        from jaxlwp.check._verify import verify
+
+        given = canonical("verify", self.function, arguments, keywords or {})
+        return verify(
+            self,
+            arguments=given if arguments else None,
+            optimizer=optimizer or OPTIMIZER,
+            target=target,
+        )
+
+    @property
+    def __name__(self) -> str:
+        """What `jax.jit` calls the compiled program."""
+        return "plan"
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """Where JAX and `inspect` find source and signature; JAX would print the plan otherwise."""
+        function = self.function
+        return function if function is not None and hasattr(function, "__code__") else _call
+
+    def __repr__(self) -> str:
+        """A row per layer: config, PartitionSpec, seconds and bytes."""
+        from jaxlwp.report._tables import plan_text
+
+        return plan_text(self)
+
+
+def _call(params: Any, *batch: Any, **keywords: Any) -> Any:
+    """How a plan is called whose function is not known."""
+
+
+def _write_back(arguments: Arguments, changed: Arguments) -> None:
+    """Update NNX modules and random streams in the arguments with their changed state."""
+    olds, news = (
+        jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Pytree))
+        for tree in (arguments, changed)
+    )
+    for old, new in zip(olds, news, strict=True):
+        if isinstance(old, nnx.Pytree):
+            nnx.update(old, nnx.state(new))
+
+
+def _key(entry: Any) -> str:
+    """Name of one step of a pytree path, whatever its kind."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def bind(
+    space: SearchSpace,
+    strategy: Strategy,
+    mesh: Mesh,
+    arguments: tuple[Any, ...],
+    out_tree: Any,
+    result: SearchResult | None = None,
+    function: Callable[..., Any] | None = None,
+    keywords: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Bind a strategy to a mesh.
+
+    Args:
+      space: the priced space.
+      strategy: a strategy of this space.
+      mesh: the mesh; its axes must be the strategy's, in any order, Auto or Explicit.
+      arguments: (params, *batch), for their structure.
+      out_tree: structure of the function's output.
+      result: where the strategy comes from.
+      function: the function that was traced.
+      keywords: arguments that are passed by name only, for their structure.
+
+    Raises:
+      ValueError: the strategy is for another mesh or model.
+    """
+    check_mesh(strategy, {str(name): size for name, size in mesh.shape.items()})
+    space.choices(strategy)
+    return Plan(
+        space=space,
+        strategy=strategy,
+        mesh=mesh,
+        result=result,
+        function=function,
+        in_tree=jax.tree.structure((arguments, dict(keywords or {}))),
+        out_tree=out_tree,
+    )
+
+
+def with_strategy(plan: Plan, strategy: Strategy) -> Plan:
+    """The plan with another strategy of its space.
+
+    Raises:
+      ValueError: the strategy is for another mesh or model.
+    """
+    plan.space.choices(strategy)
+    return dataclasses.replace(plan, strategy=strategy, result=None, checked={})
+
+
+def _kept(graph: ComputationGraph, devices: DeviceGraph, strategy: Strategy) -> SearchSpace:
+    """Layers of the strategy's names have its configs, as far as they can; others have all."""
+    others = iter(
+        layer_configs([n for n in graph.layers if n.name not in strategy.configs], devices)
+    )
+    configs = [
+        (strategy.configs[layer.name].within(layer.dimensions, layer.even, devices.axis_sizes),)
+        if layer.name in strategy.configs
+        else next(others)
+        for layer in graph.layers
+    ]
+    return price(graph, devices, configs=configs)
+
+
+def output_shapes(fn: Callable[..., Any], arguments: Arguments) -> Any:
+    """Shapes and dtypes of what a function returns."""
+    args, keywords = jax.eval_shape(lambda *given: given, *arguments)  # without their shardings
+    with no_mesh():
+        return jax.eval_shape(lambda *args, **keywords: fn(*args, **keywords), *args, **keywords)
+
+
+def is_loss(out: Any) -> bool:
+    """Whether the (first) output is one floating-point scalar."""
+    leaves = jax.tree.leaves(out[0] if isinstance(out, tuple) and out else out)
+    return (
+        len(leaves) == 1 and leaves[0].shape == () and jnp.issubdtype(leaves[0].dtype, jnp.floating)
+    )

@@ -1,0 +1,412 @@
+"""Reports: what a plan looks like as a table. Core code never imports this module at load time."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxlwp.cost._collectives import argument_collectives, layer_collectives, use_collectives
+from jaxlwp.space._config import Config
+from jaxlwp.search._search import search
+
+if TYPE_CHECKING:
+    from jaxlwp.check._compare import Comparison
+    from jaxlwp.search._explain import Alternative, Explanation
+    from jaxlwp.search._pareto import ParetoCurve
+    from jaxlwp.plan._plan import Plan
+    from jaxlwp.cost._search_space import SearchSpace
+    from jaxlwp.check._verify import Traffic, Verification
+
+
+def render(table: Table, width: int = 150) -> str:
+    """A table as plain text, in notebooks too (where rich would show it instead)."""
+    buffer = io.StringIO()
+    console = Console(
+        file=buffer, width=width, color_system=None, force_terminal=False, force_jupyter=False
+    )
+    console.print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def seconds(value: float) -> str:
+    """Seconds in milliseconds with three digits that matter, in full from a second on."""
+    milliseconds = value * 1e3
+    return f"{milliseconds:,.0f}" if milliseconds >= 999.5 else f"{milliseconds:.3g}"
+
+
+def num_bytes(value: float) -> str:
+    """Bytes in a readable unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def plan_table(plan: Plan) -> Table:
+    """A row per layer: config, PartitionSpec of its output, compute, transfer, sync, bytes.
+
+    What depends on no argument is in one row more: the number of arrays, and their bytes.
+
+    Transfer is what happens inside the layer (halo, partial sums) and on its incoming edges; bytes
+    are those of its collectives, kept is what it leaves in memory for the backward pass.
+    """
+    space, sizes = plan.space, plan.space.devices.axis_sizes
+    configs = plan.strategy.for_graph(plan.graph)
+    choices = space.choices(plan.strategy)
+    tables = space.tables
+    cost = plan.cost
+    proof = ""
+    if plan.result is not None:
+        proof = ", optimal" if plan.result.optimal else f", within {plan.result.gap:.1%}"
+        if not space.whole and plan.result.gap == 1:
+            proof = ", the best of the configs looked at"
+    if space.constraints is not None:
+        proof += " under the constraints given"
+    table = _titled_table(
+        title=(
+            f"strategy {plan.strategy.name} on {space.devices.num_devices} x "
+            f"{space.devices.device_kind} {sizes}: predicted {seconds(cost.total_s)} ms a step"
+            f"{proof}"
+        ),
+        caption=(
+            f"compute {seconds(cost.compute_s)} ms, transfer {seconds(cost.transfer_s)} ms, sync "
+            f"{seconds(cost.sync_s)} ms, besides (update, new memory, input, dispatch) "
+            f"{seconds(cost.overhead_s)} ms; rates: {space.devices.source}"
+            f"\n{_memory_note(plan)}" + _measured_notes(plan) + _replication_notes(plan)
+        ),
+    )
+    for column in ("layer", "kind", "config", "output PartitionSpec"):
+        table.add_column(column)
+    for column in ("compute ms", "transfer ms", "sync ms", "bytes/device", "kept/device"):
+        table.add_column(column, justify="right")
+    kept = plan.memory.layer_kept_bytes if _shows_memory(plan) else None
+    moved_s = dict.fromkeys(range(len(plan.graph.layers)), 0.0)
+    for (source, target), table_s in zip(tables.edges, tables.transfer_s, strict=True):
+        moved_s[target] += float(table_s[choices[source], choices[target]])
+    for layer, config in zip(plan.graph.layers, configs, strict=True):
+        i = choices[layer.index]
+        transfer_s = tables.exchange_s[layer.index][i] + moved_s[layer.index]
+        table.add_row(
+            layer.name,
+            layer.kind if layer.has_rule else f"{layer.kind} (no rule)",
+            config.describe(sizes),
+            _output_spec(plan, layer.index, config),
+            seconds(tables.compute_s[layer.index][i]),
+            seconds(transfer_s),
+            seconds(tables.sync_s[layer.index][i]),
+            num_bytes(_layer_bytes(plan, layer.index, configs)),
+            num_bytes(kept[layer.index]) if kept else "",
+        )
+    _add_constants(table, plan)
+    return table
+
+
+def _add_constants(table: Table, plan: Plan) -> None:
+    """One row for what depends on no argument, if there is any: whole on every device."""
+    constants = plan.graph.constants
+    if constants:
+        size = sum(math.prod(value.shape) * value.itemsize for value in constants)
+        arrays = "1 array" if len(constants) == 1 else f"{len(constants):,} arrays"
+        text = f"{arrays}, {num_bytes(size)}"
+        table.add_row("(constants)", "constant", text, "P()", "0", "0", "0", "0 B", "0 B")
+
+
+SHOWN = 300
+"""Layers up to which a table has the memory: its prediction takes as long as tracing the step."""
+
+
+def _shows_memory(plan: Plan) -> bool:
+    """Whether the table has the memory: of few layers, or if it has been asked for already."""
+    return len(plan.graph.layers) <= SHOWN or "memory" in vars(plan)
+
+
+def _memory_note(plan: Plan) -> str:
+    """What a training step takes on each device, and of what."""
+    if not _shows_memory(plan):
+        return f"memory of a device: not shown for more than {SHOWN} layers; ask plan.memory first"
+    memory = plan.memory
+    parts = (
+        ("parameters", memory.parameter_bytes),
+        ("momentum", memory.optimizer_bytes),
+        ("batch", memory.batch_bytes),
+        ("kept for the backward pass", memory.kept_bytes),
+        ("temporary", memory.temporary_bytes),
+    )
+    listed = ", ".join(f"{name} {num_bytes(value)}" for name, value in parts if value)
+    return f"memory of a device: {num_bytes(memory.peak_bytes)} as compiled for GPUs ({listed})"
+
+
+def _measured_notes(plan: Plan) -> str:
+    """What of the costs was measured, and what a check of whole steps gave."""
+    space = plan.space
+    notes = ""
+    if space.measured:
+        notes += f"; layers measured: {space.num_measured:,} of {space.num_pairs:,} (layer, config)"
+    if plan.checked:
+        steps = ", ".join(
+            f"{name} {seconds(s)} ms" if math.isfinite(s) else f"{name} needs more memory"
+            for name, s in plan.checked.items()
+        )
+        notes += f"\nmeasured steps: {steps}; kept: {plan.strategy.name}"
+    return notes
+
+
+def _replication_notes(plan: Plan) -> str:
+    """A line for each operator without a rule: what it costs to run it whole on every device."""
+    choices, tables = plan.space.choices(plan.strategy), plan.space.tables
+    devices = plan.space.devices.num_devices
+    lines = []
+    for layer in plan.graph.unknown():
+        compute_s = tables.compute_s[layer.index][choices[layer.index]]
+        moved_s = sum(
+            table_s[choices[source], choices[target]]
+            for (source, target), table_s in zip(tables.edges, tables.transfer_s, strict=True)
+            if layer.index in (source, target)
+        )
+        lines.append(
+            f"\nno rule for {layer.kind} ({layer.name}): it runs whole on each of {devices} "
+            f"devices, {seconds(compute_s)} ms of compute in place of "
+            f"{seconds(compute_s / devices)} ms if it were split, and {seconds(moved_s)} ms to "
+            "bring its tensors together and apart"
+        )
+    return "".join(lines)
+
+
+def _layer_bytes(plan: Plan, index: int, configs: tuple[Config, ...]) -> int:
+    layer, sizes = plan.graph.layers[index], plan.space.devices.axis_sizes
+    collectives = [
+        *layer_collectives(layer, configs[index], sizes),
+        *argument_collectives(layer, configs[index], sizes),
+    ]
+    for use in layer.uses:
+        if use.source != index:
+            collectives += use_collectives(use, configs[use.source], configs[index], sizes)
+    return sum(c.num_bytes for c in collectives)
+
+
+def _output_spec(plan: Plan, index: int, config: Config) -> str:
+    from jaxlwp.mesh._spmd import partition_spec
+
+    member = plan.graph.layers[index].members[-1]
+    return str(partition_spec(config.layout(member.signature.results[0]))).replace(
+        "PartitionSpec", "P"
+    )
+
+
+def plan_text(plan: Plan) -> str:
+    """`plan_table` as text."""
+    return render(plan_table(plan))
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row per strategy: step time, collective bytes and memory, predicted and measured."""
+    rounds = len(comparison.results[0].times_s)
+    cores = f", simulated on {comparison.machine['cpu_count']} processor cores"
+    simulated = cores if comparison.machine["simulated"] else ""
+    table = _titled_table(
+        title=(
+            f"{comparison.model}, batch {comparison.batch}, training step on "
+            f"{comparison.devices.num_devices} x {comparison.devices.device_kind}{simulated}"
+        ),
+        caption=_comparison_notes(comparison),
+    )
+    table.add_column("strategy")
+    for column in (
+        "predicted ms",
+        f"measured ms\n(median of {rounds})",
+        "min..max ms",
+        "speed-up\nover data",
+        "bytes/device\npredicted",
+        "bytes/device\ncompiled",
+        "arguments\n/device",
+        "temporaries\n/device",
+        "peak\n/device",
+    ):
+        table.add_column(column, justify="right")
+    for result in comparison.results:
+        speedup = comparison.speedup(result.strategy)
+        agrees = result.compiled_bytes_by_kind == result.predicted_bytes_by_kind
+        table.add_row(
+            result.strategy,
+            seconds(result.predicted_s),
+            seconds(result.measured_s),
+            f"{seconds(min(result.times_s))}..{seconds(max(result.times_s))}",
+            "" if speedup is None else f"{speedup:.2f}x",
+            num_bytes(result.predicted_bytes),
+            num_bytes(result.compiled_bytes) + ("" if agrees else " *"),
+            num_bytes(result.argument_bytes),
+            num_bytes(result.temporary_bytes),
+            num_bytes(result.peak_bytes),
+        )
+    return table
+
+
+def _comparison_notes(comparison: Comparison) -> str:
+    """What the columns mean, what was not run, and where compiled bytes differ from predicted."""
+    notes = [
+        f"predicted: from layer times and rates, {comparison.devices.source}",
+        "bytes: operands of the step's collectives; arguments: parameters, optimizer state, batch",
+    ]
+    for name, size in comparison.left_out.items():
+        notes.append(f"{name}: not run, predicted to need {num_bytes(size)} of each device")
+    for result in comparison.results:
+        predicted, compiled = result.predicted_bytes_by_kind, result.compiled_bytes_by_kind
+        for kind in sorted(predicted | compiled):
+            if predicted.get(kind, 0) != compiled.get(kind, 0):
+                notes.append(
+                    f"* {result.strategy}: {kind} {predicted.get(kind, 0):,} B predicted, "
+                    f"{compiled.get(kind, 0):,} B compiled"
+                )
+    return "\n".join(notes)
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """`comparison_table` as text."""
+    return render(comparison_table(comparison))
+
+
+def explanation_table(explanation: Explanation) -> Table:
+    """A row per layer: the configs of the cheapest strategies, and what the next cost more."""
+    space = explanation.space
+    table = _titled_table(
+        title=f"best strategy: {seconds(explanation.optimum_s)} ms; with another config of a layer",
+        caption="every figure is the best strategy with that config, all other layers adapted",
+    )
+    for column in ("layer", "config", "second", "third", "most"):
+        table.add_column(column)
+    for layer in space.graph.layers:
+        ranked = explanation.alternatives(layer.name)
+        allowed = [a for a in ranked if a.best_s < math.inf]
+        cells = [_alternative_text(a, space) for a in allowed]
+        others = (*cells[1:3], "", "")[:2]
+        most = cells[-1] if len(cells) > 3 else ""
+        table.add_row(
+            layer.name, allowed[0].config.describe(space.devices.axis_sizes), *others, most
+        )
+    return table
+
+
+def _alternative_text(alternative: Alternative, space: SearchSpace) -> str:
+    text = alternative.config.describe(space.devices.axis_sizes)
+    return f"{text} (+{seconds(alternative.extra_s)} ms)"
+
+
+def alternatives_table(
+    explanation: Explanation, layer: str, containing: Sequence[str] = (), rows: int = 8
+) -> Table:
+    """A row per config of a layer: the best strategy with it, and where it loses time.
+
+    Args:
+      explanation: from `explain`.
+      layer: name of the layer.
+      containing: dimensions that must be split.
+      rows: how many, the best first.
+    """
+    space = explanation.space
+    ranked = explanation.alternatives(layer, containing)
+    asked = f" with {', '.join(containing)} split" if containing else ""
+    table = _titled_table(
+        title=f"layer {layer}{asked}: the best strategy with each config",
+        caption=f"{min(rows, len(ranked))} of {len(ranked)} configs; the optimum takes "
+        f"{seconds(explanation.optimum_s)} ms; differences to it in ms",
+    )
+    table.add_column("config")
+    for column in ("best ms", "more", "compute", "transfer", "sync", "besides", "layers changed"):
+        table.add_column(column, justify="right")
+    optimum = search(space)
+    for alternative in ranked[:rows]:
+        if alternative.best_s == math.inf:
+            table.add_row(alternative.config.describe(space.devices.axis_sizes), "not allowed")
+            continue
+        found = explanation.best_with(layer, alternative.config)
+        parts = ("compute_s", "transfer_s", "sync_s", "overhead_s")
+        more = [getattr(found.cost, part) - getattr(optimum.cost, part) for part in parts]
+        changed = sum(
+            found.strategy.configs[name] != config
+            for name, config in optimum.strategy.configs.items()
+        )
+        table.add_row(
+            alternative.config.describe(space.devices.axis_sizes),
+            seconds(alternative.best_s),
+            f"{alternative.extra_s * 1e3:+.3g}",
+            *(f"{value * 1e3:+.3g}" for value in more),
+            str(changed),
+        )
+    return table
+
+
+def pareto_table(curve: ParetoCurve) -> Table:
+    """A row per strategy: memory, time, and what the time goes to."""
+    fastest_s = curve.points[0].seconds
+    table = _titled_table(
+        title="fastest strategies for less and less memory of a device",
+        caption="limit, layers: the sum of the layers' bytes, which the search keeps below the "
+        "limit; program: predicted as compiled for GPUs",
+    )
+    for column in ("limit", "layers", "program", "predicted ms", "slower", "proof"):
+        table.add_column(column, justify="right")
+    for point in curve.points:
+        result = point.result
+        table.add_row(
+            num_bytes(point.limit_bytes),
+            num_bytes(point.estimated_bytes),
+            num_bytes(point.memory.peak_bytes),
+            seconds(point.seconds),
+            f"{point.seconds / fastest_s:.2f}x",
+            "optimal" if result.optimal else f"within {result.gap:.1%}",
+        )
+    return table
+
+
+def _titled_table(title: str, caption: str) -> Table:
+    return Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+
+
+def verification_table(check: Verification) -> Table:
+    """A row per layer: collectives as priced and in the program, time; the totals below."""
+    measured = "" if check.measured_s is None else f", measured {seconds(check.measured_s)} ms"
+    predicted, compiled = check.predicted_bytes_by_kind, check.compiled_bytes_by_kind
+    notes = [f"step: predicted {seconds(check.predicted_s)} ms{measured}"]
+    notes += [
+        f"{kind}: {predicted.get(kind, 0):,} B predicted, {compiled.get(kind, 0):,} B compiled"
+        for kind in sorted(predicted | compiled)
+    ]
+    notes.append(
+        f"memory of a device: {num_bytes(check.predicted_memory_bytes)} predicted (as on GPUs), "
+        f"{num_bytes(check.compiled_memory_bytes)} compiled"
+    )
+    if check.disagreeing:
+        names = ", ".join(layer.name for layer in check.disagreeing)
+        notes.append(f"* the program of these layers differs from what was priced: {names}")
+    table = _titled_table(
+        title=f"strategy {check.strategy}, step compiled for {check.compiled_for}",
+        caption="\n".join(notes),
+    )
+    for column in ("layer", "config", "collectives priced", "collectives in the program"):
+        table.add_column(column)
+    table.add_column("compute ms", justify="right")
+    for layer in check.layers:
+        table.add_row(
+            layer.name,
+            layer.config,
+            _traffic_text(layer.predicted),
+            "as priced" if layer.agrees else _traffic_text(layer.program) + " *",
+            seconds(layer.compute_s) + (" measured" if layer.measured else ""),
+        )
+    return table
+
+
+def _traffic_text(traffic: Traffic) -> str:
+    lines = (f"{kind} {','.join(axes)} {size:,} B" for (kind, axes), size in traffic.items())
+    return "\n".join(lines) or "-"
+
+
+def verification_text(check: Verification) -> str:
+    """`verification_table` as text."""
+    return render(verification_table(check))

@@ -1,0 +1,266 @@
+"""Constraints of the user's own: pinned layers, forbidden dimensions, replicated parameters.
+
+They narrow the space before it is priced, so that the optimum is one under them, proven as ever.
+Names are those of the plan table and of the graph's arguments; shell patterns (`fnmatch`) stand for
+several, as in "Conv_*".
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jaxlwp.space._config import DIMENSIONS, Config
+from jaxlwp.graph._graph import ComputationGraph, Layer
+from jaxlwp.space._layout import degree, even_layout, layout_axes
+
+Split = Config | Mapping[str, int | str | Sequence[str]]
+"""A config, or for each split dimension its degree or its mesh axes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """What a strategy must keep to.
+
+    Example:
+        >>> Constraints(
+        ...     pin={"Dense_0": {"channel": 8}, "Conv_0": {"sample": ("hosts", "gpus")}},
+        ...     forbid={"*": ("height", "width")},
+        ...     replicated=("*embedding*",),
+        ... )  # doctest: +ELLIPSIS
+        Constraints(pin=...
+
+    Attributes:
+      pin: layer name or pattern -> the split that the layer has: a `Config`, or for each split
+        dimension its degree or the mesh axes that split it; dimensions that are left out are not
+        split. `{}` is the replicated layer.
+      forbid: dimensions that no layer is split by; or layer name or pattern -> dimensions.
+      replicated: names or patterns of parameters, such as "params['Conv_0']['kernel']", that every
+        device holds whole.
+    """
+
+    pin: Mapping[str, Split] = field(default_factory=dict)
+    forbid: Mapping[str, Sequence[str]] | Sequence[str] = ()
+    replicated: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Check the form.
+
+        Raises:
+          ValueError: a text in place of a list, or a dimension that there is not.
+        """
+        for name in ("forbid", "replicated"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"Constraints.{name} is {getattr(self, name)!r}: give a list of names, as in "
+                    f"({getattr(self, name)!r},)"
+                )
+        for dimension in (d for _, listed in self._forbidden() for d in listed):
+            _check_dimension("forbid", dimension)
+        for split in self.pin.values():
+            if not isinstance(split, Config):
+                for dimension in split:
+                    _check_dimension("pin", dimension)
+
+    def _forbidden(self) -> Iterable[tuple[str, Sequence[str]]]:
+        if isinstance(self.forbid, Mapping):
+            return self.forbid.items()
+        return (("*", self.forbid),)
+
+    def apply(
+        self,
+        graph: ComputationGraph,
+        configs: Sequence[Sequence[Config]],
+        axis_sizes: Mapping[str, int],
+    ) -> tuple[tuple[Config, ...], ...]:
+        """The configs that are left to each layer.
+
+        Args:
+          graph: the computation graph.
+          configs: the configs of each layer.
+          axis_sizes: devices along each mesh axis.
+
+        Raises:
+          ValueError: a name or pattern matches nothing, or a layer is left without a config.
+        """
+        checks: list[list[tuple[str, Callable[[Config], bool]]]] = [[] for _ in graph.layers]
+        names = [layer.name for layer in graph.layers]
+        possible = [tuple(choices) for choices in configs]
+        for pattern, split in self.pin.items():
+            text = f"pin[{pattern!r}]"
+            for n in _matching(text, pattern, names, "layer"):
+                named = _named(split, graph.layers[n], axis_sizes)
+                possible[n] = tuple(dict.fromkeys((*possible[n], *named)))
+                checks[n].append((text, functools.partial(_has_split, split, axis_sizes)))
+        for pattern, dimensions in self._forbidden():
+            text = f"forbid {', '.join(dimensions)}"
+            for n in _matching(text, pattern, names, "layer") if dimensions else ():
+                checks[n].append((text, functools.partial(_leaves_whole, tuple(dimensions))))
+        for n, text, check in self._replicated(graph, axis_sizes):
+            checks[n].append((text, check))
+        return tuple(
+            _kept(layer, choices, required, axis_sizes)
+            for layer, choices, required in zip(graph.layers, possible, checks, strict=True)
+        )
+
+    def pinned(
+        self, layer: Layer, axis_groups: Sequence[Sequence[str]], axis_sizes: Mapping[str, int]
+    ) -> list[Config]:
+        """The configs with the degrees that a layer is pinned to, none if it is not.
+
+        Args:
+          layer: the layer.
+          axis_groups: mesh axes in groups that are interchangeable, slowest link level first.
+          axis_sizes: devices along each mesh axis.
+        """
+        found: list[Config] = []
+        for pattern, split in self.pin.items():
+            if layer.name == pattern or fnmatch.fnmatchcase(layer.name, pattern):
+                found += _named(split, layer, axis_sizes)
+                if not isinstance(split, Config):
+                    found += _of_degrees(split, axis_groups, axis_sizes)
+        return found
+
+    def _replicated(
+        self, graph: ComputationGraph, axis_sizes: Mapping[str, int]
+    ) -> Iterable[tuple[int, str, Callable[[Config], bool]]]:
+        names = graph.argument_names[: graph.num_parameters]
+        values = graph.program.inputs[: graph.num_parameters]
+        for pattern in self.replicated:
+            for n in _matching(f"replicated {pattern!r}", pattern, names, "parameter"):
+                if values[n] not in graph.owners:
+                    continue  # nothing reads it: it is replicated anyway
+                owner, labels = graph.owners[values[n]]
+                shape = graph.program.values[values[n]].shape
+
+                def whole(
+                    config: Config,
+                    shape: tuple[int, ...] = shape,
+                    labels: Sequence[str | None] = labels,
+                ) -> bool:
+                    stored = even_layout(shape, config.layout(labels), axis_sizes)
+                    return not layout_axes(stored)
+
+                yield owner, f"replicated {names[n]}", whole
+
+
+def _check_dimension(place: str, dimension: str) -> None:
+    if dimension not in DIMENSIONS:
+        raise ValueError(
+            f"Constraints.{place}: {dimension!r} is no dimension; give some of {DIMENSIONS}"
+        )
+
+
+def _matching(place: str, pattern: str, names: Sequence[str], kind: str) -> list[int]:
+    """Positions of the names that a pattern stands for: the very name, or all that match."""
+    if pattern in names:  # names of parameters contain brackets, which patterns read otherwise
+        return [n for n, name in enumerate(names) if name == pattern]
+    found = [n for n, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise ValueError(f"constraints: {place} matches no {kind}; there are {listed}")
+    return found
+
+
+def _named(split: Split, layer: Layer, axis_sizes: Mapping[str, int]) -> tuple[Config, ...]:
+    """The config that a split names axis by axis, if the layer can have it.
+
+    The space itself holds one order of the axes only.
+    """
+    if not isinstance(split, Config):
+        listed = {d: _axes(value) for d, value in split.items() if not isinstance(value, int)}
+        if not split or len(listed) < len(split):
+            return ()
+        split = Config.of(listed)
+    unknown = sorted(split.used_axes.difference(axis_sizes))
+    if unknown:
+        raise ValueError(
+            f"constraints: layer {layer.name} is pinned to mesh axis {unknown[0]!r}; there are "
+            f"{', '.join(axis_sizes)}"
+        )
+    split = split.splitting(axis_sizes)
+    possible = split.within(layer.dimensions, layer.even, axis_sizes)
+    return (split,) if possible == split else ()
+
+
+def _of_degrees(
+    split: Mapping[str, int | str | Sequence[str]],
+    axis_groups: Sequence[Sequence[str]],
+    axis_sizes: Mapping[str, int],
+) -> list[Config]:
+    """Every way to reach degrees with axes of each group in order."""
+    degrees = {name: value for name, value in split.items() if isinstance(value, int)}
+    if len(degrees) < len(split):
+        return []
+    sizes = [axis_sizes[group[0]] for group in axis_groups]
+    counts = list(itertools.product(*(range(len(group) + 1) for group in axis_groups)))
+    options = [
+        [c for c in counts if math.prod(map(operator.pow, sizes, c)) == value]
+        for value in degrees.values()
+    ]
+    found = []
+    for choice in itertools.product(*options):
+        splits: dict[str, list[str]] = {name: [] for name in degrees}
+        for number, group in enumerate(axis_groups):
+            rest = iter(group)
+            for name, c in zip(degrees, choice, strict=True):
+                splits[name] += itertools.islice(rest, c[number])
+        if all(
+            len(group) >= sum(c[number] for c in choice) for number, group in enumerate(axis_groups)
+        ):
+            found.append(Config.of(splits))
+    return found
+
+
+def _axes(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _has_split(split: Split, axis_sizes: Mapping[str, int], config: Config) -> bool:
+    if isinstance(split, Config):
+        return config == split.splitting(axis_sizes)
+
+    def agrees(axes: tuple[str, ...], value: int | str | Sequence[str]) -> bool:
+        if isinstance(value, int):
+            return degree(axes, axis_sizes) == value
+        return axes == splitting(value)
+
+    def splitting(value: str | Sequence[str]) -> tuple[str, ...]:
+        return tuple(axis for axis in _axes(value) if axis_sizes[axis] > 1)
+
+    wanted = {
+        name: value
+        for name, value in split.items()
+        if (value != 1 if isinstance(value, int) else splitting(value))
+    }
+    return set(wanted) == {name for name, _ in config.splits} and all(
+        agrees(config.axes(name), value) for name, value in wanted.items()
+    )
+
+
+def _leaves_whole(dimensions: Sequence[str], config: Config) -> bool:
+    return not any(config.axes(dimension) for dimension in dimensions)
+
+
+def _kept(
+    layer: Layer,
+    choices: Sequence[Config],
+    required: Sequence[tuple[str, Callable[[Config], bool]]],
+    axis_sizes: Mapping[str, int],
+) -> tuple[Config, ...]:
+    kept = tuple(choices)
+    for text, check in required:
+        left = tuple(config for config in kept if check(config))
+        if not left:
+            some = "; ".join(config.describe(axis_sizes) for config in kept[:6])
+            raise ValueError(
+                f"constraints: {text} leaves layer {layer.name} without a config; "
+                f"{len(kept)} are possible there, such as {some}"
+            )
+        kept = left
+    return kept
