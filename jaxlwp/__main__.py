@@ -1,5 +1,5 @@
 """`python -m jaxlwp` is `jaxlwp`."""
 
-from jaxlwp.cli._commands import main
+from jaxlwp.cli import main
 
 main(prog_name="jaxlwp")

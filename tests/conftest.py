@@ -38,10 +38,10 @@ import pytest  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 import jaxlwp  # noqa: E402
-from jaxlwp import _measure  # noqa: E402
-from jaxlwp.devices import _calibrate
-from jaxlwp.measure._local import LocalStep  # noqa: E402
+from jaxlwp.devices import _calibrate  # noqa: E402
 from jaxlwp.devices._store import Measurement  # noqa: E402
+from jaxlwp.measure import _timer as _measure  # noqa: E402
+from jaxlwp.measure._local import LocalStep  # noqa: E402
 
 # No test fails because the machine is slow, or busy with something else.
 hypothesis.settings.register_profile(

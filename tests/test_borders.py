@@ -18,13 +18,13 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxlwp
-from jaxlwp.program._border import Border, extend
-from jaxlwp.space._constraints import Constraints
-from jaxlwp.lower._halo import Halo, assemble, cut, neighbours, plan_halo, receive
-from jaxlwp.plan._plan import bind
 from jaxlwp.check._verify import check_layers
+from jaxlwp.lower._halo import Halo, assemble, cut, neighbours, plan_halo, receive
 from jaxlwp.ops import Window
 from jaxlwp.ops._extend import border_of
+from jaxlwp.plan._plan import bind
+from jaxlwp.program._border import Border, extend
+from jaxlwp.space._constraints import Constraints
 from tests.contracts.harness import compiler_options
 
 RATES = jaxlwp.Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)
@@ -190,7 +190,7 @@ def test_two_convolutions_send_what_zeros_would(padding: str) -> None:
 
 @pytest.mark.parametrize("padding", ["CIRCULAR", "REFLECT", "edge"])
 def test_what_is_priced_runs(padding: str) -> None:
-    check = by_height(padding, size=13 if padding == "REFLECT" else 16).verify()
+    check = jaxlwp.verify(by_height(padding, size=13 if padding == "REFLECT" else 16))
     assert not check.disagreeing, str(check)
     assert check.predicted_bytes_by_kind == check.compiled_bytes_by_kind
     assert check.compiled_bytes_by_kind["collective-permute"] > 0

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlwp
+from jaxlwp.cli._workload import load_workload
 from jaxlwp.cost._changes import changes
 from jaxlwp.cost._collectives import argument_collectives, layer_collectives, use_collectives
 from jaxlwp.space._config import Layout
 from jaxlwp.space._layout import layout_axes, move_collectives, plan_moves
-from jaxlwp.cli._workload import load_workload
 
 
 def device_graph(sizes: tuple[int, ...], levels: tuple[int, ...]) -> jaxlwp.DeviceGraph:

@@ -11,8 +11,8 @@ import pytest
 
 from jaxlwp import BASELINES, Rates, parallelize
 from jaxlwp.check import _compare
-from jaxlwp.devices._calibrate import device_graph, make_mesh
 from jaxlwp.check._compare import Comparison, StrategyResult, compare
+from jaxlwp.devices._calibrate import device_graph, make_mesh
 from jaxlwp.solver._tables import Cost
 
 RATES = Rates(flops_per_s=1e9, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,))

@@ -77,7 +77,7 @@ def test_priced_and_verified(strategy: str) -> None:
     made = jaxlwp.parallelize(
         vocoder, *wave_arguments(), devices=8, strategy=strategy, rates=RATES, measure=False
     )
-    check = made.verify()
+    check = jaxlwp.verify(made)
     assert not check.disagreeing, str(check)
     assert check.predicted_bytes_by_kind == check.compiled_bytes_by_kind
     rows = [line for line in str(made).splitlines() if "constant" in line]

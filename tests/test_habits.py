@@ -17,8 +17,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxlwp
-from jaxlwp.plan._plan import bind
 from jaxlwp.check._verify import check_layers
+from jaxlwp.plan._plan import bind
 
 RATES = jaxlwp.Rates(flops_per_s=1e12, memory_bytes_per_s=1e11)
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -115,7 +115,7 @@ def test_meshes(kind: str, is_set: bool) -> None:
         assert plan.mesh == mesh
         assert "height=8" in repr(plan)
         assert plan.memory.peak_bytes > 0
-        assert not plan.verify().disagreeing
+        assert not jaxlwp.verify(plan).disagreeing
         for placed in (
             (KERNEL, IMAGES),
             (plan.place(KERNEL), plan.place_batch(IMAGES)),
@@ -238,7 +238,7 @@ def test_what_is_made_of_arguments_alone_is_priced() -> None:
     expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(KERNEL, IMAGES)
     for strategy in ("search", "spatial", "model"):
         plan = planned(loss, KERNEL, IMAGES, mesh=mesh, strategy=strategy)
-        check = plan.verify()
+        check = jaxlwp.verify(plan)
         assert not check.disagreeing, check.disagreeing
         assert check.predicted_bytes_by_kind == check.compiled_bytes_by_kind
         got = jax.jit(jax.value_and_grad(plan, has_aux=True))(KERNEL, IMAGES)
@@ -269,7 +269,7 @@ def test_arguments_by_name() -> None:
     x, y, named = plan.place_batch(X, y=TARGET, mask=MASK, scale=scale)
     assert named["mask"].sharding == plan.keyword_shardings["mask"] != named["scale"].sharding
     assert_same(plan(plan.place(W), x, y, **named), expected[0])
-    check = plan.verify(W, X, TARGET, keywords=named)
+    check = jaxlwp.verify(plan, W, X, TARGET, keywords=named)
     assert check.measured_s is not None and not check.disagreeing
     assert_same(plan.rebind(X[:4], TARGET[:4], keywords={"scale": scale})(W, X[:4], TARGET[:4],
         scale=scale), weighted(W, X[:4], TARGET[:4], scale=scale))  # fmt: skip

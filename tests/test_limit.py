@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 import jaxlwp
-from jaxlwp.solver._limit import LayerBytes, MemoryLimitError, solve_limited
 from jaxlwp.cli._workload import load_workload
-from jaxlwp._parallelize import MEMORY_MARGIN
+from jaxlwp.plan._planning import MEMORY_MARGIN
+from jaxlwp.solver._limit import LayerBytes, MemoryLimitError, solve_limited
 from tests.benchmarks.solvers import chain, inception, sharding
 
 RATES = jaxlwp.Rates(

@@ -23,20 +23,20 @@ import pytest
 from jax.sharding import Mesh
 
 import jaxlwp
-from jaxlwp.search import _measured as _lazy
-from jaxlwp.measure import _timer as _measure
-from jaxlwp.measure import _pages
-from jaxlwp.devices._calibrate import _ring, fit_link, fit_wait
 from jaxlwp.cost._collectives import use_source_layout
-from jaxlwp.space._config import Config
 from jaxlwp.cost._model import AnalyticCostModel, temporary_bytes
+from jaxlwp.devices._calibrate import _ring, fit_link, fit_wait
+from jaxlwp.devices._store import Measurement, Store, environment_of
 from jaxlwp.graph._graph import Layer
-from jaxlwp.space._layout import local_shape
-from jaxlwp.search._measured import measured_space, search_measured
+from jaxlwp.measure import _pages
+from jaxlwp.measure import _timer as _measure
 from jaxlwp.measure._local import LocalStep, local_step
 from jaxlwp.measure._timer import LayerTimer, LayerTimes, TimingCache
+from jaxlwp.optimize import _measured as _lazy
+from jaxlwp.optimize._measured import measured_space, search_measured
 from jaxlwp.program._program import Value
-from jaxlwp.devices._store import Measurement, Store, environment_of
+from jaxlwp.space._config import Config
+from jaxlwp.space._layout import local_shape
 
 AXES = {"a": 2, "b": 2}
 

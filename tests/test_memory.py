@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxlwp import BASELINES, Config, Plan, Rates, parallelize
+from jaxlwp.cli._workload import load_workload
 from jaxlwp.memory._buffers import COMBINED_BYTES, _Builder, _fuse, _order, predict
 from jaxlwp.memory._memory import (
     differentiated,
@@ -22,7 +23,6 @@ from jaxlwp.memory._memory import (
     plan_memory,
     strategy_memory,
 )
-from jaxlwp.cli._workload import load_workload
 from jaxlwp.program._program import flatten
 from jaxlwp.space._strategy import make_strategy
 

@@ -11,8 +11,8 @@ import matplotlib
 import pytest
 
 import jaxlwp
-from jaxlwp.devices._calibrate import device_graph, make_mesh
 from jaxlwp.check._compare import Comparison, StrategyResult
+from jaxlwp.devices._calibrate import device_graph, make_mesh
 from jaxlwp.report._plot import layer_costs, plot_comparison, plot_plan
 from jaxlwp.solver._tables import Cost
 

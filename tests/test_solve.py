@@ -9,11 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from jaxlwp.solver import _bound
-from jaxlwp.solver import _branch
-from jaxlwp.solver import _eliminate
-from jaxlwp.solver import _exhaustive
-from jaxlwp.solver import _solve
+from jaxlwp.solver import _bound, _branch, _eliminate, _exhaustive, _solve
 from jaxlwp.solver._solve import Solution, solve
 from tests.benchmarks.solvers import dense, inception, k_tree, sharding
 

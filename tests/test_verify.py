@@ -45,7 +45,7 @@ def plan(arguments: tuple[Any, Any], strategy: str) -> jaxlwp.Plan:
 @pytest.mark.parametrize("strategy", ["search", "data", "model", "owt", "spatial"])
 def test_every_layer_does_what_was_priced(arguments: tuple[Any, Any], strategy: str) -> None:
     made = plan(arguments, strategy)
-    check = made.verify()
+    check = jaxlwp.verify(made)
     assert not check.disagreeing, str(check)
     assert check.predicted_bytes_by_kind == check.compiled_bytes_by_kind
     total = sum(sum(layer.program.values()) for layer in check.layers)
@@ -56,7 +56,7 @@ def test_every_layer_does_what_was_priced(arguments: tuple[Any, Any], strategy: 
 
 
 def test_axes_are_named(arguments: tuple[Any, Any]) -> None:
-    check = plan(arguments, "spatial").verify()
+    check = jaxlwp.verify(plan(arguments, "spatial"))
     halos = [
         axes
         for layer in check.layers
@@ -76,14 +76,14 @@ def test_a_wrong_price_shows(arguments: tuple[Any, Any], monkeypatch: pytest.Mon
             yield dataclasses.replace(each, num_bytes=each.num_bytes + 4)
 
     monkeypatch.setattr(_collectives, "step_collectives", wrong)
-    check = made.verify()
+    check = jaxlwp.verify(made)
     assert {layer.name for layer in check.disagreeing} >= {"conv0", "conv1"}
     assert check.bytes_error > 0
     assert "differs from what was priced" in str(check)
 
 
 def test_the_step_is_run(arguments: tuple[Any, Any]) -> None:
-    check = plan(arguments, "data").verify(*arguments)
+    check = jaxlwp.verify(plan(arguments, "data"), *arguments)
     assert check.measured_s is not None
     assert check.measured_s > 0
     assert "measured" in str(check)
@@ -91,7 +91,7 @@ def test_the_step_is_run(arguments: tuple[Any, Any]) -> None:
 
 def test_a_target_is_not_run(arguments: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="leave one of the two out"):
-        plan(arguments, "data").verify(*arguments, target="h200:8")
+        jaxlwp.verify(plan(arguments, "data"), *arguments, target="h200:8")
 
 
 class TestCheck:

@@ -11,11 +11,11 @@ import pytest
 
 import jaxlwp
 from jaxlwp import Constraints
-from jaxlwp.search import _wide
+from jaxlwp.cli._workload import load_workload
 from jaxlwp.cost._model import AnalyticCostModel
 from jaxlwp.devices._device_graph import DeviceGraph, LinkFit, axis_shape
-from jaxlwp.search._floor import floor_s
-from jaxlwp.cli._workload import load_workload
+from jaxlwp.optimize import _wide
+from jaxlwp.optimize._floor import floor_s
 from tests.contracts import zoo
 
 MODELS = {

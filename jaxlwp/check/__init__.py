@@ -1,0 +1,39 @@
+"""What runs, beside what was priced.
+
+Read `_verify` first, then `_hlo` (collectives of a compiled program, from its text), `_target`
+(compiling for GPUs that are not there) and `_compare` (measuring strategies side by side).
+"""
+
+from jaxlwp.check._compare import (
+    ROUNDS,
+    Comparison,
+    Progress,
+    StrategyResult,
+    batch_size,
+    compare,
+    fastest,
+    is_simulated,
+)
+from jaxlwp.check._hlo import CompiledCollective, compiled_collectives
+from jaxlwp.check._target import TargetStep, compile_for, target_mesh
+from jaxlwp.check._verify import LayerCheck, Traffic, Verification, verify
+
+__all__ = [
+    "Comparison",
+    "CompiledCollective",
+    "LayerCheck",
+    "Progress",
+    "ROUNDS",
+    "StrategyResult",
+    "TargetStep",
+    "Traffic",
+    "Verification",
+    "batch_size",
+    "compare",
+    "compile_for",
+    "compiled_collectives",
+    "fastest",
+    "is_simulated",
+    "target_mesh",
+    "verify",
+]

@@ -22,25 +22,34 @@ from typing import Any
 
 import jax
 
-from jaxlwp.program._arguments import Arguments, canonical
-from jaxlwp.devices._calibrate import (
+from jaxlwp._version import __version__
+from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
+from jaxlwp.devices import (
+    DeviceGraph,
     Rates,
     choose_devices,
     device_graph,
+    from_first,
     local_devices,
     make_mesh,
+    spans_processes,
 )
-from jaxlwp.devices._device_graph import DeviceGraph
-from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
-from jaxlwp.search._measured import measured_space
-from jaxlwp.measure._timer import layer_timer
-from jaxlwp.memory._memory import OPTIMIZER, plan_memory
-from jaxlwp._parallelize import MEMORY_MARGIN, parallelize
-from jaxlwp.plan._plan import Plan, with_strategy
-from jaxlwp.devices._processes import from_first, spans_processes
-from jaxlwp.plan._step import ProgramMemory, lower_step, program_memory
-from jaxlwp.space._strategy import BASELINES, Strategy
-from jaxlwp.solver._tables import Cost
+from jaxlwp.measure import layer_timer
+from jaxlwp.optimize import measured_space
+from jaxlwp.plan import (
+    MEMORY_MARGIN,
+    OPTIMIZER,
+    Plan,
+    ProgramMemory,
+    lower_step,
+    plan_for,
+    plan_memory,
+    program_memory,
+    with_strategy,
+)
+from jaxlwp.program import Arguments, canonical
+from jaxlwp.solver import Cost
+from jaxlwp.space import BASELINES, Strategy
 
 FORMAT_VERSION = 1
 STRATEGIES = ("search", *BASELINES)
@@ -196,7 +205,7 @@ class Comparison:
 
     def __str__(self) -> str:
         """A row per strategy: time, bytes and memory, predicted and measured."""
-        from jaxlwp.report._tables import comparison_text
+        from jaxlwp.report import comparison_text
 
         return comparison_text(self)
 
@@ -404,15 +413,14 @@ def _make_plans(
     progress("measuring device rates", 1, 1)
     progress("tracing, pricing and searching", 0, 1)
     measured = rates is None
-    found = parallelize(
+    found = plan_for(
         fn,
-        *arguments[0],
+        arguments,
         mesh=mesh,
         rates=rated,
         measure=measured,
         memory_bytes=memory_bytes,
         on_progress=progress,
-        **arguments[1],
     )
     space = found.space
     others = [s if isinstance(s, Strategy) else space.baseline(s) for s in strategies]
@@ -560,7 +568,5 @@ def is_simulated(devices: Sequence[Any]) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    from jaxlwp import __version__
-
     others = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {"jaxlwp": __version__} | {name: importlib.metadata.version(name) for name in others}

@@ -26,12 +26,19 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from jaxlwp.devices._calibrate import make_mesh
 from jaxlwp.check._hlo import CompiledCollective, bytes_by_kind, compiled_collectives
-from jaxlwp.memory._memory import OPTIMIZER, Memory, plan_memory
-from jaxlwp.plan._plan import Plan
-from jaxlwp.mesh._spmd import auto_mesh
-from jaxlwp.plan._step import ProgramMemory, lower_step, program_memory, state_shapes
+from jaxlwp.devices import make_mesh
+from jaxlwp.memory import Memory
+from jaxlwp.mesh import auto_mesh
+from jaxlwp.plan import (
+    OPTIMIZER,
+    Plan,
+    ProgramMemory,
+    lower_step,
+    plan_memory,
+    program_memory,
+    state_shapes,
+)
 
 GPUS = {
     "h200": ("h200", 13),

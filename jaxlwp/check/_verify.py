@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optax
 
-from jaxlwp.program._arguments import Arguments
-from jaxlwp.cost._collectives import collectives_by_layer
+from jaxlwp.check._compare import step_times
 from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
-from jaxlwp.space._layout import Collective
-from jaxlwp.lower._lower import LAYER_SCOPE
-from jaxlwp.memory._memory import OPTIMIZER, differentiated, plan_memory
-from jaxlwp.plan._plan import Plan
-from jaxlwp.program._program import SCAN, Equation, scan_of
-from jaxlwp.plan._step import lower_step, program_memory, state_shapes
+from jaxlwp.check._target import compile_for
+from jaxlwp.cost import collectives_by_layer
+from jaxlwp.lower import LAYER_SCOPE
+from jaxlwp.memory import differentiated
+from jaxlwp.plan import OPTIMIZER, Plan, lower_step, plan_memory, program_memory, state_shapes
+from jaxlwp.program import SCAN, Equation, canonical, scan_of
+from jaxlwp.space import Collective
 
 KINDS = {
     "psum": "all-reduce",
@@ -110,16 +110,16 @@ class Verification:
 
     def __str__(self) -> str:
         """A row per layer and the totals."""
-        from jaxlwp.report._tables import verification_text
+        from jaxlwp.report import verification_text
 
         return verification_text(self)
 
 
 def verify(
     plan: Plan,
-    *,
-    arguments: Arguments | None = None,
-    optimizer: optax.GradientTransformation = OPTIMIZER,
+    *arguments: Any,
+    keywords: Mapping[str, Any] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     target: str | None = None,
     rounds: int = 5,
 ) -> Verification:
@@ -127,23 +127,28 @@ def verify(
 
     Args:
       plan: the plan.
-      arguments: (params, *batch) and arguments by name, as arrays: the step is run, too.
+      *arguments: params and batch, as arrays: the step is run too; left out, it is compiled only.
+      keywords: arguments of the function that are passed by name, likewise.
       optimizer: of the training step; SGD with momentum by default.
-      target: GPUs to compile for that need not exist, as in "h200:16"; see `compile_for`.
+      target: GPUs to compile for that need not exist, as in "h200:16" (needs the extra
+        `jaxlwp[gpu-aot]`); see `compile_for`.
       rounds: measured steps.
 
+    Returns:
+      Collectives per layer and in total, memory (bytes) and time (seconds), predicted and found.
+      Print it.
+
     Raises:
-      ValueError: an unknown target, or one of another size; a target cannot be run.
+      ValueError: an unknown target, or one of another size, or arguments beside a target.
       RuntimeError: the compiler for the target is not installed.
     """
-    if target is not None and arguments is not None:
+    optimizer = optimizer or OPTIMIZER
+    if target is not None and arguments:
         raise ValueError(
             f"verify: target {target!r} is compiled for only, but arguments were given to run the "
             "step with; leave one of the two out"
         )
     if target is not None:
-        from jaxlwp.check._target import compile_for
-
         step = compile_for(plan, target, optimizer=optimizer)
         compiled, memory_bytes = step.compiled_bytes_by_kind, step.memory.reserved_bytes
         devices = str(step.target)
@@ -158,10 +163,9 @@ def verify(
     for collective in plan.collectives:
         predicted[collective.kind] = predicted.get(collective.kind, 0) + collective.num_bytes
     measured_s = None
-    if arguments is not None:
-        from jaxlwp.check._compare import step_times
-
-        measured_s = statistics.median(step_times(plan, arguments, optimizer, rounds))
+    if arguments:
+        given = canonical("verify", plan.function, arguments, keywords or {})
+        measured_s = statistics.median(step_times(plan, given, optimizer, rounds))
     return Verification(
         strategy=plan.strategy.name,
         compiled_for=devices,

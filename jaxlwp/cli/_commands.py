@@ -18,24 +18,26 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from jaxlwp import __version__
-from jaxlwp.devices._calibrate import Rates, device_graph, make_mesh
-from jaxlwp.check._compare import ROUNDS, Progress, batch_size, compare, is_simulated
-from jaxlwp.space._constraints import Constraints
-from jaxlwp.devices._device_graph import DeviceGraph
-from jaxlwp.search._explain import explain
-from jaxlwp.measure._timer import LayerTimer, TimingCache
-from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
-from jaxlwp.search._objective import OBJECTIVES
 from jaxlwp._parallelize import parallelize
-from jaxlwp.search._pareto import pareto
-from jaxlwp.plan._plan import Plan
-from jaxlwp.measure._profile import load_profile
-from jaxlwp.report._tables import alternatives_table, render
-from jaxlwp.cost._search_space import price
-from jaxlwp.devices._store import Environment, Store, environment_of
-from jaxlwp.space._strategy import BASELINES, Strategy
-from jaxlwp.graph._trace import trace
+from jaxlwp._version import __version__
+from jaxlwp.check import ROUNDS, Progress, batch_size, compare, is_simulated
+from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
+from jaxlwp.cost import price
+from jaxlwp.devices import (
+    DeviceGraph,
+    Environment,
+    Rates,
+    Store,
+    device_graph,
+    environment_of,
+    make_mesh,
+)
+from jaxlwp.graph import trace
+from jaxlwp.measure import LayerTimer, TimingCache, load_profile
+from jaxlwp.optimize import OBJECTIVES, explain, pareto
+from jaxlwp.plan import Plan
+from jaxlwp.report import alternatives_table, render
+from jaxlwp.space import BASELINES, Constraints, Strategy
 
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 

@@ -1,0 +1,45 @@
+"""Seconds: what layers, changes of layout and whole strategies take.
+
+Read `_collectives` first (what is communicated, read off the program of one device), then `_model`
+(a `CostModel` turns work and collectives into seconds), `_changes` (all changes of layout between
+two layers at once) and `_search_space` (a graph, its configs and their costs).
+"""
+
+from jaxlwp.cost._collectives import (
+    argument_collectives,
+    collectives_by_layer,
+    layer_collectives,
+    spare_sums,
+    strategy_collectives,
+    use_collectives,
+)
+from jaxlwp.cost._model import (
+    AnalyticCostModel,
+    CostModel,
+    build_tables,
+    layer_configs,
+    layer_key,
+    passes_of,
+    work_rate,
+)
+from jaxlwp.cost._search_space import SearchSpace, check_mesh, price, restrict
+
+__all__ = [
+    "AnalyticCostModel",
+    "CostModel",
+    "SearchSpace",
+    "argument_collectives",
+    "build_tables",
+    "check_mesh",
+    "collectives_by_layer",
+    "layer_collectives",
+    "layer_configs",
+    "layer_key",
+    "passes_of",
+    "price",
+    "restrict",
+    "spare_sums",
+    "strategy_collectives",
+    "use_collectives",
+    "work_rate",
+]

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlwp.space._config import Layout
-from jaxlwp.devices._device_graph import DeviceGraph
-from jaxlwp.space._layout import COLLECTIVES, degree, move_exchanges, plan_options
-from jaxlwp.solver._tables import FloatArray
+from jaxlwp.devices import DeviceGraph
+from jaxlwp.solver import FloatArray
+from jaxlwp.space import COLLECTIVES, Layout, degree, move_exchanges, plan_options
 
 IntArray = NDArray[np.int64]
 

@@ -15,19 +15,8 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from jaxlwp.space._config import Config, Layout
-from jaxlwp.graph._graph import ComputationGraph, Layer, Member, Use
-from jaxlwp.lower._halo import plan_halo
-from jaxlwp.space._layout import (
-    Collective,
-    degree,
-    even_layout,
-    local_shape,
-    move_collectives,
-    plan_moves,
-)
-from jaxlwp.program._program import Checkpoint, Value
-from jaxlwp.lower._steps import (
+from jaxlwp.graph import ComputationGraph, Layer, Member, Use
+from jaxlwp.lower import (
     AddUp,
     Again,
     Block,
@@ -41,8 +30,20 @@ from jaxlwp.lower._steps import (
     Step,
     build,
     every_step,
+    plan_halo,
 )
 from jaxlwp.ops import RULES, ZERO_DERIVATIVE, unread_results, values_needed
+from jaxlwp.program import Checkpoint, Value
+from jaxlwp.space import (
+    Collective,
+    Config,
+    Layout,
+    degree,
+    even_layout,
+    local_shape,
+    move_collectives,
+    plan_moves,
+)
 
 
 def member_collectives(

@@ -16,12 +16,19 @@ import numpy as np
 
 from jaxlwp.cost._changes import IntArray, Wanted, changes
 from jaxlwp.cost._collectives import SpareSums, member_collectives, spare_sums
-from jaxlwp.space._config import Config, Layout, enumerate_configs
-from jaxlwp.devices._device_graph import DeviceGraph
-from jaxlwp.graph._graph import ComputationGraph, Edge, Layer, Member, Use
-from jaxlwp.space._layout import copied_bytes, degree, even_layout, layout_axes
-from jaxlwp.solver._tables import CostTables, FloatArray
+from jaxlwp.devices import DeviceGraph
+from jaxlwp.graph import ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp.ops import RULES, Labels, Rule
+from jaxlwp.solver import CostTables, FloatArray
+from jaxlwp.space import (
+    Config,
+    Layout,
+    copied_bytes,
+    degree,
+    enumerate_configs,
+    even_layout,
+    layout_axes,
+)
 
 Key = TypeVar("Key")
 

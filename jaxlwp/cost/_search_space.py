@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlwp.space._config import Config
-from jaxlwp.space._constraints import Constraints
 from jaxlwp.cost._model import AnalyticCostModel, CostModel, build_tables, layer_configs
-from jaxlwp.devices._device_graph import DeviceGraph
-from jaxlwp.graph._graph import ComputationGraph, Layer
-from jaxlwp.space._strategy import Strategy, baseline, make_strategy
-from jaxlwp.solver._tables import Cost, CostTables, FloatArray
+from jaxlwp.devices import DeviceGraph
+from jaxlwp.graph import ComputationGraph, Layer
+from jaxlwp.solver import Cost, CostTables, FloatArray
+from jaxlwp.space import Config, Constraints, Strategy, baseline, make_strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlwp.devices._device_graph import DeviceGraph, LinkFit, MeshAxis, axis_shape
-from jaxlwp.space._layout import COLLECTIVES, wire_share
 from jaxlwp.devices._processes import from_first, spans_processes
-from jaxlwp.mesh._spmd import (
+from jaxlwp.devices._store import Measurement, Store, environment_of, now
+from jaxlwp.mesh import (
     all_gather,
     all_reduce,
     all_to_all,
@@ -33,7 +33,7 @@ from jaxlwp.mesh._spmd import (
     reduce_scatter,
     vary,
 )
-from jaxlwp.devices._store import Measurement, Store, environment_of, now
+from jaxlwp.space import COLLECTIVES, wire_share
 
 FORMAT_VERSION = 9
 REPEATS = 5

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlwp.space._layout import Collective, wire_share
+from jaxlwp.space import Collective, wire_share
 
 
 @dataclass(frozen=True, kw_only=True)

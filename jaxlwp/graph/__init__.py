@@ -1,0 +1,21 @@
+"""From a function to its graph of layers.
+
+Read `_trace` first: it has the steps in order. `_graph` is the result, as data; `_constants` are
+values that depend on no argument; `_samples` says which dimensions are samples; `_group` joins
+equations to layers and names their dimensions.
+"""
+
+from jaxlwp.graph._graph import ComputationGraph, Edge, Layer, Member, Use
+from jaxlwp.graph._group import pull, whole
+from jaxlwp.graph._trace import trace
+
+__all__ = [
+    "ComputationGraph",
+    "Edge",
+    "Layer",
+    "Member",
+    "Use",
+    "pull",
+    "trace",
+    "whole",
+]

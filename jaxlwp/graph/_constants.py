@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlwp.program._program import CUSTOM, Equation, Program, Value, flatten, without_dead_code
 from jaxlwp.ops import rule_of
+from jaxlwp.program import CUSTOM, Equation, Program, Value, flatten, without_dead_code
 
 LARGEST_KNOWN = 1 << 24
 """Elements of the largest value that is evaluated at trace time."""

@@ -6,8 +6,8 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 
-from jaxlwp.program._program import Equation, Program, Value
 from jaxlwp.ops import RULES, Labels, Signature
+from jaxlwp.program import Equation, Program, Value
 
 FUSED = ("elementwise", "broadcast", "iota", "pad", "random", "reshape", "slice", "transpose")
 """Kinds of operators that compilers merge into other operators' loops."""

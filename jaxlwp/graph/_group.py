@@ -17,9 +17,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from jaxlwp.program._program import Equation, Program
 from jaxlwp.graph._samples import Samples
 from jaxlwp.ops import RULES, Labels, Rule, Signature, default_names, rule_of, spatial_names
+from jaxlwp.program import Equation, Program
 
 # --- matching a signature against dimension names ----------------------------------------------
 

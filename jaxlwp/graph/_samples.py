@@ -12,8 +12,8 @@ import collections
 import math
 from collections.abc import Sequence
 
-from jaxlwp.program._program import Equation, Program
 from jaxlwp.ops import RULES, Labels, rule_of
+from jaxlwp.program import Equation, Program
 
 Dim = tuple[int, int]
 """A dimension: the index of a value of the program, and its position."""

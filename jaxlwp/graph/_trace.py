@@ -13,12 +13,10 @@ from typing import Any
 
 import jax
 
-from jaxlwp.program._arguments import argument_name
 from jaxlwp.graph._constants import KnownValues, with_constants
 from jaxlwp.graph._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp.graph._group import Draft, Grouping, pull, whole
-from jaxlwp.program._program import Equation, Program, Value, flatten, without_dead_code
-from jaxlwp.mesh._spmd import no_mesh
+from jaxlwp.mesh import no_mesh
 from jaxlwp.ops import (
     LINEAR,
     PARTS,
@@ -29,6 +27,7 @@ from jaxlwp.ops import (
     unread_results,
     with_borders,
 )
+from jaxlwp.program import Equation, Program, Value, argument_name, flatten, without_dead_code
 
 
 def trace(

@@ -1,0 +1,47 @@
+"""The function on one device's blocks.
+
+Read `_steps` first: the program of one device as data, collectives among its steps. `_lower`
+carries the steps out. `_halo` is the geometry of halo exchanges, `_reshard` moves blocks.
+"""
+
+from jaxlwp.lower._halo import plan_halo
+from jaxlwp.lower._lower import LAYER_SCOPE, Lowered, run
+from jaxlwp.lower._steps import (
+    AddUp,
+    Again,
+    Block,
+    Change,
+    DeviceProgram,
+    Items,
+    Op,
+    Operate,
+    Receive,
+    Region,
+    Step,
+    build,
+    build_layer,
+    every_step,
+    read_elsewhere,
+)
+
+__all__ = [
+    "AddUp",
+    "Again",
+    "Block",
+    "Change",
+    "DeviceProgram",
+    "Items",
+    "LAYER_SCOPE",
+    "Lowered",
+    "Op",
+    "Operate",
+    "Receive",
+    "Region",
+    "Step",
+    "build",
+    "build_layer",
+    "every_step",
+    "plan_halo",
+    "read_elsewhere",
+    "run",
+]

@@ -19,10 +19,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlwp.program._border import Border, Pieces, join, rows_of, runs
-from jaxlwp.space._layout import cdiv
-from jaxlwp.mesh._spmd import device_index, permute
+from jaxlwp.mesh import device_index, permute
 from jaxlwp.ops import Reach
+from jaxlwp.program import Border, Pieces, join, rows_of, runs
+from jaxlwp.space import cdiv
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,13 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlwp.program._border import extend
-from jaxlwp.space._config import Config, Layout
-from jaxlwp.graph._graph import ComputationGraph
+from jaxlwp.graph import ComputationGraph
 from jaxlwp.lower._halo import assemble, dilate, receive
-from jaxlwp.space._layout import degree, local_shape
 from jaxlwp.lower._reshard import move_block
-from jaxlwp.mesh._spmd import all_reduce, device_index, vary
 from jaxlwp.lower._steps import (
     AddUp,
     Again,
@@ -52,7 +48,10 @@ from jaxlwp.lower._steps import (
     output_layout,
     stored_layout,
 )
+from jaxlwp.mesh import all_reduce, device_index, vary
 from jaxlwp.ops import Local, evaluate_whole, rule_of
+from jaxlwp.program import extend
+from jaxlwp.space import Config, Layout, degree, local_shape
 
 LAYER_SCOPE = "jaxlwp.layer"
 """Name scope of a layer's operators in the lowered function, before the layer's index."""

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlwp.space._config import Layout
-from jaxlwp.space._layout import Move, cdiv, degree
-from jaxlwp.mesh._spmd import all_gather, all_to_all, device_index, permute, vary
+from jaxlwp.mesh import all_gather, all_to_all, device_index, permute, vary
+from jaxlwp.space import Layout, Move, cdiv, degree
 
 
 def move_block(

@@ -30,12 +30,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlwp.program._border import Border
-from jaxlwp.space._config import Config, Layout
-from jaxlwp.graph._graph import ComputationGraph
-from jaxlwp.graph._group import pull, whole
+from jaxlwp.graph import ComputationGraph, pull, whole
 from jaxlwp.lower._halo import Halo, Neighbour, cut, neighbours, plan_halo
-from jaxlwp.space._layout import (
+from jaxlwp.ops import RULES, Labels, Signature, rule_of
+from jaxlwp.program import Border, Checkpoint, Equation, Value
+from jaxlwp.space import (
+    Config,
+    Layout,
     Move,
     degree,
     even_layout,
@@ -43,8 +44,6 @@ from jaxlwp.space._layout import (
     local_shape,
     plan_moves,
 )
-from jaxlwp.program._program import Checkpoint, Equation, Value
-from jaxlwp.ops import RULES, Labels, Signature, rule_of
 
 AxisSizes = tuple[tuple[str, int], ...]
 """Names and sizes of the mesh axes."""

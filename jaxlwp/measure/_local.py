@@ -19,13 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlwp.space._config import Config, Layout
-from jaxlwp.graph._graph import ComputationGraph, Layer
-from jaxlwp.space._layout import degree, local_shape
-from jaxlwp.lower._lower import run
-from jaxlwp.program._program import SCAN, Equation, Program, Value, flatten, scan_of
-from jaxlwp.mesh._spmd import OnBlocks, trace_on_blocks
-from jaxlwp.lower._steps import build_layer, read_elsewhere
+from jaxlwp.graph import ComputationGraph, Layer
+from jaxlwp.lower import build_layer, read_elsewhere, run
+from jaxlwp.mesh import OnBlocks, trace_on_blocks
+from jaxlwp.program import SCAN, Equation, Program, Value, flatten, scan_of
+from jaxlwp.space import Config, Layout, degree, local_shape
 
 COLLECTIVES = (
     "psum",

@@ -8,12 +8,10 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from jaxlwp.devices._calibrate import KIND, rates_key
-from jaxlwp.space._config import Config
-from jaxlwp.devices._device_graph import DeviceGraph
-from jaxlwp.graph._graph import ComputationGraph, Layer
+from jaxlwp.devices import KIND, DeviceGraph, Environment, Measurement, rates_key, read_export
+from jaxlwp.graph import ComputationGraph, Layer
 from jaxlwp.measure._timer import LayerTimes, TimingCache
-from jaxlwp.devices._store import Environment, Measurement, read_export
+from jaxlwp.space import Config
 
 
 @dataclass(frozen=True, kw_only=True)

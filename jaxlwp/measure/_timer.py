@@ -23,17 +23,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlwp.devices import (
+    DeviceGraph,
+    Environment,
+    Measurement,
+    Store,
+    environment_of,
+    from_first,
+    local_devices,
+    now,
+    spans_processes,
+)
+from jaxlwp.graph import ComputationGraph, Layer
 from jaxlwp.measure import _pages
-from jaxlwp.devices._calibrate import local_devices
-from jaxlwp.space._config import Config
-from jaxlwp.devices._device_graph import DeviceGraph
-from jaxlwp.graph._graph import ComputationGraph, Layer
-from jaxlwp.space._layout import degree
 from jaxlwp.measure._local import LocalStep, local_step, text_of
-from jaxlwp.devices._processes import from_first, spans_processes
-from jaxlwp.program._program import Value
-from jaxlwp.mesh._spmd import auto_mesh, on_mesh
-from jaxlwp.devices._store import Environment, Measurement, Store, environment_of, now
+from jaxlwp.mesh import auto_mesh, on_mesh
+from jaxlwp.program import Value
+from jaxlwp.space import Config, degree
 
 Pair = tuple[Layer, Config]
 Progress = Callable[[str, int, int], None]

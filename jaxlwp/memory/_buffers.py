@@ -51,7 +51,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlwp.program._program import SCAN, Equation, Program, scan_of
+from jaxlwp.program import SCAN, Equation, Program, scan_of
 
 COMBINED_BYTES = 30 * 1024 * 1024
 """Largest combined all-reduce: XLA's `xla_gpu_all_reduce_combine_threshold_bytes`."""

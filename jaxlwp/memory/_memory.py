@@ -12,28 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import numpy.typing as npt
-import optax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlwp.graph import ComputationGraph, Edge, Layer, Use
+from jaxlwp.lower import Lowered, run
 from jaxlwp.memory._buffers import LIBRARY, Buffers, predict
-from jaxlwp.space._config import Config, Layout
-from jaxlwp.graph._graph import ComputationGraph, Edge, Layer, Use
-from jaxlwp.space._layout import copied_bytes, even_layout, local_shape
-from jaxlwp.lower._lower import Lowered, run
-from jaxlwp.program._program import Program, Value, flatten
-from jaxlwp.mesh._spmd import trace_on_blocks
+from jaxlwp.mesh import trace_on_blocks
 from jaxlwp.ops import Labels
-
-if TYPE_CHECKING:
-    from jaxlwp.plan._plan import Plan
-
-OPTIMIZER = optax.sgd(1e-4, momentum=0.9)
-"""What a training step is assumed to update its parameters with."""
+from jaxlwp.program import Program, Value, flatten
+from jaxlwp.space import Config, Layout, copied_bytes, even_layout, local_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,27 +61,6 @@ class Memory:
     def peak_bytes(self) -> int:
         """What has to fit: the arguments, and what lives beside them at the worst moment."""
         return self.argument_bytes + self.kept_bytes + self.temporary_bytes
-
-
-def plan_memory(plan: Plan, optimizer: optax.GradientTransformation = OPTIMIZER) -> Memory:
-    """Memory of a plan's training step; `Plan.memory` is that with SGD with momentum.
-
-    Args:
-      plan: the plan.
-      optimizer: of the training step; its state is split as `Plan.place` splits it.
-    """
-    state = jax.eval_shape(optimizer.init, plan.argument_shapes[0])
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    shards = (
-        math.prod(plan.sharding_for(path, leaf).shard_shape(leaf.shape)) * _itemsize(leaf.dtype)
-        for path, leaf in leaves
-    )
-    return strategy_memory(
-        plan.graph,
-        plan.strategy.for_graph(plan.graph),
-        plan.space.devices.axis_sizes,
-        optimizer_bytes=sum(shards),
-    )
 
 
 def strategy_memory(

@@ -25,8 +25,6 @@ from jax import lax
 from jax.extend import core as jex_core
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp.space._config import Layout
-
 Axes = tuple[str, ...]
 """Mesh axes, major to minor."""
 
@@ -134,7 +132,7 @@ def no_mesh() -> contextlib.AbstractContextManager[Any]:
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
-def partition_spec(layout: Layout) -> PartitionSpec:
+def partition_spec(layout: Sequence[Axes]) -> PartitionSpec:
     """The PartitionSpec of a layout."""
     entries = [axes[0] if len(axes) == 1 else axes or None for axes in layout]
     while entries and entries[-1] is None:
@@ -160,8 +158,8 @@ class OnBlocks:
 def trace_on_blocks(
     function: Callable[..., Any],
     arguments: Sequence[jax.ShapeDtypeStruct],
-    in_layouts: Sequence[Layout],
-    out_layouts: Sequence[Layout],
+    in_layouts: Sequence[Sequence[Axes]],
+    out_layouts: Sequence[Sequence[Axes]],
     axis_sizes: Mapping[str, int],
 ) -> OnBlocks:
     """Trace what one device of a mesh evaluates; the devices need not exist.

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from jaxlwp.program._program import SCAN, Equation, Program
 from jaxlwp.ops import (
     _arrange,
     _conv,
@@ -31,6 +30,7 @@ from jaxlwp.ops._rule import (
     default_names,
     spatial_names,
 )
+from jaxlwp.program import SCAN, Equation, Program
 
 RULES: dict[str, Rule] = {
     **_arrange.RULES,

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxlwp.program._program import Equation
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, Window, anonymous, bind_lowering
+from jaxlwp.program import Equation
 
 
 def _except(names: Sequence[str], *dims: int) -> Labels:

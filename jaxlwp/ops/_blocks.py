@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlwp.program._program import Checkpoint, Equation, Program, inner_jaxprs
-from jaxlwp.mesh._spmd import vary
+from jaxlwp.mesh import vary
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature
+from jaxlwp.program import Checkpoint, Equation, Program, inner_jaxprs
 
 Dim = tuple[str, int, int]
 """A dimension of a value of a program: program, value, position."""

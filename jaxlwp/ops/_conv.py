@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlwp.program._program import Equation
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, Window, spatial_names
+from jaxlwp.program import Equation
 
 
 def _signature(eqn: Equation) -> Signature | None:

@@ -17,7 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlwp.program._program import (
+from jaxlwp.mesh import no_mesh
+from jaxlwp.ops._blocks import Blocks, Classes, SignatureOf, dims_of, labels_of, relate
+from jaxlwp.ops._derivative import values_needed
+from jaxlwp.ops._rule import Local, Rule, Signature
+from jaxlwp.program import (
     CUSTOM_JVP,
     CUSTOM_VJP,
     Equation,
@@ -25,10 +29,6 @@ from jaxlwp.program._program import (
     Value,
     flatten,
 )
-from jaxlwp.mesh._spmd import no_mesh
-from jaxlwp.ops._blocks import Blocks, Classes, SignatureOf, dims_of, labels_of, relate
-from jaxlwp.ops._derivative import values_needed
-from jaxlwp.ops._rule import Local, Rule, Signature
 
 
 @dataclass(frozen=True, kw_only=True)

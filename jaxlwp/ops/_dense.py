@@ -6,8 +6,8 @@ import functools
 import math
 from collections.abc import Sequence
 
-from jaxlwp.program._program import Equation
 from jaxlwp.ops._rule import Rule, Signature, bind_lowering
+from jaxlwp.program import Equation
 
 
 def _signature(eqn: Equation, weight: int = 1) -> Signature:

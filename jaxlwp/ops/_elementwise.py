@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlwp.program._program import Equation, flatten
-from jaxlwp.mesh._spmd import no_mesh, vary
+from jaxlwp.mesh import no_mesh, vary
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, bind_lowering
+from jaxlwp.program import Equation, flatten
 
 POINTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "

@@ -20,10 +20,9 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
-from jaxlwp.program._border import Border
-from jaxlwp.program._program import Equation, Program, StandIn, Value
 from jaxlwp.ops import _elementwise
 from jaxlwp.ops._rule import Rule, Signature, anonymous, bind_lowering
+from jaxlwp.program import Border, Equation, Program, StandIn, Value
 
 Table = NDArray[np.int64]
 """For each row of a result the row of an array."""

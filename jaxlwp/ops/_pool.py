@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlwp.program._program import Equation
 from jaxlwp.ops._rule import Fill, Local, Rule, Signature, Window, anonymous
+from jaxlwp.program import Equation
 
 
 def _windows(eqn: Equation) -> tuple[Window, ...]:

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlwp.program._program import Equation
-from jaxlwp.mesh._spmd import all_reduce, all_reduce_max, all_reduce_min
+from jaxlwp.mesh import all_reduce, all_reduce_max, all_reduce_min
 from jaxlwp.ops._rule import (
     Fill,
     Labels,
@@ -24,6 +23,7 @@ from jaxlwp.ops._rule import (
     bind_lowering,
     elementwise_flops,
 )
+from jaxlwp.program import Equation
 
 
 def _signature(fill: Fill, split_reduced: bool) -> Any:

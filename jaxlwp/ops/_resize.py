@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlwp.program._program import Equation, StandIn
 from jaxlwp.ops._extend import border_of
 from jaxlwp.ops._rule import Labels, Local, Rows, Rule, Signature, anonymous
+from jaxlwp.program import Equation, StandIn
 
 NARROW = 8
 """A band of at most so many rows, or of half of the matrix's, is narrow."""

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from jaxlwp.program._border import Border
-from jaxlwp.program._program import Equation
+from jaxlwp.program import Border, Equation
 
 Labels = tuple[str | None, ...]
 """For each dimension of an array its dimension name; None where it cannot be split."""

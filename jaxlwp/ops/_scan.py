@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlwp.program._program import CUSTOM_VJP, SCAN, Equation, Program, Scan, StandIn, Value, scan_of
 from jaxlwp.ops._blocks import (
     Blocks,
     Classes,
@@ -32,6 +31,16 @@ from jaxlwp.ops._blocks import (
     relate,
 )
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, default_names, elementwise_flops
+from jaxlwp.program import (
+    CUSTOM_VJP,
+    SCAN,
+    Equation,
+    Program,
+    Scan,
+    StandIn,
+    Value,
+    scan_of,
+)
 
 BODY = "body"
 SCANNED: Dim = ("scanned", 0, 0)

@@ -8,9 +8,9 @@ from typing import Any
 
 from jax import lax
 
-from jaxlwp.program._program import Equation
-from jaxlwp.mesh._spmd import vary
+from jaxlwp.mesh import vary
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, anonymous, bind_lowering
+from jaxlwp.program import Equation
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

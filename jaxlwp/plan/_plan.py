@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,24 +12,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp.program._arguments import Arguments, canonical
-from jaxlwp.cost._collectives import strategy_collectives
-from jaxlwp.space._config import Layout
-from jaxlwp.cost._model import layer_configs
-from jaxlwp.devices._device_graph import DeviceGraph
-from jaxlwp.graph._graph import ComputationGraph
-from jaxlwp.space._layout import Collective
-from jaxlwp.lower._lower import Lowered
-from jaxlwp.memory._memory import Memory, plan_memory
-from jaxlwp.search._search import SearchResult, search
-from jaxlwp.cost._search_space import SearchSpace, check_mesh, price
-from jaxlwp.mesh._spmd import check_set_mesh, no_mesh, partition_spec, placed
-from jaxlwp.space._strategy import Strategy
-from jaxlwp.solver._tables import Cost
-from jaxlwp.graph._trace import trace
+from jaxlwp.cost import SearchSpace, check_mesh, layer_configs, price, strategy_collectives
+from jaxlwp.devices import DeviceGraph
+from jaxlwp.graph import ComputationGraph, trace
+from jaxlwp.lower import Lowered
+from jaxlwp.memory import Memory, strategy_memory
+from jaxlwp.mesh import check_set_mesh, no_mesh, partition_spec, placed
+from jaxlwp.optimize import SearchResult, search
+from jaxlwp.program import Arguments, Value, canonical
+from jaxlwp.solver import Cost
+from jaxlwp.space import Collective, Layout, Strategy
+
+OPTIMIZER = optax.sgd(1e-4, momentum=0.9)
+"""What a training step is assumed to update its parameters with."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -334,42 +334,6 @@ class Plan:
         count = self.graph.num_parameters
         return paths[:count] + [entry for entry in paths[count:] if entry[0]]
 
-    def verify(
-        self,
-        *arguments: Any,
-        keywords: Mapping[str, Any] | None = None,
-        optimizer: Any = None,
-        target: str | None = None,
-    ) -> Any:
-        """Compile the training step and set it against what was priced.
-
-        Args:
-          *arguments: params and batch, as arrays: the step is run too; left out, it is compiled
-            only.
-          keywords: arguments of the function that are passed by name, likewise.
-          optimizer: optax transformation of the step; SGD with momentum by default.
-          target: GPUs to compile for that need not exist, as in "h200:16" (needs the extra
-            `jaxlwp[gpu-aot]`).
-
-        Returns:
-          A `Verification`: collectives per layer and in total, memory and time, predicted and
-          found. Print it.
-
-        Raises:
-          ValueError: an unknown target, or one of another size, or arguments beside a target.
-          RuntimeError: the compiler for the target is not installed.
-        """
-        from jaxlwp.memory._memory import OPTIMIZER
-        from jaxlwp.check._verify import verify
-
-        given = canonical("verify", self.function, arguments, keywords or {})
-        return verify(
-            self,
-            arguments=given if arguments else None,
-            optimizer=optimizer or OPTIMIZER,
-            target=target,
-        )
-
     @property
     def __name__(self) -> str:
         """What `jax.jit` calls the compiled program."""
@@ -383,9 +347,31 @@ class Plan:
 
     def __repr__(self) -> str:
         """A row per layer: config, PartitionSpec, seconds and bytes."""
-        from jaxlwp.report._tables import plan_text
+        from jaxlwp.report import plan_text
 
         return plan_text(self)
+
+
+def plan_memory(plan: Plan, optimizer: optax.GradientTransformation = OPTIMIZER) -> Memory:
+    """Memory of a plan's training step; `Plan.memory` is that with SGD with momentum.
+
+    Args:
+      plan: the plan.
+      optimizer: of the training step; its state is split as `Plan.place` splits it.
+    """
+    state = jax.eval_shape(optimizer.init, plan.argument_shapes[0])
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    shards = (
+        math.prod(plan.sharding_for(path, leaf).shard_shape(leaf.shape))
+        * Value((), leaf.dtype).itemsize
+        for path, leaf in leaves
+    )
+    return strategy_memory(
+        plan.graph,
+        plan.strategy.for_graph(plan.graph),
+        plan.space.devices.axis_sizes,
+        optimizer_bytes=sum(shards),
+    )
 
 
 def _call(params: Any, *batch: Any, **keywords: Any) -> Any:

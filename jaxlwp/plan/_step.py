@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import optax
 
-from jaxlwp.program._arguments import Arguments
-from jaxlwp.memory._memory import OPTIMIZER
-from jaxlwp.plan._plan import Plan
-from jaxlwp.mesh._spmd import on_mesh
+from jaxlwp.mesh import on_mesh
+from jaxlwp.plan._plan import OPTIMIZER, Plan
+from jaxlwp.program import Arguments
 
 
 @dataclass(frozen=True, kw_only=True)

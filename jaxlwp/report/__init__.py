@@ -1,0 +1,25 @@
+"""Text and pictures of what all other folders return.
+
+`_tables` has the tables, `_plot` the pictures. The reprs of plans and results import this folder
+when they are called, and nothing else does but the command line.
+"""
+
+from jaxlwp.report._tables import (
+    alternatives_table,
+    comparison_text,
+    explanation_table,
+    pareto_table,
+    plan_text,
+    render,
+    verification_text,
+)
+
+__all__ = [
+    "alternatives_table",
+    "comparison_text",
+    "explanation_table",
+    "pareto_table",
+    "plan_text",
+    "render",
+    "verification_text",
+]

@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from jaxlwp.space._config import DIMENSIONS
 from jaxlwp.report._tables import seconds
-from jaxlwp.solver._tables import Cost
+from jaxlwp.solver import Cost
+from jaxlwp.space import DIMENSIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from jaxlwp.check._compare import Comparison
-    from jaxlwp.plan._plan import Plan
+    from jaxlwp.check import Comparison
+    from jaxlwp.plan import Plan
 
 # Colours of Okabe and Ito, which the colour-blind can tell apart.
 _COLOURS = dict(

@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from jaxlwp.cost._collectives import argument_collectives, layer_collectives, use_collectives
-from jaxlwp.space._config import Config
-from jaxlwp.search._search import search
+from jaxlwp.cost import argument_collectives, layer_collectives, use_collectives
+from jaxlwp.optimize import search
+from jaxlwp.space import Config
 
 if TYPE_CHECKING:
-    from jaxlwp.check._compare import Comparison
-    from jaxlwp.search._explain import Alternative, Explanation
-    from jaxlwp.search._pareto import ParetoCurve
-    from jaxlwp.plan._plan import Plan
-    from jaxlwp.cost._search_space import SearchSpace
-    from jaxlwp.check._verify import Traffic, Verification
+    from jaxlwp.check import Comparison, Traffic, Verification
+    from jaxlwp.cost import SearchSpace
+    from jaxlwp.optimize import Alternative, Explanation, ParetoCurve
+    from jaxlwp.plan import Plan
 
 
 def render(table: Table, width: int = 150) -> str:
@@ -191,7 +189,7 @@ def _layer_bytes(plan: Plan, index: int, configs: tuple[Config, ...]) -> int:
 
 
 def _output_spec(plan: Plan, index: int, config: Config) -> str:
-    from jaxlwp.mesh._spmd import partition_spec
+    from jaxlwp.mesh import partition_spec
 
     member = plan.graph.layers[index].members[-1]
     return str(partition_spec(config.layout(member.signature.results[0]))).replace(

@@ -19,7 +19,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxlwp.solver._eliminate import Bucket, Scope, aligned, eliminate, make_graph, plan_order, sum_of
+from jaxlwp.solver._eliminate import (
+    Bucket,
+    Scope,
+    aligned,
+    eliminate,
+    make_graph,
+    plan_order,
+    sum_of,
+)
 from jaxlwp.solver._problem import Problem, check_problem
 from jaxlwp.solver._tables import FloatArray
 

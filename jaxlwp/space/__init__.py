@@ -1,0 +1,54 @@
+"""What a layer may do: configs, layouts and the moves between them, strategies, constraints.
+
+Read `_config` first (which mesh axes split which dimension), then `_layout` (where the parts of a
+tensor are, and how they get elsewhere), `_strategy` (a config for every layer; baselines; JSON) and
+`_constraints` (what the user forbids).
+"""
+
+from jaxlwp.space._config import DIMENSIONS, Config, Layout, dimension_order, enumerate_configs
+from jaxlwp.space._constraints import Constraints, Split
+from jaxlwp.space._layout import (
+    COLLECTIVES,
+    Collective,
+    Move,
+    cdiv,
+    copied_bytes,
+    degree,
+    even_layout,
+    layout_axes,
+    local_shape,
+    move_collectives,
+    move_exchanges,
+    plan_moves,
+    plan_options,
+    wire_share,
+)
+from jaxlwp.space._strategy import BASELINES, Strategy, baseline, make_strategy
+
+__all__ = [
+    "BASELINES",
+    "COLLECTIVES",
+    "Collective",
+    "Config",
+    "Constraints",
+    "DIMENSIONS",
+    "Layout",
+    "Move",
+    "Split",
+    "Strategy",
+    "baseline",
+    "cdiv",
+    "copied_bytes",
+    "degree",
+    "dimension_order",
+    "enumerate_configs",
+    "even_layout",
+    "layout_axes",
+    "local_shape",
+    "make_strategy",
+    "move_collectives",
+    "move_exchanges",
+    "plan_moves",
+    "plan_options",
+    "wire_share",
+]

@@ -15,8 +15,8 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from jaxlwp.graph import ComputationGraph, Layer
 from jaxlwp.space._config import DIMENSIONS, Config
-from jaxlwp.graph._graph import ComputationGraph, Layer
 from jaxlwp.space._layout import degree, even_layout, layout_axes
 
 Split = Config | Mapping[str, int | str | Sequence[str]]

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxlwp.graph import ComputationGraph
 from jaxlwp.space._config import Config
-from jaxlwp.graph._graph import ComputationGraph
 
 FORMAT_VERSION = 1
 

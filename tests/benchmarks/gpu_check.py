@@ -36,11 +36,11 @@ import numpy as np
 
 import jaxlwp
 from jaxlwp.check._compare import step_times
-from jaxlwp.devices._device_graph import axis_shape
-from jaxlwp.search._measured import measured_space
-from jaxlwp.measure._timer import LayerTimer, TimingCache
 from jaxlwp.cli._workload import load_workload
+from jaxlwp.devices._device_graph import axis_shape
 from jaxlwp.devices._store import Store, environment_of
+from jaxlwp.measure._timer import LayerTimer, TimingCache
+from jaxlwp.optimize._measured import measured_space
 
 MODELS = {
     "AlexNet": "models.alexnet:AlexNet",

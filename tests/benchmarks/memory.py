@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 
 import jaxlwp
-from jaxlwp.cli._workload import load_workload
-from jaxlwp._parallelize import MEMORY_MARGIN
 from jaxlwp.check._target import compile_for, target_mesh
+from jaxlwp.cli._workload import load_workload
+from jaxlwp.plan._planning import MEMORY_MARGIN
 
 NETWORKS = {
     "AlexNet": "models.alexnet:AlexNet",

@@ -32,14 +32,13 @@ import jax.numpy as jnp
 import optax
 
 import jaxlwp
-from jaxlwp.cost import _changes
-from jaxlwp.cost import _collectives
+from jaxlwp.cli._workload import load_workload
+from jaxlwp.cost import _changes, _collectives
 from jaxlwp.cost import _model as _cost
-from jaxlwp.space import _layout
 from jaxlwp.cost import _search_space as _space
 from jaxlwp.devices._device_graph import axis_shape
-from jaxlwp.cli._workload import load_workload
-from jaxlwp.search._wide import is_large
+from jaxlwp.optimize._wide import is_large
+from jaxlwp.space import _layout
 from models.unet3d import UNet3D
 
 NETWORKS = {

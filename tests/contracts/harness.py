@@ -25,11 +25,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp.space._config import Config, enumerate_configs
 from jaxlwp.graph._graph import ComputationGraph, Layer
+from jaxlwp.graph._trace import trace
 from jaxlwp.lower._lower import Lowered
 from jaxlwp.mesh._spmd import partition_spec, placed
-from jaxlwp.graph._trace import trace
+from jaxlwp.space._config import Config, enumerate_configs
 
 TOLERANCE = 1e-5
 """Largest allowed max|a - b| / max|b| in float32."""

@@ -22,10 +22,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh
 
 import jaxlwp
-from jaxlwp.cost._collectives import collectives_by_layer
 from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
-from jaxlwp.plan._plan import bind
 from jaxlwp.check._verify import check_layers
+from jaxlwp.cost._collectives import collectives_by_layer
+from jaxlwp.plan._plan import bind
 
 from .harness import compiler_options, draw_seed
 from .zoo import RATES, ZOO, case, random_batch

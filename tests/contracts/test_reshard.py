@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxlwp.lower._reshard import move_block
 from jaxlwp.space import _layout
 from jaxlwp.space._config import Layout
 from jaxlwp.space._layout import Move, degree, layout_axes, local_shape, plan_moves
-from jaxlwp.lower._reshard import move_block
 
 from .harness import compiler_options
 

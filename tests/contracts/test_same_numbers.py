@@ -14,9 +14,9 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlwp.graph._graph import Layer
 from jaxlwp.lower import _lower
 from jaxlwp.space._config import Config
-from jaxlwp.graph._graph import Layer
 
 from .cases import CASES, EIGHT_PARTS, EIGHT_PARTS_SLOW, SIX_PARTS
 from .harness import (

@@ -16,13 +16,13 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import jaxlwp
-from jaxlwp.space._config import Config
+from jaxlwp.check._verify import _collectives, check_layers
 from jaxlwp.measure._local import local_step
 from jaxlwp.memory._memory import differentiated
+from jaxlwp.ops import RULES
 from jaxlwp.plan._plan import bind as bind_plan
 from jaxlwp.program._program import LONGEST_UNROLLED, flatten
-from jaxlwp.check._verify import _collectives, check_layers
-from jaxlwp.ops import RULES
+from jaxlwp.space._config import Config
 
 from .harness import bind, compare, compiler_options, every_config
 
@@ -185,7 +185,7 @@ def test_ctc_loss_is_few_layers() -> None:
 @pytest.mark.parametrize("strategy", ["data", "search"])
 def test_ctc_loss_is_right_and_runs_as_priced(strategy: str) -> None:
     plan, loss, arguments = ctc_plan(20, strategy)
-    check = plan.verify()
+    check = jaxlwp.verify(plan)
     assert not check.disagreeing, str(check)
     actual = jax.jit(jax.value_and_grad(plan))(*arguments)
     expected = jax.jit(jax.value_and_grad(loss))(*arguments)
@@ -201,7 +201,7 @@ def test_weights_of_a_recurrence_are_summed_once() -> None:
 
     params = {"w": W, "v": 2 * W}
     plan = jaxlwp.parallelize(loss, params, array(16, 6, 4), rates=RATES, strategy="data")
-    check = plan.verify()
+    check = jaxlwp.verify(plan)
     assert not check.disagreeing, str(check)
     assert check.compiled_bytes_by_kind == {"all-reduce": 2 * 4 * 4 * 4 + 4}
 

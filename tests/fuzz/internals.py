@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlwp.space._config import Config, enumerate_configs
-from jaxlwp.graph._graph import Layer
 from jaxlwp.check._verify import check_layers
+from jaxlwp.graph._graph import Layer
+from jaxlwp.space._config import Config, enumerate_configs
 
 __all__ = ["check_layers", "layer_configs"]
 

@@ -16,15 +16,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxlwp.cost._collectives import spare_sums
-from jaxlwp.space._config import dimension_order
-from jaxlwp.cost._model import AnalyticCostModel, layer_key, passes_of, work_rate
-from jaxlwp.devices._device_graph import DeviceGraph, MeshAxis
-from jaxlwp.graph._graph import ComputationGraph, Edge, Layer, Member, Use
-from jaxlwp.space._layout import COLLECTIVES, wire_share
-from jaxlwp.solver._solve import solve
-from jaxlwp.solver._tables import FloatArray
+from jaxlwp.cost import AnalyticCostModel, layer_key, passes_of, spare_sums, work_rate
+from jaxlwp.devices import DeviceGraph, MeshAxis
+from jaxlwp.graph import ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp.ops import RULES
+from jaxlwp.solver import FloatArray, solve
+from jaxlwp.space import COLLECTIVES, dimension_order, wire_share
 
 _Degrees = Mapping[str, FloatArray]
 """For each dimension, its degree under each of some configs."""

@@ -11,11 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxlwp.cost._model import AnalyticCostModel, build_tables
-from jaxlwp.memory._memory import memory_costs
-from jaxlwp.solver._minmax import Rows
-from jaxlwp.cost._search_space import SearchSpace
-from jaxlwp.solver._tables import FloatArray
+from jaxlwp.cost import AnalyticCostModel, SearchSpace, build_tables
+from jaxlwp.memory import memory_costs
+from jaxlwp.solver import FloatArray, Rows
 
 
 class Objective(Protocol):

@@ -10,15 +10,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlwp.space._config import Config
-from jaxlwp.cost._model import build_tables
-from jaxlwp.graph._graph import Layer
-from jaxlwp.solver._marginals import DenseGraphError, min_marginals
-from jaxlwp.search._objective import Objective
-from jaxlwp.search._search import AnySolution, Goal, SearchResult
-from jaxlwp.solver._solve import solve
-from jaxlwp.cost._search_space import SearchSpace
-from jaxlwp.solver._tables import FloatArray
+from jaxlwp.cost import SearchSpace, build_tables
+from jaxlwp.graph import Layer
+from jaxlwp.optimize._objective import Objective
+from jaxlwp.optimize._search import AnySolution, Goal, SearchResult
+from jaxlwp.solver import DenseGraphError, FloatArray, min_marginals, solve
+from jaxlwp.space import Config
 
 
 class Timer(Protocol):

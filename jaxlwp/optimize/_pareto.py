@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from jaxlwp.solver._limit import LimitedSolution
-from jaxlwp.memory._memory import Memory, strategy_memory
-from jaxlwp.search._objective import PeakMemory
-from jaxlwp.search._search import SearchResult, search
-from jaxlwp.cost._search_space import SearchSpace
+from jaxlwp.cost import SearchSpace
+from jaxlwp.memory import Memory, strategy_memory
+from jaxlwp.optimize._objective import PeakMemory
+from jaxlwp.optimize._search import SearchResult, search
+from jaxlwp.solver import LimitedSolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ParetoCurve:
 
     def __str__(self) -> str:
         """A row per strategy."""
-        from jaxlwp.report._tables import pareto_table, render
+        from jaxlwp.report import pareto_table, render
 
         return render(pareto_table(self))
 

@@ -8,14 +8,21 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlwp.solver._limit import LayerBytes, LimitedSolution, MemoryLimitError, solve_limited
-from jaxlwp.memory._memory import memory_costs
-from jaxlwp.solver._minmax import MinMaxSolution, minimize_max
-from jaxlwp.search._objective import OBJECTIVES, Objective, PlainSum
-from jaxlwp.solver._solve import Solution, solve
-from jaxlwp.cost._search_space import SearchSpace
-from jaxlwp.space._strategy import Strategy
-from jaxlwp.solver._tables import Cost
+from jaxlwp.cost import SearchSpace
+from jaxlwp.memory import memory_costs
+from jaxlwp.optimize._objective import OBJECTIVES, Objective, PlainSum
+from jaxlwp.solver import (
+    Cost,
+    LayerBytes,
+    LimitedSolution,
+    MemoryLimitError,
+    MinMaxSolution,
+    Solution,
+    minimize_max,
+    solve,
+    solve_limited,
+)
+from jaxlwp.space import Strategy
 
 AnySolution = Solution | LimitedSolution | MinMaxSolution
 """What the search under a plain sum, under a memory limit, and of a largest sum gives."""

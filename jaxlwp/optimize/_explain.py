@@ -11,13 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxlwp.space._config import Config
-from jaxlwp.space._constraints import Constraints, Split
-from jaxlwp.solver._marginals import k_best, min_marginals
-from jaxlwp.search._search import SearchResult, search
-from jaxlwp.cost._search_space import SearchSpace, restrict
-from jaxlwp.space._strategy import Strategy
-from jaxlwp.solver._tables import Cost, FloatArray
+from jaxlwp.cost import SearchSpace, restrict
+from jaxlwp.optimize._search import SearchResult, search
+from jaxlwp.solver import Cost, FloatArray, k_best, min_marginals
+from jaxlwp.space import Config, Constraints, Split, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +121,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """A row per layer: its config, and the best alternatives."""
-        from jaxlwp.report._tables import explanation_table, render
+        from jaxlwp.report import explanation_table, render
 
         return render(explanation_table(self))
 

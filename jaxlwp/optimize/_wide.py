@@ -20,17 +20,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from jaxlwp.space._config import DIMENSIONS, Config
-from jaxlwp.space._constraints import Constraints
-from jaxlwp.cost._model import AnalyticCostModel, layer_key
-from jaxlwp.devices._device_graph import DeviceGraph
-from jaxlwp.search._floor import floor_s
-from jaxlwp.graph._graph import ComputationGraph, Layer
-from jaxlwp.solver._limit import MemoryLimitError
-from jaxlwp.solver._marginals import DenseGraphError, min_marginals
-from jaxlwp.search._objective import Objective
-from jaxlwp.search._search import search
-from jaxlwp.cost._search_space import SearchSpace, price
+from jaxlwp.cost import AnalyticCostModel, SearchSpace, layer_key, price
+from jaxlwp.devices import DeviceGraph
+from jaxlwp.graph import ComputationGraph, Layer
+from jaxlwp.optimize._floor import floor_s
+from jaxlwp.optimize._objective import Objective
+from jaxlwp.optimize._search import search
+from jaxlwp.solver import DenseGraphError, MemoryLimitError, min_marginals
+from jaxlwp.space import DIMENSIONS, Config, Constraints
 
 MOST_CONFIGS = 24
 """Configs of a layer that a round keeps."""

@@ -1,0 +1,269 @@
+"""All steps in one: trace, price, search, bind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxlwp.cost import SearchSpace, check_mesh, price
+from jaxlwp.devices import DeviceGraph, Rates, choose_devices, device_graph, make_mesh
+from jaxlwp.graph import ComputationGraph, trace
+from jaxlwp.measure import Profile, layer_timer
+from jaxlwp.mesh import set_mesh_or_none
+from jaxlwp.optimize import (
+    ROUNDS,
+    Objective,
+    PeakMemory,
+    is_large,
+    measured_space,
+    price_around,
+    search,
+    search_measured,
+)
+from jaxlwp.plan._plan import Plan, bind, is_loss, output_shapes, plan_memory
+from jaxlwp.program import Arguments
+from jaxlwp.solver import MemoryLimitError
+from jaxlwp.space import Constraints, Strategy
+
+
+def plan_for(
+    fn: Callable[..., Any],
+    arguments: Arguments,
+    *,
+    devices: Sequence[Any] | int | None = None,
+    mesh: Mesh | None = None,
+    strategy: str | Strategy = "search",
+    rates: Rates | DeviceGraph | Profile | None = None,
+    measure: bool | None = None,
+    optimizer: Any = None,
+    memory_bytes: float | None = None,
+    constraints: Constraints | None = None,
+    objective: str | Objective = "sum",
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Plan:
+    """Make a plan: what `parallelize` does, whose options are the same, but for its check.
+
+    Args:
+      fn: the loss function.
+      arguments: (params, *batch), and arguments by name (`canonical`); arrays or shapes.
+      devices: see `parallelize`, here and below.
+      mesh: of the user's own.
+      strategy: to search for, or given.
+      rates: of the devices.
+      measure: whether layers are measured.
+      optimizer: of the training step.
+      memory_bytes: limit of a device.
+      constraints: on configs.
+      objective: what is made least.
+      on_progress: called as `on_progress(what, done, total)`.
+
+    Raises:
+      ValueError: as `parallelize`, but for arguments of a wrong kind.
+      MemoryLimitError: no strategy fits into `memory_bytes`.
+    """
+    mesh = _chosen_mesh(devices, mesh)
+    graph = trace(fn, *arguments[0], keywords=arguments[1])
+    out_tree = _check_loss(fn, arguments)
+    if isinstance(rates, Profile):
+        rated = rates.device_graph(mesh)
+    elif isinstance(rates, DeviceGraph):
+        rated = rates
+    else:
+        rated = _rated(mesh, rates)
+    if isinstance(strategy, Strategy):
+        check_mesh(strategy, rated.axis_sizes)
+        strategy.for_graph(graph)
+    slots = _slots(optimizer, arguments[0][0])
+    space = _priced(
+        graph,
+        rated,
+        strategy,
+        constraints=constraints,
+        objective=objective,
+        memory_bytes=memory_bytes,
+        optimizer_slots=slots,
+        progress=on_progress,
+    )
+    timer = None
+    if isinstance(rates, Profile):
+        space = measured_space(space, rates.times(graph, rated))
+    elif measure or (measure is None and rates is None):
+        timer = layer_timer(graph, rated, mesh)
+
+    def planned(limit_bytes: float | None, objective: str | Objective = objective) -> Plan:
+        result, found = None, space
+        if strategy == "search":
+            options: dict[str, Any] = {
+                "objective": objective,
+                "memory_bytes": limit_bytes,
+                "optimizer_slots": slots,
+            }
+            if timer:
+                result = search_measured(space, timer, progress=on_progress, **options)
+            else:
+                result = search(space, **options)
+            found, chosen = result.space, result.strategy
+        else:
+            chosen = strategy if isinstance(strategy, Strategy) else space.baseline(strategy)
+            if timer:
+                timer.measure(space.pairs(chosen), on_progress)
+                found = measured_space(space, timer)
+        return bind(found, chosen, mesh, arguments[0], out_tree, result, fn, arguments[1])
+
+    if memory_bytes is None:
+        return planned(None)
+    return _fitting(planned, memory_bytes, optimizer, slots)
+
+
+def _chosen_mesh(devices: Sequence[Any] | int | None, mesh: Mesh | None) -> Mesh:
+    """The mesh given, that of the devices given, the one that is set, or one of all devices."""
+    if mesh is None and devices is None:
+        mesh = set_mesh_or_none()
+    return mesh if mesh is not None else make_mesh(choose_devices(devices))
+
+
+MEMORY_MARGIN = 1.15
+"""Times what is predicted for a plan's program: how far it has to stay below a limit.
+
+Compiled programs needed up to 11 % more than predicted (`make bench-memory`), but for one in
+bfloat16 (20 %) and one with tensors as large as a fifth of its memory (26 %).
+"""
+
+_CLOSE = 1.02
+"""Limits of the search that differ by less are not told apart."""
+
+_ATTEMPTS = 12
+"""Plans that are looked at for one memory limit, at most."""
+
+
+def _fitting(
+    planned: Callable[..., Plan], memory_bytes: float, optimizer: Any, slots: float
+) -> Plan:
+    """The plan of the highest limit for the search under which the plan's program fits.
+
+    The search adds up bytes of layers, which leaves out what lives across them; the program tells.
+    A limit of the search whose plan fits is raised again, halfway to one whose plan does not.
+    """
+    limit_bytes, too_high, fits = float(memory_bytes), math.inf, 0.0
+    best: Plan | None = None
+    peak_bytes = math.inf
+    smallest: MemoryLimitError | None = None
+    for _ in range(_ATTEMPTS):
+        try:
+            plan = planned(limit_bytes)
+        except MemoryLimitError as error:
+            if smallest is not None:
+                break
+            # What takes least by the layers' bytes may still fit by the program's.
+            smallest, plan = error, planned(None, PeakMemory(slots))
+            limit_bytes = plan.result.value if plan.result is not None else math.inf
+        memory = plan_memory(plan, optimizer) if optimizer is not None else plan.memory
+        needed_bytes = MEMORY_MARGIN * memory.peak_bytes
+        if plan.result is None and needed_bytes > memory_bytes:
+            raise _too_little(plan, memory_bytes, memory.peak_bytes)
+        if needed_bytes <= memory_bytes:
+            best, fits = plan, limit_bytes
+            if limit_bytes >= memory_bytes or too_high / fits < _CLOSE:
+                break
+        else:
+            too_high = min(too_high, limit_bytes)
+            peak_bytes = min(peak_bytes, needed_bytes)
+        if best is not None:
+            limit_bytes = math.sqrt(fits * min(too_high, float(memory_bytes)))
+        elif smallest is not None:
+            break
+        else:
+            limit_bytes *= min(memory_bytes / needed_bytes, 0.98)
+    if best is None:
+        _, most, layers = str(smallest).partition("Most of it")
+        raise MemoryLimitError(
+            f"memory_bytes: {memory_bytes:,.0f} is too little: no plan is predicted to need less "
+            f"with a margin of {MEMORY_MARGIN - 1:.0%}; the next best needs {peak_bytes:,.0f} with "
+            f"it. Use more devices, a smaller batch or a higher limit. {most}{layers}",
+            peak_bytes,
+            smallest.choices if smallest is not None else (),
+        ) from smallest
+    return best
+
+
+def _too_little(plan: Plan, memory_bytes: float, peak_bytes: int) -> MemoryLimitError:
+    return MemoryLimitError(
+        f"memory_bytes: strategy {plan.strategy.name!r} needs about {peak_bytes:,} bytes on each "
+        f"device, with a margin of {MEMORY_MARGIN - 1:.0%} more than {memory_bytes:,.0f} given: "
+        "search for a strategy, or use more devices, a smaller batch, a higher limit",
+        MEMORY_MARGIN * peak_bytes,
+        plan.space.choices(plan.strategy),
+    )
+
+
+def _priced(
+    graph: ComputationGraph,
+    devices: DeviceGraph,
+    strategy: str | Strategy,
+    *,
+    constraints: Constraints | None,
+    optimizer_slots: float,
+    **options: Any,
+) -> SearchSpace:
+    """The whole space, or what is needed of it where it is large."""
+    if not is_large(graph, devices):
+        return price(graph, devices, constraints=constraints, optimizer_slots=optimizer_slots)
+    if isinstance(strategy, Strategy):
+        return price(
+            graph,
+            devices,
+            constraints=constraints,
+            configs=[(config,) for config in strategy.for_graph(graph)],
+            optimizer_slots=optimizer_slots,
+        )
+    return price_around(
+        graph,
+        devices,
+        constraints=constraints,
+        optimizer_slots=optimizer_slots,
+        rounds=ROUNDS if strategy == "search" else 1,
+        **options,
+    )
+
+
+def _slots(optimizer: Any, params: Any) -> float:
+    """Arrays like the parameters that the optimizer keeps; one if it is not known."""
+    if optimizer is None:
+        return 1.0
+    state = jax.eval_shape(optimizer.init, params)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size"))
+        for tree in (state, params)
+    ]
+    return float(sizes[0] / max(sizes[1], 1))
+
+
+def _rated(mesh: Mesh, rates: Rates | None) -> DeviceGraph:
+    """The device graph, measured if no rates are given."""
+    try:
+        return device_graph(mesh, rates=rates)
+    except jax.errors.JaxRuntimeError as error:
+        if "compile-only" not in str(error):
+            raise
+        raise ValueError(
+            f"rates: {mesh.devices.flat[0].device_kind} is not there to be measured; give its "
+            "rates (jaxlwp.Rates), a DeviceGraph, or a profile that was taken on one"
+        ) from error
+
+
+def _check_loss(fn: Callable[..., Any], arguments: Arguments) -> Any:
+    """Structure of the output; its first leaf must be a scalar loss."""
+    out = output_shapes(fn, arguments)
+    if not is_loss(out):
+        loss = out[0] if isinstance(out, tuple) else out
+        raise ValueError(
+            f"loss function: its {'first output' if isinstance(out, tuple) else 'output'} is "
+            f"{jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', loss)}; a loss must be one "
+            "floating-point scalar: reduce it (for instance with .mean()) and return "
+            "anything else as the second element of a tuple"
+        )
+    return jax.tree.structure(out)
