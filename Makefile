@@ -16,7 +16,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all test-newest test-gpu-aot lint format demo notebook \
+.PHONY: help venv test test-all test-newest test-gpu-aot lint graph format demo notebook \
 	bench-search bench-space bench-compile bench-compare bench-memory bench-costs gpu-check fuzz clean
 
 help:  ## Show this list
@@ -73,10 +73,14 @@ test-newest: $(NEWEST_READY)
 		--timeout=600 "$(nb)" &&) true
 endif
 
-lint: $(READY)  ## Check style, formatting and types
+lint: $(READY)  ## Check style, formatting, types, and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy jaxlwp models
+	$(BIN)/lint-imports
+
+graph: $(READY)  ## Print which folder of the package imports which
+	$(BIN)/python -m tests.import_graph
 
 format: $(READY)  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .

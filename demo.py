@@ -180,7 +180,7 @@ def digits_part() -> list[str]:
     return problems
 
 
-def alexnet_part() -> jaxlwp.Comparison:
+def alexnet_part() -> jaxlwp.check.Comparison:
     """What `jaxlwp compare` does, for AlexNet."""
     title = f"AlexNet, {ALEXNET_PIXELS} px, batch {ALEXNET_BATCH}, every strategy"
     CONSOLE.rule(title, align="left")

@@ -1,140 +1,50 @@
 """jaxlwp: layer-wise parallelism for convolutional networks in JAX.
 
 `parallelize` traces a loss function, prices every way of splitting every layer over a device mesh,
-finds the best combination exactly, and returns a `Plan` that is called like the loss function.
-Every step is public on its own: `trace`, `device_graph`, `price`, `search`, `bind`.
+finds the best combination exactly, and returns a `Plan` that is called like the loss function:
+
+    plan = jaxlwp.parallelize(loss_fn, params, images, labels)
+    loss, grads = jax.jit(jax.value_and_grad(plan))(plan.place(params), images, labels)
+
+Its steps are functions of their own: `trace`, `device_graph`, `price`, `search`, `bind`. What was
+decided and why: `print(plan)`, `explain`, `pareto`, `compare`, `verify`. All else is in the folders
+(`jaxlwp.solver`, `jaxlwp.check`, ...), each one step of the way.
 """
 
 from jaxlwp._parallelize import parallelize
 from jaxlwp._version import __version__
-from jaxlwp.check import (
-    Comparison,
-    CompiledCollective,
-    LayerCheck,
-    StrategyResult,
-    TargetStep,
-    Verification,
-    compare,
-    compile_for,
-    compiled_collectives,
-    target_mesh,
-    verify,
-)
-from jaxlwp.cost import (
-    AnalyticCostModel,
-    CostModel,
-    SearchSpace,
-    price,
-    restrict,
-    strategy_collectives,
-)
-from jaxlwp.devices import DeviceGraph, LinkFit, MeshAxis, Rates, device_graph, make_mesh, measure
-from jaxlwp.graph import ComputationGraph, Edge, Layer, trace
-from jaxlwp.measure import LayerTimer, Profile, layer_timer, load_profile
-from jaxlwp.memory import Memory, MemoryCosts, MemoryTables, memory_costs
-from jaxlwp.optimize import (
-    Alternative,
-    Explanation,
-    MovedBytes,
-    Objective,
-    Overlap,
-    ParetoCurve,
-    ParetoPoint,
-    PeakMemory,
-    PlainSum,
-    RankedStrategy,
-    SearchResult,
-    explain,
-    measured_space,
-    pareto,
-    price_around,
-    runners_up,
-    search,
-    search_measured,
-)
-from jaxlwp.plan import Plan, bind, plan_memory
-from jaxlwp.solver import (
-    Cost,
-    CostTables,
-    MemoryLimitError,
-    RankedChoices,
-    Solution,
-    k_best,
-    min_marginals,
-    solve,
-)
-from jaxlwp.space import BASELINES, Collective, Config, Constraints, Strategy
+from jaxlwp.check import compare, target_mesh, verify
+from jaxlwp.cost import price
+from jaxlwp.devices import DeviceGraph, Rates, device_graph, make_mesh
+from jaxlwp.graph import trace
+from jaxlwp.measure import load_profile
+from jaxlwp.optimize import explain, pareto, search, search_measured
+from jaxlwp.plan import Plan, bind
+from jaxlwp.solver import MemoryLimitError, solve
+from jaxlwp.space import BASELINES, Config, Constraints, Strategy
 
 __all__ = [
-    "__version__",
     "BASELINES",
-    "Alternative",
-    "AnalyticCostModel",
-    "Collective",
-    "Comparison",
-    "CompiledCollective",
-    "ComputationGraph",
     "Config",
     "Constraints",
-    "Cost",
-    "CostModel",
-    "CostTables",
     "DeviceGraph",
-    "Edge",
-    "Explanation",
-    "Layer",
-    "LayerCheck",
-    "LayerTimer",
-    "LinkFit",
-    "Memory",
-    "MemoryCosts",
-    "MemoryTables",
     "MemoryLimitError",
-    "MeshAxis",
-    "MovedBytes",
-    "Objective",
-    "Overlap",
-    "ParetoCurve",
-    "ParetoPoint",
-    "PeakMemory",
-    "PlainSum",
     "Plan",
-    "Profile",
-    "RankedChoices",
-    "RankedStrategy",
     "Rates",
-    "SearchResult",
-    "SearchSpace",
-    "Solution",
     "Strategy",
-    "StrategyResult",
-    "TargetStep",
-    "Verification",
+    "__version__",
     "bind",
     "compare",
-    "compile_for",
-    "compiled_collectives",
     "device_graph",
     "explain",
-    "k_best",
-    "layer_timer",
     "load_profile",
     "make_mesh",
-    "measure",
-    "measured_space",
-    "memory_costs",
-    "min_marginals",
     "parallelize",
     "pareto",
-    "plan_memory",
     "price",
-    "price_around",
-    "restrict",
-    "runners_up",
     "search",
     "search_measured",
     "solve",
-    "strategy_collectives",
     "target_mesh",
     "trace",
     "verify",

@@ -23,7 +23,7 @@ from jaxlwp.space._layout import layout_axes, move_collectives, plan_moves
 def device_graph(sizes: tuple[int, ...], levels: tuple[int, ...]) -> jaxlwp.DeviceGraph:
     """Mesh axes a, b, ...; the links of level 0 are slower."""
     axes = tuple(
-        jaxlwp.MeshAxis(
+        jaxlwp.devices.MeshAxis(
             name=name,
             size=size,
             level=level,

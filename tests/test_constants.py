@@ -56,7 +56,7 @@ def wave_arguments() -> tuple[Any, Any]:
     )
 
 
-def constants_of(graph: jaxlwp.ComputationGraph) -> dict[int, Any]:
+def constants_of(graph: jaxlwp.graph.ComputationGraph) -> dict[int, Any]:
     """Those that are no numbers."""
     return {i: c for i, c in graph.program.constants.items() if np.ndim(c)}
 

@@ -24,7 +24,7 @@ NAMES = ("conv1", "conv2", "fc3", "fc4", "fc5")
 
 
 @pytest.fixture(scope="module")
-def traced() -> tuple[jaxlwp.ComputationGraph, jaxlwp.DeviceGraph]:
+def traced() -> tuple[jaxlwp.graph.ComputationGraph, jaxlwp.DeviceGraph]:
     workload = load_workload(LENET, batch=64, abstract=True)
     graph = jaxlwp.trace(workload.loss, workload.params, *workload.batch)
     mesh = jaxlwp.make_mesh(jax.devices()[:4])
@@ -32,11 +32,11 @@ def traced() -> tuple[jaxlwp.ComputationGraph, jaxlwp.DeviceGraph]:
 
 
 @pytest.fixture(scope="module")
-def space(traced: Any) -> jaxlwp.SearchSpace:
+def space(traced: Any) -> jaxlwp.cost.SearchSpace:
     return jaxlwp.price(*traced)
 
 
-def degrees(space: jaxlwp.SearchSpace, config: Config) -> dict[str, int]:
+def degrees(space: jaxlwp.cost.SearchSpace, config: Config) -> dict[str, int]:
     sizes = space.devices.axis_sizes
     return {name: math.prod(sizes[a] for a in axes) for name, axes in config.splits}
 
@@ -157,7 +157,7 @@ def test_constraints_that_nothing_keeps_to(traced: Any, given: Any, message: str
 # Explanations -----------------------------------------------------------------------------------
 
 
-def test_every_config_is_priced_as_a_search_with_it_pinned(space: jaxlwp.SearchSpace) -> None:
+def test_every_config_is_priced_as_a_search_with_it_pinned(space: jaxlwp.cost.SearchSpace) -> None:
     explanation = jaxlwp.explain(space)
     optimum = jaxlwp.search(space)
     assert math.isclose(explanation.optimum_s, optimum.cost.total_s, rel_tol=1e-12)
@@ -171,7 +171,7 @@ def test_every_config_is_priced_as_a_search_with_it_pinned(space: jaxlwp.SearchS
             assert math.isclose(found.cost.total_s, alternative.best_s, rel_tol=1e-12)
 
 
-def test_why_not_height_here(space: jaxlwp.SearchSpace) -> None:
+def test_why_not_height_here(space: jaxlwp.cost.SearchSpace) -> None:
     explanation = jaxlwp.explain(space)
     answers = explanation.alternatives("conv2", containing=("height",))
     assert answers and all(a.config.axes("height") for a in answers)
@@ -183,7 +183,7 @@ def test_why_not_height_here(space: jaxlwp.SearchSpace) -> None:
         explanation.alternatives("conv9")
 
 
-def test_price_of_a_constraint(traced: Any, space: jaxlwp.SearchSpace) -> None:
+def test_price_of_a_constraint(traced: Any, space: jaxlwp.cost.SearchSpace) -> None:
     explanation = jaxlwp.explain(space)
     constraints = Constraints(pin={"fc3": {}}, forbid=("reduction",))
     under = jaxlwp.search(jaxlwp.price(*traced, constraints=constraints)).cost.total_s
@@ -198,8 +198,8 @@ def test_price_of_a_constraint(traced: Any, space: jaxlwp.SearchSpace) -> None:
         explanation.price(Constraints(pin={"conv1": outside}))
 
 
-def test_runners_up(space: jaxlwp.SearchSpace) -> None:
-    ranked = jaxlwp.runners_up(space, 4)
+def test_runners_up(space: jaxlwp.cost.SearchSpace) -> None:
+    ranked = jaxlwp.optimize.runners_up(space, 4)
     costs = [r.cost.total_s for r in ranked]
     assert len(ranked) == 4 and costs == sorted(costs)
     assert len({tuple(r.strategy.configs.items()) for r in ranked}) == 4

@@ -15,7 +15,7 @@ from jaxlwp.cli._workload import load_workload
 
 def devices(*levels):
     axes = tuple(
-        jaxlwp.MeshAxis(name=n, size=s, level=l, latency_s=1e-5, bytes_per_s=(5e9, 2e10)[l])
+        jaxlwp.devices.MeshAxis(name=n, size=s, level=l, latency_s=1e-5, bytes_per_s=(5e9, 2e10)[l])
         for n, s, l in axis_shape(levels)
     )
     return DeviceGraph(
@@ -27,8 +27,8 @@ work = load_workload("models.alexnet:AlexNet", batch=64, abstract=True)
 graph = jaxlwp.trace(work.loss, work.params, *work.batch)
 space = jaxlwp.price(graph, devices(2, 4))
 found = jaxlwp.search(space)
-peak = float(jaxlwp.PeakMemory().rows(space).sums(found.solution.choices).max())
-large = jaxlwp.price_around(graph, devices(8, 8))
+peak = float(jaxlwp.optimize.PeakMemory().rows(space).sums(found.solution.choices).max())
+large = jaxlwp.optimize.price_around(graph, devices(8, 8))
 for result in (
     found,
     jaxlwp.search(space, objective="overlap"),
@@ -36,7 +36,7 @@ for result in (
     jaxlwp.search(large),
 ):
     print(result.strategy.to_json(), result.value, result.gap)
-for ranked in jaxlwp.runners_up(space, 5):
+for ranked in jaxlwp.optimize.runners_up(space, 5):
     print(ranked.strategy.to_json())
 """
 

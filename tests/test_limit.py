@@ -181,7 +181,7 @@ def test_plans_fit(mesh222: Mesh, optimizer: Any) -> None:
         )
 
     def peak_of(plan: jaxlwp.Plan) -> int:
-        return jaxlwp.plan_memory(plan, optimizer or optax.sgd(0.1, momentum=0.9)).peak_bytes
+        return jaxlwp.plan.plan_memory(plan, optimizer or optax.sgd(0.1, momentum=0.9)).peak_bytes
 
     free = plan(None)
     costs = [free.cost.total_s]

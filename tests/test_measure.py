@@ -44,7 +44,7 @@ AXES = {"a": 2, "b": 2}
 def devices() -> jaxlwp.DeviceGraph:
     return jaxlwp.DeviceGraph(
         axes=tuple(
-            jaxlwp.MeshAxis(name=n, size=s, latency_s=1e-5, bytes_per_s=1e9)
+            jaxlwp.devices.MeshAxis(name=n, size=s, latency_s=1e-5, bytes_per_s=1e9)
             for n, s in AXES.items()
         ),
         conv_flops_per_s=1e10,
@@ -64,11 +64,11 @@ class Network(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def graph() -> jaxlwp.ComputationGraph:
+def graph() -> jaxlwp.graph.ComputationGraph:
     return graph_of(batch=8)
 
 
-def graph_of(batch: int) -> jaxlwp.ComputationGraph:
+def graph_of(batch: int) -> jaxlwp.graph.ComputationGraph:
     module = Network()
     x = jnp.zeros((batch, 8, 8, 4))
     params = jax.eval_shape(lambda: module.init(jax.random.key(0), x))
@@ -79,13 +79,13 @@ def graph_of(batch: int) -> jaxlwp.ComputationGraph:
     return jaxlwp.trace(loss, params, x)
 
 
-def layer(graph: jaxlwp.ComputationGraph, name: str) -> Layer:
+def layer(graph: jaxlwp.graph.ComputationGraph, name: str) -> Layer:
     return next(each for each in graph.layers if each.name == name)
 
 
 class TestLocalStep:
     def test_unsplit_work_is_the_layer_and_its_gradients(
-        self, graph: jaxlwp.ComputationGraph
+        self, graph: jaxlwp.graph.ComputationGraph
     ) -> None:
         step = local_step(graph, layer(graph, "conv"), Config(), AXES)
         generator = np.random.default_rng(1)
@@ -118,7 +118,7 @@ class TestLocalStep:
         ],
     )
     def test_it_runs_on_one_block(
-        self, graph: jaxlwp.ComputationGraph, splits: Any, block: tuple[int, ...]
+        self, graph: jaxlwp.graph.ComputationGraph, splits: Any, block: tuple[int, ...]
     ) -> None:
         step = local_step(graph, layer(graph, "conv"), Config(splits), AXES)
         operands = [jnp.ones(v.shape, v.dtype) for v in step.operands]
@@ -132,7 +132,7 @@ class TestLocalStep:
         assert not any(name in text for name in ("psum", "ppermute", "all_gather", "axis_index"))
         assert names  # the collectives are in the program, and left out when it runs
 
-    def test_key_ignores_which_axes_split(self, graph: jaxlwp.ComputationGraph) -> None:
+    def test_key_ignores_which_axes_split(self, graph: jaxlwp.graph.ComputationGraph) -> None:
         conv = layer(graph, "conv")
         keys = [local_step(graph, conv, Config((("sample", (axis,)),)), AXES).key for axis in "ab"]
         other = local_step(graph, conv, Config((("channel", ("a",)),)), AXES).key
@@ -140,10 +140,10 @@ class TestLocalStep:
 
 
 class TestLayerTimer:
-    def timer(self, graph: jaxlwp.ComputationGraph) -> LayerTimer:
+    def timer(self, graph: jaxlwp.graph.ComputationGraph) -> LayerTimer:
         return LayerTimer(graph, devices(), jax.devices()[:4], TimingCache())
 
-    def test_measures_once(self, graph: jaxlwp.ComputationGraph) -> None:
+    def test_measures_once(self, graph: jaxlwp.graph.ComputationGraph) -> None:
         timer = self.timer(graph)
         conv = layer(graph, "conv")
         pairs = [(conv, Config((("sample", (axis,)),))) for axis in "ab"]
@@ -157,7 +157,7 @@ class TestLayerTimer:
         assert timer.known_s(*pairs[1]) == seconds
         assert timer.measure(pairs) == 0
 
-    def test_equal_programs_are_found(self, graph: jaxlwp.ComputationGraph) -> None:
+    def test_equal_programs_are_found(self, graph: jaxlwp.graph.ComputationGraph) -> None:
         timer = self.timer(graph)
         conv = layer(graph, "conv")
         config = Config((("sample", ("a",)),))
@@ -172,7 +172,7 @@ class TestLayerTimer:
     )
     def test_measures_until_two_agree(
         self,
-        graph: jaxlwp.ComputationGraph,
+        graph: jaxlwp.graph.ComputationGraph,
         monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path,
         each_s: list[float],
@@ -215,7 +215,7 @@ class TestLayerTimer:
             next(seconds)
 
     def test_another_program_is_not_confirmed_but_measured(
-        self, graph: jaxlwp.ComputationGraph, monkeypatch: pytest.MonkeyPatch
+        self, graph: jaxlwp.graph.ComputationGraph, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An older version may have run something else for a layer."""
         monkeypatch.setattr(
@@ -233,7 +233,7 @@ class TestLayerTimer:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "key"])
     def test_large_operands_repeat_few_random_values(
-        self, graph: jaxlwp.ComputationGraph, dtype: str, monkeypatch: pytest.MonkeyPatch
+        self, graph: jaxlwp.graph.ComputationGraph, dtype: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(_measure, "RANDOM_VALUES", 5)
         mesh = Mesh(np.array(jax.devices()[:2]), ("device",))
@@ -256,7 +256,7 @@ class TestLayerTimer:
     )
     def test_new_memory_is_left_out(
         self,
-        graph: jaxlwp.ComputationGraph,
+        graph: jaxlwp.graph.ComputationGraph,
         monkeypatch: pytest.MonkeyPatch,
         pages: int,
         byte_s: float,
@@ -337,7 +337,7 @@ class Noisy(Table):
         return len(once)
 
 
-def chain_space(num_layers: int) -> jaxlwp.SearchSpace:
+def chain_space(num_layers: int) -> jaxlwp.cost.SearchSpace:
     """Equal convolutions, one after the other.
 
     Splits by sample are a sixth faster than others, and a change of config between two of
@@ -353,7 +353,7 @@ def chain_space(num_layers: int) -> jaxlwp.SearchSpace:
     space = jaxlwp.price(jaxlwp.trace(loss, params, x), devices())
     by_sample = Config.of({"sample": ("a", "b")})
     convs = [each.kind == "conv" for each in space.graph.layers]
-    tables = jaxlwp.CostTables(
+    tables = jaxlwp.solver.CostTables(
         compute_s=tuple(
             np.array([(1.0 if c == by_sample else 1.2) if conv else 0.01 for c in configs])
             for conv, configs in zip(convs, space.configs, strict=True)
@@ -373,14 +373,14 @@ def chain_space(num_layers: int) -> jaxlwp.SearchSpace:
     return replace(space, tables=tables, model=None)
 
 
-def pairs_of(found: jaxlwp.SearchResult) -> list[tuple[Layer, Config]]:
+def pairs_of(found: jaxlwp.optimize.SearchResult) -> list[tuple[Layer, Config]]:
     return found.space.pairs(found.strategy)
 
 
 class TestLazySearch:
     @pytest.mark.parametrize("seed", range(20))
     def test_same_optimum_as_the_full_table(
-        self, graph: jaxlwp.ComputationGraph, seed: int
+        self, graph: jaxlwp.graph.ComputationGraph, seed: int
     ) -> None:
         """Times at most a fifth apart from three times the analytic ones."""
         space = jaxlwp.price(graph, devices())
@@ -438,7 +438,7 @@ class TestLazySearch:
         assert (found.solution.choices == full.solution.choices) == same
 
     def test_tolerance_measures_less_and_states_the_gap(
-        self, graph: jaxlwp.ComputationGraph
+        self, graph: jaxlwp.graph.ComputationGraph
     ) -> None:
         space = jaxlwp.price(graph, devices())
 
@@ -489,7 +489,9 @@ class TestLazySearch:
         assert (found.gap > 0) == (share < 1.0)
 
     @pytest.mark.parametrize("seed", range(10))
-    def test_it_rests_on_confirmed_times(self, graph: jaxlwp.ComputationGraph, seed: int) -> None:
+    def test_it_rests_on_confirmed_times(
+        self, graph: jaxlwp.graph.ComputationGraph, seed: int
+    ) -> None:
         """Of the strategy found, and of data parallelism as far as it was measured."""
         space = jaxlwp.price(graph, devices())
 
@@ -546,7 +548,9 @@ class TestLazySearch:
         chosen = [(n.index, c) for n, c in pairs_of(found) if not n.fused]
         assert {len(table.each_s[pair]) for pair in chosen} == {2}
 
-    def test_a_timer_that_does_not_measure_is_named(self, graph: jaxlwp.ComputationGraph) -> None:
+    def test_a_timer_that_does_not_measure_is_named(
+        self, graph: jaxlwp.graph.ComputationGraph
+    ) -> None:
         class Idle:
             def key(self, layer: Layer, config: Config) -> int:
                 return layer.index
@@ -562,7 +566,7 @@ class TestLazySearch:
         with pytest.raises(ValueError, match="Idle was asked to measure layer"):
             search_measured(jaxlwp.price(graph, devices()), Idle())
 
-    def test_waits_are_priced_where_layers_wait(self, graph: jaxlwp.ComputationGraph) -> None:
+    def test_waits_are_priced_where_layers_wait(self, graph: jaxlwp.graph.ComputationGraph) -> None:
         """Not for gradients: no layer waits for them."""
         plain = jaxlwp.price(graph, devices())
         waited = jaxlwp.price(graph, replace(devices(), wait_s=1.0))
@@ -574,7 +578,9 @@ class TestLazySearch:
         assert costs[1] - costs[0] == pytest.approx(round(costs[1] - costs[0]), abs=1e-6)
         assert costs[1] - costs[0] >= 2
 
-    def test_devices_wait_less_behind_short_work(self, graph: jaxlwp.ComputationGraph) -> None:
+    def test_devices_wait_less_behind_short_work(
+        self, graph: jaxlwp.graph.ComputationGraph
+    ) -> None:
         """Next to nothing behind work of no length, and at most as long as behind long work."""
         names = ("conv_flops_per_s", "dense_flops_per_s", "memory_bytes_per_s")
         curve = replace(devices(), wait_s=2.0, wait_work_s=1e-3)
@@ -588,7 +594,9 @@ class TestLazySearch:
         assert curve.wait_after_s(1e-3) == pytest.approx(1.0)
         assert replace(devices(), wait_s=2.0).wait_after_s(0.0) == 2.0  # no curve known
 
-    def test_waits_are_those_behind_measured_work(self, graph: jaxlwp.ComputationGraph) -> None:
+    def test_waits_are_those_behind_measured_work(
+        self, graph: jaxlwp.graph.ComputationGraph
+    ) -> None:
         """Devices wait half as long as they can behind layers of twice `wait_work_s`."""
         curve = replace(devices(), wait_s=2.0, wait_work_s=1e-3)
         space = jaxlwp.price(graph, curve)
@@ -607,7 +615,7 @@ class TestLazySearch:
         assert again.tables.step_s < found.tables.step_s
 
     def test_new_memory_counts_above_a_size_and_for_copies(
-        self, graph: jaxlwp.ComputationGraph
+        self, graph: jaxlwp.graph.ComputationGraph
     ) -> None:
         """A tensor in another layout is new memory; one that stays where it is takes none."""
         needed = temporary_bytes(graph, devices().num_devices)
@@ -686,7 +694,7 @@ class TestFit:
 
     def test_a_fit_takes_the_place_of_the_ring(self) -> None:
         plain = devices()
-        fit = jaxlwp.LinkFit(
+        fit = jaxlwp.devices.LinkFit(
             kind="all-reduce", axes_per_group=(2,), latency_s=1.0, byte_s=2.0, residual=0.1
         )
         fitted = jaxlwp.DeviceGraph(
@@ -714,7 +722,9 @@ class TestOverhead:
             leaf_s=0.25,
         )
 
-    def test_update_follows_how_parameters_are_split(self, graph: jaxlwp.ComputationGraph) -> None:
+    def test_update_follows_how_parameters_are_split(
+        self, graph: jaxlwp.graph.ComputationGraph
+    ) -> None:
         space = jaxlwp.price(graph, self.rates(), optimizer_slots=2)
         conv = layer(graph, "conv")
         costs = dict(
@@ -726,7 +736,7 @@ class TestOverhead:
         assert whole == pytest.approx(1e-9 * 4 * passes * (kernel + bias))
         assert split == pytest.approx(whole / 4)
 
-    def test_every_array_of_the_state_counts(self, graph: jaxlwp.ComputationGraph) -> None:
+    def test_every_array_of_the_state_counts(self, graph: jaxlwp.graph.ComputationGraph) -> None:
         space = jaxlwp.price(graph, self.rates(), optimizer_slots=2)
         inputs = len(graph.program.inputs)
         assert space.tables.step_s == pytest.approx(

@@ -20,9 +20,9 @@ from jaxlwp.memory._buffers import COMBINED_BYTES, _Builder, _fuse, _order, pred
 from jaxlwp.memory._memory import (
     differentiated,
     memory_costs,
-    plan_memory,
     strategy_memory,
 )
+from jaxlwp.plan._plan import plan_memory
 from jaxlwp.program._program import flatten
 from jaxlwp.space._strategy import make_strategy
 

@@ -24,7 +24,7 @@ RATES = jaxlwp.Rates(
 )
 
 
-def space_of(name: str, devices: int, batch: int) -> jaxlwp.SearchSpace:
+def space_of(name: str, devices: int, batch: int) -> jaxlwp.cost.SearchSpace:
     workload = load_workload(name, batch=batch, abstract=True)
     graph = jaxlwp.trace(workload.loss, workload.params, *workload.batch)
     mesh = jaxlwp.make_mesh(jax.devices()[:devices])
@@ -32,11 +32,11 @@ def space_of(name: str, devices: int, batch: int) -> jaxlwp.SearchSpace:
 
 
 @pytest.fixture(scope="module")
-def alexnet() -> jaxlwp.SearchSpace:
+def alexnet() -> jaxlwp.cost.SearchSpace:
     return space_of("models.alexnet:AlexNet", 4, 64)
 
 
-def random_choices(space: jaxlwp.SearchSpace, count: int) -> list[tuple[int, ...]]:
+def random_choices(space: jaxlwp.cost.SearchSpace, count: int) -> list[tuple[int, ...]]:
     draw = np.random.default_rng()
     return [tuple(int(draw.integers(len(c))) for c in space.configs) for _ in range(count)]
 
@@ -105,7 +105,7 @@ def test_equals_trying_all(rows: Rows) -> None:
 # What objectives measure -------------------------------------------------------------------------
 
 
-def overlapped_s(space: jaxlwp.SearchSpace, choices: tuple[int, ...]) -> float:
+def overlapped_s(space: jaxlwp.cost.SearchSpace, choices: tuple[int, ...]) -> float:
     """The step, event by event: computing goes on while one link does one synchronisation."""
     tables = space.tables
     moved = sum(
@@ -125,8 +125,8 @@ def overlapped_s(space: jaxlwp.SearchSpace, choices: tuple[int, ...]) -> float:
     return max(now, link_free)
 
 
-def test_overlap_is_the_step_event_by_event(alexnet: jaxlwp.SearchSpace) -> None:
-    rows = jaxlwp.Overlap().rows(alexnet)
+def test_overlap_is_the_step_event_by_event(alexnet: jaxlwp.cost.SearchSpace) -> None:
+    rows = jaxlwp.optimize.Overlap().rows(alexnet)
     for choices in random_choices(alexnet, 50):
         plain_s = alexnet.tables.evaluate(choices).total_s
         value_s = float(rows.sums(choices).max())
@@ -134,22 +134,22 @@ def test_overlap_is_the_step_event_by_event(alexnet: jaxlwp.SearchSpace) -> None
         assert value_s <= plain_s * (1 + 1e-9)
 
 
-def test_bytes_are_those_of_the_collectives(alexnet: jaxlwp.SearchSpace) -> None:
+def test_bytes_are_those_of_the_collectives(alexnet: jaxlwp.cost.SearchSpace) -> None:
     """Whatever else takes time on the devices: waits, and new memory however little it is."""
     slow = dataclasses.replace(alexnet.devices, wait_s=1e9, first_touch_byte_s=((0.0, 1e3),))
-    rows = jaxlwp.MovedBytes().rows(dataclasses.replace(alexnet, devices=slow))
+    rows = jaxlwp.optimize.MovedBytes().rows(dataclasses.replace(alexnet, devices=slow))
     sizes = alexnet.devices.axis_sizes
     for choices in random_choices(alexnet, 20):
         configs = [known[c] for known, c in zip(alexnet.configs, choices, strict=True)]
         sent = sum(
             c.num_bytes * wire_share(c.kind, math.prod(sizes[a] for a in c.axes))
-            for c in jaxlwp.strategy_collectives(alexnet.graph, configs, sizes)
+            for c in jaxlwp.cost.strategy_collectives(alexnet.graph, configs, sizes)
         )
         assert math.isclose(float(rows.sums(choices).max()), sent, rel_tol=1e-6)
 
 
-def test_memory_is_the_estimate_of_the_layers_bytes(alexnet: jaxlwp.SearchSpace) -> None:
-    rows = jaxlwp.PeakMemory(optimizer_slots=2).rows(alexnet)
+def test_memory_is_the_estimate_of_the_layers_bytes(alexnet: jaxlwp.cost.SearchSpace) -> None:
+    rows = jaxlwp.optimize.PeakMemory(optimizer_slots=2).rows(alexnet)
     costs = memory_costs(alexnet.graph, alexnet.configs, alexnet.devices.axis_sizes, 2)
     for choices in random_choices(alexnet, 20):
         assert math.isclose(float(rows.sums(choices).max()), costs.estimate(choices))
@@ -159,7 +159,9 @@ def test_memory_is_the_estimate_of_the_layers_bytes(alexnet: jaxlwp.SearchSpace)
 
 
 @pytest.mark.parametrize("objective", ["sum", "overlap", "bytes", "memory"])
-def test_the_minimum_is_below_other_strategies(alexnet: jaxlwp.SearchSpace, objective: str) -> None:
+def test_the_minimum_is_below_other_strategies(
+    alexnet: jaxlwp.cost.SearchSpace, objective: str
+) -> None:
     result = jaxlwp.search(alexnet, objective=objective)
     rows = result.objective.rows(alexnet)
     assert math.isclose(float(rows.sums(result.solution.choices).max()), result.solution.cost_s)
@@ -177,14 +179,14 @@ def test_the_minimum_is_below_other_strategies(alexnet: jaxlwp.SearchSpace, obje
         assert float(rows.sums(choices).max()) >= result.solution.lower_bound_s * (1 - 1e-9)
 
 
-def test_overlap_hides_gradient_synchronisation(alexnet: jaxlwp.SearchSpace) -> None:
+def test_overlap_hides_gradient_synchronisation(alexnet: jaxlwp.cost.SearchSpace) -> None:
     plain = jaxlwp.search(alexnet)
     hidden = jaxlwp.search(alexnet, objective="overlap")
     assert hidden.value <= plain.value
     assert hidden.objective.unit == "s" and plain.value == pytest.approx(plain.cost.total_s)
 
 
-def test_refused(alexnet: jaxlwp.SearchSpace) -> None:
+def test_refused(alexnet: jaxlwp.cost.SearchSpace) -> None:
     with pytest.raises(ValueError, match="'speed' is unknown; give one of sum, overlap"):
         jaxlwp.search(alexnet, objective="speed")
     with pytest.raises(ValueError, match='a memory limit goes with "sum"'):
@@ -193,13 +195,15 @@ def test_refused(alexnet: jaxlwp.SearchSpace) -> None:
         jaxlwp.search(alexnet, objective="overlap", method="exhaustive")
 
 
-def test_without_marginals(alexnet: jaxlwp.SearchSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_marginals(
+    alexnet: jaxlwp.cost.SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On dense graphs tables of marginals would exceed memory: the same optima without them."""
     limit = 0.97 * jaxlwp.search(alexnet, objective="memory").value * 1.1
     expected = [
         jaxlwp.search(alexnet, objective="overlap").value,
         jaxlwp.search(alexnet, memory_bytes=limit).value,
-        jaxlwp.search(jaxlwp.price_around(alexnet.graph, alexnet.devices)).value,
+        jaxlwp.search(jaxlwp.optimize.price_around(alexnet.graph, alexnet.devices)).value,
     ]
     monkeypatch.setattr(_marginals, "_ENTRIES_LIMIT", 1)
     with pytest.raises(_marginals.DenseGraphError, match="too dense"):
@@ -207,6 +211,6 @@ def test_without_marginals(alexnet: jaxlwp.SearchSpace, monkeypatch: pytest.Monk
     actual = [
         jaxlwp.search(alexnet, objective="overlap").value,
         jaxlwp.search(alexnet, memory_bytes=limit).value,
-        jaxlwp.search(jaxlwp.price_around(alexnet.graph, alexnet.devices)).value,
+        jaxlwp.search(jaxlwp.optimize.price_around(alexnet.graph, alexnet.devices)).value,
     ]
     assert actual == pytest.approx(expected, rel=0.01)

@@ -336,9 +336,9 @@ def test_bad_rates(field: str, value: float) -> None:
 
 def test_bad_link_rates() -> None:
     with pytest.raises(ValueError, match=r"MeshAxis 'a': latency_s is -1"):
-        jaxlwp.MeshAxis(name="a", size=2, latency_s=-1.0, bytes_per_s=1e9)
+        jaxlwp.devices.MeshAxis(name="a", size=2, latency_s=-1.0, bytes_per_s=1e9)
     with pytest.raises(ValueError, match=r"MeshAxis 'a': bytes_per_s is nan"):
-        jaxlwp.MeshAxis(name="a", size=2, latency_s=0.0, bytes_per_s=float("nan"))
+        jaxlwp.devices.MeshAxis(name="a", size=2, latency_s=0.0, bytes_per_s=float("nan"))
 
 
 def test_loss_that_is_not_a_scalar() -> None:

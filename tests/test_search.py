@@ -17,7 +17,7 @@ RATES = jaxlwp.Rates(
 )
 
 
-def space_of(name: str, devices: int, rates: jaxlwp.Rates = RATES) -> jaxlwp.SearchSpace:
+def space_of(name: str, devices: int, rates: jaxlwp.Rates = RATES) -> jaxlwp.cost.SearchSpace:
     """A network's search space at the paper's batch of 32 per device."""
     workload = load_workload(name, batch=32 * devices, abstract=True)
     graph = jaxlwp.trace(workload.loss, workload.params, *workload.batch)

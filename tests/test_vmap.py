@@ -146,7 +146,7 @@ def test_the_batch_is_the_sample(name: str) -> None:
             assert {"height", "width"} <= layer.dimensions.keys()
 
 
-def graph_name(graph: jaxlwp.ComputationGraph, values: list[int], name: str) -> bool:
+def graph_name(graph: jaxlwp.graph.ComputationGraph, values: list[int], name: str) -> bool:
     """Whether one of the values is the parameter of a name."""
     names = [graph.argument_names[graph.program.inputs.index(i)] for i in values]
     return f"params['{name}']" in names

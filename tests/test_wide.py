@@ -28,7 +28,7 @@ RATES = (2e9, 5e9, 2e10)
 
 def devices_of(levels: tuple[int, ...], **changes: Any) -> DeviceGraph:
     axes = tuple(
-        jaxlwp.MeshAxis(
+        jaxlwp.devices.MeshAxis(
             name=name,
             size=size,
             level=level,
@@ -41,12 +41,12 @@ def devices_of(levels: tuple[int, ...], **changes: Any) -> DeviceGraph:
     return DeviceGraph(axes=axes, **rates, **changes)
 
 
-def graph_of(name: str, devices: int) -> jaxlwp.ComputationGraph:
+def graph_of(name: str, devices: int) -> jaxlwp.graph.ComputationGraph:
     work = load_workload(MODELS[name], batch=4 * devices, abstract=True)
     return jaxlwp.trace(work.loss, work.params, *work.batch)
 
 
-def model_of(graph: jaxlwp.ComputationGraph, devices: DeviceGraph) -> AnalyticCostModel:
+def model_of(graph: jaxlwp.graph.ComputationGraph, devices: DeviceGraph) -> AnalyticCostModel:
     return AnalyticCostModel.of(graph, devices)
 
 
@@ -79,7 +79,7 @@ def test_floor_and_growth_against_the_whole_space(
     best_s = jaxlwp.search(jaxlwp.price(graph, devices)).cost.total_s
     lower_s = floor_s(graph, model_of(graph, devices))
     assert (1 - distance) * best_s <= lower_s <= best_s * (1 + 1e-9)
-    grown = jaxlwp.price_around(graph, devices)
+    grown = jaxlwp.optimize.price_around(graph, devices)
     found = jaxlwp.search(grown)
     assert not grown.whole and grown.floor_s == pytest.approx(lower_s)
     assert best_s * (1 - 1e-9) <= found.cost.total_s <= 1.005 * best_s
@@ -102,7 +102,7 @@ def test_thousands_of_devices() -> None:
     devices = devices_of((8, 64, 8))
     graph = graph_of("AlexNet", devices.num_devices)
     assert _wide.is_large(graph, devices)
-    grown = jaxlwp.price_around(graph, devices)
+    grown = jaxlwp.optimize.price_around(graph, devices)
     found = jaxlwp.search(grown)
     assert found.cost.total_s <= grown.evaluate(grown.baseline("data")).total_s
     assert 0 < grown.floor_s <= found.cost.total_s
@@ -119,18 +119,18 @@ def test_constraints_and_memory_in_a_large_space() -> None:
     devices = devices_of((4, 8))
     graph = graph_of("AlexNet", devices.num_devices)
     constraints = Constraints(forbid=("sample",))
-    grown = jaxlwp.price_around(graph, devices, constraints=constraints)
+    grown = jaxlwp.optimize.price_around(graph, devices, constraints=constraints)
     assert not any(config.axes("sample") for known in grown.configs for config in known)
     pin = Constraints(pin={"fc6": {"sample": 2, "channel": 8}, "conv2": {}})
-    found = jaxlwp.search(jaxlwp.price_around(graph, devices, constraints=pin)).strategy
+    found = jaxlwp.search(jaxlwp.optimize.price_around(graph, devices, constraints=pin)).strategy
     assert found.configs["fc6"].describe(devices.axis_sizes) == "sample=2 channel=8"
     assert found.configs["conv2"] == jaxlwp.Config()
-    free = jaxlwp.search(jaxlwp.price_around(graph, devices))
-    most = float(jaxlwp.PeakMemory().rows(free.space).sums(free.solution.choices).max())
-    smallest = jaxlwp.price_around(graph, devices, objective="memory")
+    free = jaxlwp.search(jaxlwp.optimize.price_around(graph, devices))
+    most = float(jaxlwp.optimize.PeakMemory().rows(free.space).sums(free.solution.choices).max())
+    smallest = jaxlwp.optimize.price_around(graph, devices, objective="memory")
     least = jaxlwp.search(smallest, objective="memory").value
     limit = 0.2 * most + 0.8 * least
-    small = jaxlwp.price_around(graph, devices, memory_bytes=limit)
+    small = jaxlwp.optimize.price_around(graph, devices, memory_bytes=limit)
     fits = jaxlwp.search(small, memory_bytes=limit)
     assert fits.solution.peak_bytes <= limit < most
     assert fits.cost.total_s >= free.cost.total_s

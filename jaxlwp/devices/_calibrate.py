@@ -79,6 +79,13 @@ def choose_devices(devices: Sequence[Any] | int | None) -> Sequence[Any]:
 def make_mesh(devices: Sequence[Any]) -> Mesh:
     """A mesh with axes of prime size, hosts first.
 
+    Args:
+      devices: of `jax.devices()`, or compile-only ones; of each host equally many.
+
+    Returns:
+      The mesh. Axes that count hosts are called "host0", "host1", ..., those inside one "device0",
+      "device1", ...; 12 devices on one host are a mesh of 2 x 2 x 3.
+
     Raises:
       ValueError: hosts hold different numbers of devices.
     """

@@ -108,7 +108,7 @@ class Explanation:
         """Seconds of a step that constraints cost: the best that keeps to them less the optimum.
 
         Raises:
-          ValueError: as `jaxlwp.restrict`, or no strategy that keeps to them is allowed.
+          ValueError: as `jaxlwp.cost.restrict`, or no strategy that keeps to them is allowed.
         """
         found = search(restrict(self.space, constraints))
         return max(0.0, found.cost.total_s - self.optimum_s)

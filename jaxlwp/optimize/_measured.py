@@ -19,7 +19,7 @@ from jaxlwp.space import Config
 
 
 class Timer(Protocol):
-    """Measures layers under configs; `jaxlwp.LayerTimer` on the devices at hand."""
+    """Measures layers under configs; `jaxlwp.measure.LayerTimer` on the devices at hand."""
 
     def key(self, layer: Layer, config: Config) -> Hashable:
         """What the time depends on: pairs of one key have one time, and one measurement."""

@@ -122,7 +122,7 @@ def drawn(space: Any, count: int) -> list[Any]:
     import jaxlwp
 
     generator = random.Random(0)
-    alike = jaxlwp.LayerTimer(space.graph, space.devices, jax.devices())
+    alike = jaxlwp.measure.LayerTimer(space.graph, space.devices, jax.devices())
     pools: dict[str, list[int]] = {}
     for layer, configs in zip(space.graph.layers, space.configs, strict=True):
         choices = generator.sample(range(len(configs)), min(POOL, len(configs)))
@@ -175,7 +175,7 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
         *drawn(space, num_random),
     ]
     run = {str(s.configs): s for s in reversed(strategies)}  # the strategy found may be a baseline
-    timer = jaxlwp.LayerTimer(space.graph, space.devices, jax.devices())
+    timer = jaxlwp.measure.LayerTimer(space.graph, space.devices, jax.devices())
     pairs = {timer.key(*p): p for s in strategies for p in space.pairs(s) if not p[0].fused}
     waiting = random.Random(0).sample(list(pairs.values()), len(pairs))
 
@@ -197,7 +197,7 @@ def accuracy(name: str, num_random: int, rounds: int) -> list[dict[str, Any]]:
         name=name,
         on_progress=between,
     )
-    measured = jaxlwp.measured_space(space, timer)
+    measured = jaxlwp.optimize.measured_space(space, timer)
     record(name, space, strategies, {key: timer.known_s(*pair) for key, pair in pairs.items()})
     rows = []
     for strategy in strategies:
@@ -254,7 +254,7 @@ def kept(part: str, name: str) -> tuple[Any, Any, dict[str, Any]]:
     rates = jaxlwp.DeviceGraph.from_json(content["rates"])
     work = workload(name)
     graph = jaxlwp.trace(work.loss, work.params, *work.batch)
-    timer = jaxlwp.LayerTimer(graph, rates, jax.devices())
+    timer = jaxlwp.measure.LayerTimer(graph, rates, jax.devices())
     return jaxlwp.price(graph, rates), timer, content
 
 
@@ -289,7 +289,7 @@ def repriced(name: str) -> list[dict[str, Any]]:
     space, timer, content = kept("accuracy", name)
     known = Known(timer, content["times_s"])
     known.asked.update(known.times)
-    measured = jaxlwp.measured_space(space, known)
+    measured = jaxlwp.optimize.measured_space(space, known)
     strategies = {label: strategy_of(content, label, space) for label in content["strategies"]}
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["accuracy"]
     return [
@@ -380,7 +380,7 @@ def searched(space: Any, timer: Known, pairs: list[tuple[Any, Any]]) -> dict[str
     found = jaxlwp.search_measured(space, timer)
     asked = set(timer.asked)
     timer.measure(pairs)
-    full = jaxlwp.search(jaxlwp.measured_space(space, timer))
+    full = jaxlwp.search(jaxlwp.optimize.measured_space(space, timer))
     optimum = [
         (layer, space.configs[layer.index][choice], choice)
         for layer, choice in zip(layers, full.solution.choices, strict=True)
@@ -490,7 +490,7 @@ def repeats(name: str, searches: int) -> list[dict[str, Any]]:
     data = space.choices(space.baseline("data"))
     once, sure = [], []
     for _ in range(searches):
-        timer = jaxlwp.LayerTimer(space.graph, space.devices, jax.devices())
+        timer = jaxlwp.measure.LayerTimer(space.graph, space.devices, jax.devices())
         once.append(jaxlwp.search_measured(space, Once(timer)).solution.choices)
         sure.append(jaxlwp.search_measured(space, timer).solution.choices)
     row = {

@@ -116,7 +116,9 @@ def devices_of(levels: tuple[int, ...]) -> jaxlwp.DeviceGraph:
     """P100-like devices: NVLink inside a host, slower links between hosts, and between pods."""
     rates = (2.5e9, 5e9, 2e10)[3 - len(levels) :]
     axes = tuple(
-        jaxlwp.MeshAxis(name=name, size=size, level=level, latency_s=1e-5, bytes_per_s=rates[level])
+        jaxlwp.devices.MeshAxis(
+            name=name, size=size, level=level, latency_s=1e-5, bytes_per_s=rates[level]
+        )
         for name, size, level in axis_shape(levels)
     )
     return jaxlwp.DeviceGraph(
@@ -161,7 +163,7 @@ def scaled_row(name: str, levels: tuple[int, ...]) -> dict[str, Any]:
     graph = jaxlwp.trace(workload.loss, workload.params, *workload.batch)
     traced = time.perf_counter()
     whole = not is_large(graph, devices)
-    space = jaxlwp.price(graph, devices) if whole else jaxlwp.price_around(graph, devices)
+    space = jaxlwp.price(graph, devices) if whole else jaxlwp.optimize.price_around(graph, devices)
     result = jaxlwp.search(space)
     found = time.perf_counter()
     return {
@@ -230,7 +232,9 @@ def show_scaled(r: dict[str, Any]) -> None:
     )
 
 
-def exhaustive(space: jaxlwp.SearchSpace, found: jaxlwp.SearchResult) -> dict[str, float]:
+def exhaustive(
+    space: jaxlwp.cost.SearchSpace, found: jaxlwp.optimize.SearchResult
+) -> dict[str, float]:
     """Time of exhaustive search, which must find the same cost."""
     tables = space.tables
     every = jaxlwp.solve(

@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlwp import Solution, solve
+from jaxlwp import solve
+from jaxlwp.solver import Solution
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
 

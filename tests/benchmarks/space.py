@@ -32,7 +32,7 @@ def devices(levels: tuple[int, ...]) -> jaxlwp.DeviceGraph:
     names = ("device",) if len(levels) == 1 else ("host", "device")
     rates = (2e10,) if len(levels) == 1 else (5e9, 2e10)
     axes = tuple(
-        jaxlwp.MeshAxis(
+        jaxlwp.devices.MeshAxis(
             name=f"{names[level]}{i}", size=2, level=level, latency_s=1e-5, bytes_per_s=rates[level]
         )
         for level, count in enumerate(levels)

@@ -56,7 +56,7 @@ class Case(NamedTuple):
     loss: Callable[..., Any]
     params: Any
     batch: tuple[Any, ...]
-    space: jaxlwp.SearchSpace
+    space: jaxlwp.cost.SearchSpace
     mesh: jax.sharding.Mesh
 
 
@@ -134,7 +134,7 @@ def check(name: str, strategy: str | int) -> None:
         .lower(params, *batch)
         .compile(compiler_options(this.mesh))
     )
-    compiled = bytes_by_kind(jaxlwp.compiled_collectives(step.as_text()))
+    compiled = bytes_by_kind(jaxlwp.check.compiled_collectives(step.as_text()))
     assert by_kind(plan) == compiled, f"{name} {strategy}: predicted, then compiled"
     errors = []
     for draw in range(DRAWS):
@@ -245,5 +245,5 @@ def test_chain_of_convolutions_is_exact() -> None:
         plan = bind(space, space.strategy("mixed", choices), mesh, (params, x), out_tree)
         step = jax.jit(jax.value_and_grad(plan), in_shardings=plan.shardings)
         text = step.lower(params, x).compile().as_text()
-        compiled = bytes_by_kind(jaxlwp.compiled_collectives(text))
+        compiled = bytes_by_kind(jaxlwp.check.compiled_collectives(text))
         assert by_kind(plan) == compiled, plan.strategy

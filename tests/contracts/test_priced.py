@@ -42,7 +42,7 @@ def mesh_of(shape: tuple[int, ...]) -> Mesh:
     return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def space_on(mesh: Mesh, graph: jaxlwp.ComputationGraph) -> jaxlwp.SearchSpace:
+def space_on(mesh: Mesh, graph: jaxlwp.graph.ComputationGraph) -> jaxlwp.cost.SearchSpace:
     rates = jaxlwp.device_graph(mesh, rates=RATES)
     return jaxlwp.price(graph, rates, interchangeable=False)
 
@@ -55,7 +55,9 @@ def disagreeing(plan: jaxlwp.Plan) -> list[str]:
     ]
 
 
-def check(space: jaxlwp.SearchSpace, mesh: Mesh, loss: Any, arguments: Any, draws: int) -> None:
+def check(
+    space: jaxlwp.cost.SearchSpace, mesh: Mesh, loss: Any, arguments: Any, draws: int
+) -> None:
     """The strategy found, the baselines, and random strategies of a space."""
     rng = random.Random(SEED)
     out = jax.tree.structure(jax.eval_shape(loss, *arguments))

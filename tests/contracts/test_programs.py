@@ -26,7 +26,7 @@ from .zoo import RATES
 Record = Callable[[str, object], None]
 
 
-def space_of(loss: Any, params: Any, *batch: Any) -> tuple[jaxlwp.SearchSpace, Mesh]:
+def space_of(loss: Any, params: Any, *batch: Any) -> tuple[jaxlwp.cost.SearchSpace, Mesh]:
     mesh = jaxlwp.make_mesh(jax.devices()[:8])
     graph = jaxlwp.trace(loss, params, *batch)
     return jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=RATES)), mesh
@@ -65,7 +65,7 @@ def partitioned(loss: Any, mesh: Mesh, spec: PartitionSpec, params: Any, x: Any)
 
 
 def kinds(compiled: Any) -> dict[str, int]:
-    return bytes_by_kind(jaxlwp.compiled_collectives(compiled.as_text()))
+    return bytes_by_kind(jaxlwp.check.compiled_collectives(compiled.as_text()))
 
 
 def record(

@@ -154,7 +154,7 @@ class Case:
     loss: Callable[..., Any]
     params: Any
     stats: Any
-    space: jaxlwp.SearchSpace
+    space: jaxlwp.cost.SearchSpace
     mesh: jax.sharding.Mesh
 
 
@@ -293,7 +293,7 @@ def compile_step(this: Case, plan: jaxlwp.Plan) -> Compiled:
     return Compiled(
         step=call,
         predicted=dict(predicted),
-        compiled=bytes_by_kind(jaxlwp.compiled_collectives(text)),
+        compiled=bytes_by_kind(jaxlwp.check.compiled_collectives(text)),
     )
 
 

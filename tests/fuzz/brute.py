@@ -22,7 +22,7 @@ _SHARES = (0.0, 0.1, 0.5, 0.9)
 _CLOSE = 1e-9
 
 
-def compare(space: jaxlwp.SearchSpace) -> tuple[int, list[str], list[str]]:
+def compare(space: jaxlwp.cost.SearchSpace) -> tuple[int, list[str], list[str]]:
     """How many searches were compared, what each wrong one got wrong, and those that took long."""
     if math.prod(len(configs) for configs in space.configs) > MOST:
         return 0, [], []
@@ -48,7 +48,7 @@ def compare(space: jaxlwp.SearchSpace) -> tuple[int, list[str], list[str]]:
     return len(wanted) - len(long), problems, long
 
 
-def _found(space: jaxlwp.SearchSpace, options: dict[str, Any]) -> float | None:
+def _found(space: jaxlwp.cost.SearchSpace, options: dict[str, Any]) -> float | None:
     """What a search finds, or the least bytes that it names; None if it takes too long."""
     try:
         result = jaxlwp.search(space, work_limit=LONG, **options)
@@ -71,7 +71,7 @@ def _between(edges: Any, tables: Any, every: Any) -> Any:
     return total
 
 
-def _sums(space: jaxlwp.SearchSpace, every: Any) -> Any:
+def _sums(space: jaxlwp.cost.SearchSpace, every: Any) -> Any:
     """The paper's sum of every strategy."""
     tables = space.tables
     parts = (tables.compute_s, tables.sync_s, tables.exchange_s, tables.overhead_s)
@@ -79,7 +79,7 @@ def _sums(space: jaxlwp.SearchSpace, every: Any) -> Any:
     return nodes + _between(tables.edges, tables.transfer_s, every) + tables.step_s
 
 
-def _overlap(space: jaxlwp.SearchSpace, every: Any) -> Any:
+def _overlap(space: jaxlwp.cost.SearchSpace, every: Any) -> Any:
     """Seconds of every strategy with gradients synchronised behind the backward pass.
 
     All work of the forward pass, then backward from the last layer on: the gradients of a layer
@@ -101,9 +101,9 @@ def _overlap(space: jaxlwp.SearchSpace, every: Any) -> Any:
     return np.maximum(done, now) + tables.step_s
 
 
-def _bytes(space: jaxlwp.SearchSpace, every: Any) -> Any:
+def _bytes(space: jaxlwp.cost.SearchSpace, every: Any) -> Any:
     """Estimated peak bytes of every strategy."""
-    tables = jaxlwp.memory_costs(space.graph, space.configs, space.devices.axis_sizes)
+    tables = jaxlwp.memory.memory_costs(space.graph, space.configs, space.devices.axis_sizes)
     named = {
         name: [getattr(layer, name) for layer in tables.layers]
         for name in ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "kept_bytes")

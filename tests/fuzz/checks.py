@@ -300,7 +300,7 @@ def _plans(
 
 
 def _drawn(
-    case: Case, graph: jaxlwp.ComputationGraph, mesh: Any, log: Log, seed: int | None
+    case: Case, graph: jaxlwp.graph.ComputationGraph, mesh: Any, log: Log, seed: int | None
 ) -> dict[str, Splits]:
     rng = random.Random(f"{seed}/strategies")
     sizes = {str(name): size for name, size in mesh.shape.items()}

@@ -254,5 +254,5 @@ def _carried(candidate: Case, before: Case) -> dict[str, Splits]:
     return result | {f"random{n}": splits for n, splits in enumerate(drawn)}
 
 
-def _graph(case: Case) -> jaxlwp.ComputationGraph:
+def _graph(case: Case) -> jaxlwp.graph.ComputationGraph:
     return jaxlwp.trace(case.written.function(), *case.written.arrays())

@@ -142,7 +142,7 @@ def draw_config(rng: random.Random, configs: Sequence[jaxlwp.Config], style: str
 
 
 def draw_strategies(
-    rng: random.Random, graph: jaxlwp.ComputationGraph, axis_sizes: dict[str, int], count: int
+    rng: random.Random, graph: jaxlwp.graph.ComputationGraph, axis_sizes: dict[str, int], count: int
 ) -> list[Splits]:
     """Random strategies from the whole space."""
     spaces = [layer_configs(layer, axis_sizes) for layer in graph.layers]
@@ -159,7 +159,7 @@ def draw_strategies(
 
 
 def bind(
-    graph: jaxlwp.ComputationGraph,
+    graph: jaxlwp.graph.ComputationGraph,
     splits: Splits,
     case: MeshCase,
     arguments: tuple[Any, ...],
