@@ -1,4 +1,4 @@
-"""The README's loops run, give one device's losses, and differ from them in few lines."""
+"""README and docs: their loops run, give one device's losses, and differ from them in few lines."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ import pytest
 import jaxlwp
 from jaxlwp.check import _compare
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+MOST_LINES = 200
 MOST_CHANGED_LINES = 6
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, *pages: str) -> list[str]:
+    """The blocks of code of some pages, in order."""
+    text = "\n".join(PAGES[ROOT / page] for page in pages)
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-LINEN, NNX = blocks("diff")
+LINEN, NNX = blocks("diff", "README.md", "docs/loops.md")
 
 
 def changed(block: str, sign: str) -> list[str]:
@@ -63,7 +68,9 @@ def test_linen_loop_then_the_steps_and_the_contracts() -> None:
     expected, actual = run(version(LINEN, "-")), run(version(LINEN, "+"))
     np.testing.assert_allclose(actual["losses"], expected["losses"], rtol=1e-4)
     assert len(set(expected["losses"])) == len(expected["losses"])
-    rebound, why, constrained, steps, strategies, same_numbers, same_bytes = blocks("python")
+    rebound, why, constrained, steps, strategies, same_numbers, same_bytes = blocks(
+        "python", "docs/loops.md", "docs/plans.md", "docs/steps.md", "docs/contracts.md"
+    )
     namespace = run(rebound, **actual)
     arguments = (actual["state"].params, namespace["images"], namespace["labels"])
     for new, fn in (("smaller", "loss_fn"), ("evaluate", "accuracy")):
@@ -80,16 +87,22 @@ def test_linen_loop_then_the_steps_and_the_contracts() -> None:
 
 
 def test_documented_json_keys() -> None:
-    documented = set(re.findall(r"`([a-z_]+)`", README.split("Its `--json`")[1].split("\n## ")[0]))
+    page = PAGES[ROOT / "docs/command-line.md"]
+    documented = set(re.findall(r"`([a-z_]+)`", page.split("Its `--json`")[1]))
     content = _compare.Comparison.to_json.__doc__ or ""
     written = set(re.findall(r"`([a-z_]+)`", content))
     assert {"results", "times_s"} <= written <= documented
 
 
 def test_links_lead_somewhere() -> None:
-    root = Path(__file__).parent.parent
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (root / target).exists(), target
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (path.parent / target).exists(), (path, target)
+
+
+def test_pages_stay_short() -> None:
+    for name in ("README.md", "ARCHITECTURE.md"):
+        assert len((ROOT / name).read_text().splitlines()) <= MOST_LINES
 
 
 def test_baselines_are_the_documented_ones() -> None:

@@ -199,7 +199,9 @@ def _devices(target: Target) -> tuple[Any, ...]:
         importlib.util.find_spec(f"jax_plugins.xla_cuda{cuda}") is None
     ):
         raise _missing(target)
-    config = importlib.resources.files("jaxlwp").joinpath("gpu_specs", f"{name}.txtpb").read_text()
+    config = (
+        importlib.resources.files("jaxlwp.check").joinpath("gpu_specs", f"{name}.txtpb").read_text()
+    )
     try:
         topology = topologies.get_topology_desc(
             platform="cuda",

@@ -1,7 +1,7 @@
 """The collectives of layers, edges and whole strategies, as data.
 
 What a layer communicates under a config, and a change of layout between two layers, is computed
-from the same operator signatures, halo geometry and moves that the lowering carries out: `_cost`
+from the same operator signatures, halo geometry and moves that the lowering carries out: `_model`
 turns it into seconds, `_verify` compares it with a compiled program.
 """
 

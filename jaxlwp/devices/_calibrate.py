@@ -84,7 +84,7 @@ def make_mesh(devices: Sequence[Any]) -> Mesh:
 
     Returns:
       The mesh. Axes that count hosts are called "host0", "host1", ..., those inside one "device0",
-      "device1", ...; 12 devices on one host are a mesh of 2 x 2 x 3.
+      "device1", ...; 12 devices on one host are a mesh of 3 x 2 x 2.
 
     Raises:
       ValueError: hosts hold different numbers of devices.
