@@ -17,7 +17,9 @@ from jaxlwp.cli._workload import load_workload
 from jaxlwp.cost._changes import changes
 from jaxlwp.cost._collectives import argument_collectives, layer_collectives, use_collectives
 from jaxlwp.space._config import Layout
-from jaxlwp.space._layout import layout_axes, move_collectives, plan_moves
+from jaxlwp.space._exchange import move_collectives
+from jaxlwp.space._layout import layout_axes
+from jaxlwp.space._moves import plan_moves
 
 
 def device_graph(sizes: tuple[int, ...], levels: tuple[int, ...]) -> jaxlwp.DeviceGraph:

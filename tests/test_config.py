@@ -11,7 +11,9 @@ from jaxlwp.devices._device_graph import prime_factors
 from jaxlwp.lower._halo import plan_halo
 from jaxlwp.ops import Window
 from jaxlwp.space._config import Config, enumerate_configs
-from jaxlwp.space._layout import even_layout, move_collectives, plan_moves
+from jaxlwp.space._exchange import move_collectives
+from jaxlwp.space._layout import even_layout
+from jaxlwp.space._moves import plan_moves
 
 SIZES = {"a": 2, "b": 2, "c": 2}
 

@@ -17,7 +17,7 @@ from jaxlwp.cli._workload import load_workload
 from jaxlwp.memory._memory import memory_costs
 from jaxlwp.solver import _marginals
 from jaxlwp.solver._minmax import Rows, minimize_max
-from jaxlwp.space._layout import wire_share
+from jaxlwp.space._exchange import wire_share
 
 RATES = jaxlwp.Rates(
     flops_per_s=5e12, memory_bytes_per_s=5e11, latency_s=(1e-5,), link_bytes_per_s=(2e10,)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,15 @@ from rich.table import Table
 from jaxlwp._parallelize import parallelize
 from jaxlwp._version import __version__
 from jaxlwp.check import ROUNDS, Progress, batch_size, compare, is_simulated
+from jaxlwp.cli._options import (
+    at_least_one,
+    model_options,
+    pins_option,
+    positive,
+    rates_by_hand,
+    shared_options,
+    target_file,
+)
 from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
 from jaxlwp.cost import price
 from jaxlwp.devices import (
@@ -41,165 +49,14 @@ from jaxlwp.space import BASELINES, Constraints, Strategy
 
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
-# --- options ---------------------------------------------------------------------------------
-
-
-def _at_least_one(_: click.Context, option: click.Parameter, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise click.ClickException(f"{option.opts[0]}: {value} given; give a number of at least 1")
-    return value
-
-
-def _input_shape(
-    _: click.Context, option: click.Parameter, value: str | None
-) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", value, re.ASCII):
-        raise click.ClickException(
-            f"{option.opts[0]}: {value!r} given; give the shape of one example as sizes of at "
-            "least 1 joined by x, channels last, as in 224x224x3"
-        )
-    return tuple(int(size) for size in value.split("x"))
-
-
-def _positive(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 < value < math.inf:
-        raise click.ClickException(
-            f"{option.opts[0]}: {value} given; a rate must be a positive finite number: give one, "
-            "or leave all rates out to measure them"
-        )
-    return value
-
-
-def _not_negative(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 <= value < math.inf:
-        raise click.ClickException(
-            f"{option.opts[0]}: {value} given; a latency must be a finite number of seconds of at "
-            "least 0: give one, or leave all rates out to measure them"
-        )
-    return value
-
-
-def _pins(
-    _: click.Context, option: click.Parameter, values: tuple[str, ...]
-) -> dict[str, dict[str, int]]:
-    """LAYER:DIM=N,... as layer -> dimension -> degree."""
-    result = {}
-    for value in values:
-        layer, colon, splits = value.rpartition(":")
-        pairs = [split.split("=") for split in splits.split(",") if split]
-        if not colon or not all(len(p) == 2 and re.fullmatch(r"[1-9]\d*", p[1]) for p in pairs):
-            raise click.ClickException(
-                f"{option.opts[0]}: {value!r} given; give a layer and its split, as in "
-                "conv1:sample=4,channel=2"
-            )
-        result[layer] = {dimension: int(degree) for dimension, degree in pairs}
-    return result
-
-
-def _target_file(_: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
-    """Find out before a long run that its result cannot be written."""
-    if value is None:
-        return None
-    folder = value.absolute().parent
-    if not folder.is_dir():
-        problem = f"there is no folder {folder}; make it, or give another path"
-    elif value.is_dir():
-        problem = "it is a folder; give a file in it"
-    elif not os.access(folder, os.W_OK):
-        problem = f"the folder {folder} is read-only; give another path"
-    else:
-        return value
-    raise click.ClickException(f"{option.opts[0]}: cannot write {value}: {problem}")
-
-
-_MODEL_OPTIONS = (
-    click.argument("model"),
-    click.option(
-        "--devices",
-        type=int,
-        callback=_at_least_one,
-        help="How many devices; all by default. Without accelerators they are simulated.",
-    ),
-    click.option(
-        "--batch",
-        type=int,
-        callback=_at_least_one,
-        help=f"Examples in a batch; {DEFAULT_BATCH} by default.",
-    ),
-    click.option(
-        "--input",
-        "input_shape",
-        metavar="HxWxC",
-        callback=_input_shape,
-        help="Shape of one example; the model's input_shape by default.",
-    ),
-)
-_RATE_OPTIONS = (
-    click.option(
-        "--flops",
-        type=float,
-        callback=_positive,
-        help="Operations per second of one device. The rates are given all four or not at all; "
-        "by default they are measured, and kept for the next time.",
-    ),
-    click.option(
-        "--memory-bandwidth",
-        type=float,
-        callback=_positive,
-        help="Bytes per second that one device reads and writes.",
-    ),
-    click.option(
-        "--latency", type=float, callback=_not_negative, help="Seconds per step of a collective."
-    ),
-    click.option(
-        "--bandwidth",
-        type=float,
-        callback=_positive,
-        help="Bytes per second that one device sends.",
-    ),
-)
-
-
-def _model_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_MODEL_OPTIONS):
-        command = option(command)
-    return command
-
-
-def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed((*_MODEL_OPTIONS, *_RATE_OPTIONS)):
-        command = option(command)
-    return command
-
 
 _memory_option = click.option(
     "--memory",
     "memory_bytes",
     type=float,
-    callback=_positive,
+    callback=positive,
     help="Bytes of each device that a training step may take, as in 70e9.",
 )
-
-
-def _rates_by_hand(given: dict[str, float | None]) -> Rates | None:
-    names = {name: "--" + name.replace("_", "-") for name in given}
-    missing = [names[name] for name, value in given.items() if value is None]
-    if len(missing) == len(given):
-        return None
-    if missing:
-        raise click.ClickException(
-            f"{', '.join(missing)}: missing; rates by hand are given all four or not at all: give "
-            f"all of {', '.join(names.values())}, or none to measure them"
-        )
-    values = {name: value or 0.0 for name, value in given.items()}
-    return Rates(
-        flops_per_s=values["flops"],
-        memory_bytes_per_s=values["memory_bandwidth"],
-        latency_s=(values["latency"],),
-        link_bytes_per_s=(values["bandwidth"],),
-    )
 
 
 # --- devices, progress, errors, files --------------------------------------------------------
@@ -290,7 +147,7 @@ def main() -> None:
 
 
 @main.command()
-@_shared_options
+@shared_options
 @click.option(
     "--strategy",
     default="search",
@@ -299,7 +156,7 @@ def main() -> None:
 @click.option(
     "--save",
     type=click.Path(path_type=Path),
-    callback=_target_file,
+    callback=target_file,
     help="Write the strategy to this JSON file.",
 )
 @click.option(
@@ -312,7 +169,7 @@ def main() -> None:
     "--pin",
     multiple=True,
     metavar="LAYER:DIM=N,...",
-    callback=_pins,
+    callback=pins_option,
     help="Split a layer (or all that match a pattern) so: conv1:sample=4,channel=2; conv1: alone "
     "replicates it.",
 )
@@ -365,7 +222,7 @@ def plan(
     **rates: float | None,
 ) -> None:
     """Find a strategy for MODEL and print it, a row per layer."""
-    by_hand = _rates_by_hand(rates)
+    by_hand = rates_by_hand(rates)
     chosen = _provide_devices(devices)
     with _one_line_errors(), _progress() as progress:
         wanted = Strategy.load(strategy) if strategy.endswith(".json") else strategy
@@ -417,20 +274,20 @@ def _explained(found: Plan, why: str) -> str:
 
 
 @main.command("compare")
-@_shared_options
+@shared_options
 @_memory_option
 @click.option(
     "--rounds",
     type=int,
     default=ROUNDS,
-    callback=_at_least_one,
+    callback=at_least_one,
     help=f"Measured steps of each strategy, after one to warm up; {ROUNDS} by default.",
 )
 @click.option(
     "--json",
     "json_file",
     type=click.Path(path_type=Path),
-    callback=_target_file,
+    callback=target_file,
     help="Write the results to this JSON file.",
 )
 def compare_command(
@@ -444,7 +301,7 @@ def compare_command(
     **rates: float | None,
 ) -> None:
     """Run the strategy found for MODEL and every baseline, and print predicted and measured."""
-    by_hand = _rates_by_hand(rates)
+    by_hand = rates_by_hand(rates)
     chosen = _provide_devices(devices)
     with _one_line_errors(), _progress() as progress:
         _check_divides(batch or DEFAULT_BATCH, len(chosen))
@@ -479,7 +336,7 @@ def _rated(mesh: Mesh, by_hand: Rates | None, progress: Progress) -> DeviceGraph
 
 
 @main.command("profile")
-@_model_options
+@model_options
 @click.option("--again", is_flag=True, help="Measure what was measured before, too.")
 def profile_command(
     model: str,

@@ -1,9 +1,11 @@
 """The function on one device's blocks.
 
-Read `_steps` first: the program of one device as data, collectives among its steps. `_lower`
+Read `_steps` first: the program of one device as data, collectives among its steps. `_build` makes
+them of a strategy, `_sharing` lets what several of them receive be received once, `_lower`
 carries the steps out. `_halo` is the geometry of halo exchanges, `_reshard` moves blocks.
 """
 
+from jaxlwp.lower._build import build, build_layer, read_elsewhere
 from jaxlwp.lower._halo import plan_halo
 from jaxlwp.lower._lower import LAYER_SCOPE, Lowered, run
 from jaxlwp.lower._steps import (
@@ -18,10 +20,7 @@ from jaxlwp.lower._steps import (
     Receive,
     Region,
     Step,
-    build,
-    build_layer,
     every_step,
-    read_elsewhere,
 )
 
 __all__ = [

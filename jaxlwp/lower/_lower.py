@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlwp.graph import ComputationGraph
+from jaxlwp.lower._build import build, output_layout, stored_layout
 from jaxlwp.lower._halo import assemble, dilate, receive
 from jaxlwp.lower._reshard import move_block
 from jaxlwp.lower._steps import (
@@ -44,9 +45,6 @@ from jaxlwp.lower._steps import (
     Region,
     Spread,
     Step,
-    build,
-    output_layout,
-    stored_layout,
 )
 from jaxlwp.mesh import all_reduce, device_index, vary
 from jaxlwp.ops import Local, evaluate_whole, rule_of

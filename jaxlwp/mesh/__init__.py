@@ -4,25 +4,27 @@ Collectives here count devices in the order in which they are given mesh axes, w
 the mesh. Functions are traced with no mesh set, and run on the mesh that a plan is bound to.
 """
 
-from jaxlwp.mesh._spmd import (
-    OnBlocks,
+from jaxlwp.mesh._collectives import (
     all_gather,
     all_reduce,
     all_reduce_max,
     all_reduce_min,
     all_to_all,
+    device_index,
+    permute,
+    reduce_scatter,
+    vary,
+)
+from jaxlwp.mesh._meshes import (
+    OnBlocks,
     auto_mesh,
     check_set_mesh,
-    device_index,
     no_mesh,
     on_mesh,
     partition_spec,
-    permute,
     placed,
-    reduce_scatter,
     set_mesh_or_none,
     trace_on_blocks,
-    vary,
 )
 
 __all__ = [

@@ -1,15 +1,20 @@
 """What a layer may do: configs, layouts and the moves between them, strategies, constraints.
 
 Read `_config` first (which mesh axes split which dimension), then `_layout` (where the parts of a
-tensor are, and how they get elsewhere), `_strategy` (a config for every layer; baselines; JSON) and
-`_constraints` (what the user forbids).
+tensor are), `_moves` (how they get elsewhere), `_exchange` (what that sends), `_strategy` (a config
+for every layer; baselines; JSON) and `_constraints` (what the user forbids).
 """
 
 from jaxlwp.space._config import DIMENSIONS, Config, Layout, dimension_order, enumerate_configs
 from jaxlwp.space._constraints import Constraints, Split
-from jaxlwp.space._layout import (
+from jaxlwp.space._exchange import (
     COLLECTIVES,
     Collective,
+    move_collectives,
+    move_exchanges,
+    wire_share,
+)
+from jaxlwp.space._layout import (
     Move,
     cdiv,
     copied_bytes,
@@ -17,12 +22,8 @@ from jaxlwp.space._layout import (
     even_layout,
     layout_axes,
     local_shape,
-    move_collectives,
-    move_exchanges,
-    plan_moves,
-    plan_options,
-    wire_share,
 )
+from jaxlwp.space._moves import plan_moves, plan_options
 from jaxlwp.space._strategy import BASELINES, Strategy, baseline, make_strategy
 
 __all__ = [

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlwp.graph._graph import ComputationGraph, Layer
 from jaxlwp.graph._trace import trace
 from jaxlwp.lower._lower import Lowered
-from jaxlwp.mesh._spmd import partition_spec, placed
+from jaxlwp.mesh._meshes import partition_spec, placed
 from jaxlwp.space._config import Config, enumerate_configs
 
 TOLERANCE = 1e-5

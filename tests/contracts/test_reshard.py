@@ -17,7 +17,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxlwp.lower._reshard import move_block
 from jaxlwp.space import _layout
 from jaxlwp.space._config import Layout
-from jaxlwp.space._layout import Move, degree, layout_axes, local_shape, plan_moves
+from jaxlwp.space._layout import Move, degree, layout_axes, local_shape
+from jaxlwp.space._moves import plan_moves
 
 from .harness import compiler_options
 

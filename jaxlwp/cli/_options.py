@@ -1,0 +1,165 @@
+"""Options of the commands, and their checks."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from jaxlwp.cli._workload import DEFAULT_BATCH
+from jaxlwp.devices import (
+    Rates,
+)
+
+
+def at_least_one(_: click.Context, option: click.Parameter, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise click.ClickException(f"{option.opts[0]}: {value} given; give a number of at least 1")
+    return value
+
+
+def _input_shape(
+    _: click.Context, option: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", value, re.ASCII):
+        raise click.ClickException(
+            f"{option.opts[0]}: {value!r} given; give the shape of one example as sizes of at "
+            "least 1 joined by x, channels last, as in 224x224x3"
+        )
+    return tuple(int(size) for size in value.split("x"))
+
+
+def positive(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise click.ClickException(
+            f"{option.opts[0]}: {value} given; a rate must be a positive finite number: give one, "
+            "or leave all rates out to measure them"
+        )
+    return value
+
+
+def _not_negative(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 <= value < math.inf:
+        raise click.ClickException(
+            f"{option.opts[0]}: {value} given; a latency must be a finite number of seconds of at "
+            "least 0: give one, or leave all rates out to measure them"
+        )
+    return value
+
+
+def pins_option(
+    _: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, dict[str, int]]:
+    """LAYER:DIM=N,... as layer -> dimension -> degree."""
+    result = {}
+    for value in values:
+        layer, colon, splits = value.rpartition(":")
+        pairs = [split.split("=") for split in splits.split(",") if split]
+        if not colon or not all(len(p) == 2 and re.fullmatch(r"[1-9]\d*", p[1]) for p in pairs):
+            raise click.ClickException(
+                f"{option.opts[0]}: {value!r} given; give a layer and its split, as in "
+                "conv1:sample=4,channel=2"
+            )
+        result[layer] = {dimension: int(degree) for dimension, degree in pairs}
+    return result
+
+
+def target_file(_: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    """Find out before a long run that its result cannot be written."""
+    if value is None:
+        return None
+    folder = value.absolute().parent
+    if not folder.is_dir():
+        problem = f"there is no folder {folder}; make it, or give another path"
+    elif value.is_dir():
+        problem = "it is a folder; give a file in it"
+    elif not os.access(folder, os.W_OK):
+        problem = f"the folder {folder} is read-only; give another path"
+    else:
+        return value
+    raise click.ClickException(f"{option.opts[0]}: cannot write {value}: {problem}")
+
+
+_MODEL_OPTIONS = (
+    click.argument("model"),
+    click.option(
+        "--devices",
+        type=int,
+        callback=at_least_one,
+        help="How many devices; all by default. Without accelerators they are simulated.",
+    ),
+    click.option(
+        "--batch",
+        type=int,
+        callback=at_least_one,
+        help=f"Examples in a batch; {DEFAULT_BATCH} by default.",
+    ),
+    click.option(
+        "--input",
+        "input_shape",
+        metavar="HxWxC",
+        callback=_input_shape,
+        help="Shape of one example; the model's input_shape by default.",
+    ),
+)
+_RATE_OPTIONS = (
+    click.option(
+        "--flops",
+        type=float,
+        callback=positive,
+        help="Operations per second of one device. The rates are given all four or not at all; "
+        "by default they are measured, and kept for the next time.",
+    ),
+    click.option(
+        "--memory-bandwidth",
+        type=float,
+        callback=positive,
+        help="Bytes per second that one device reads and writes.",
+    ),
+    click.option(
+        "--latency", type=float, callback=_not_negative, help="Seconds per step of a collective."
+    ),
+    click.option(
+        "--bandwidth",
+        type=float,
+        callback=positive,
+        help="Bytes per second that one device sends.",
+    ),
+)
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed((*_MODEL_OPTIONS, *_RATE_OPTIONS)):
+        command = option(command)
+    return command
+
+
+def rates_by_hand(given: dict[str, float | None]) -> Rates | None:
+    names = {name: "--" + name.replace("_", "-") for name in given}
+    missing = [names[name] for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise click.ClickException(
+            f"{', '.join(missing)}: missing; rates by hand are given all four or not at all: give "
+            f"all of {', '.join(names.values())}, or none to measure them"
+        )
+    values = {name: value or 0.0 for name, value in given.items()}
+    return Rates(
+        flops_per_s=values["flops"],
+        memory_bytes_per_s=values["memory_bandwidth"],
+        latency_s=(values["latency"],),
+        link_bytes_per_s=(values["bandwidth"],),
+    )

@@ -1,0 +1,113 @@
+"""Collectives inside `jax.shard_map`: the only module that calls those of JAX.
+
+*The order of mesh axes.* Several axes named together, as in ("data", "model"), number the devices
+along them; the first is the major one. Layouts, configs and halo exchanges count in the order in
+which they name the axes, which need not be the order of the mesh. JAX's gathers, scatters,
+all-to-alls, `axis_index` and PartitionSpecs count in the order given; `ppermute` alone counts in
+the order of the mesh, whatever is given (from JAX 0.12 on it refuses any other). `permute` takes
+pairs in the order given. All other modules call what is here, so none relies on an order of its
+own (`tests/test_architecture.py` holds them to it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+Axes = tuple[str, ...]
+"""Mesh axes, major to minor."""
+
+
+def device_index(axes: Axes) -> Any:
+    """Number of this device along the axes; 0 for no axes."""
+    return lax.axis_index(axes) if axes else 0
+
+
+def vary(x: Any, axes: Iterable[str]) -> Any:
+    """Mark a replicated value as varying over the axes; its cotangent is summed over them."""
+    axes = tuple(axes)
+    return lax.pcast(x, axes, to="varying") if axes else x
+
+
+def all_reduce(x: Any, axes: Axes) -> Any:
+    """Sum over the devices along the axes."""
+    return lax.psum(x, axes)
+
+
+def all_reduce_max(x: Any, axes: Axes) -> Any:
+    """Maximum over the devices along the axes."""
+    return lax.pmax(x, axes)
+
+
+def all_reduce_min(x: Any, axes: Axes) -> Any:
+    """Minimum over the devices along the axes."""
+    return lax.pmin(x, axes)
+
+
+def all_gather(x: Any, axes: Axes, dim: int, *, varying: bool) -> Any:
+    """Blocks of a dimension put together in the order of the devices along the axes.
+
+    Args:
+      x: this device's block.
+      axes: mesh axes that split the dimension.
+      dim: the dimension.
+      varying: the result is used differently by each device, so its transpose is a reduce-scatter;
+        otherwise it is to take one's own block.
+    """
+    return lax.all_gather(x, axes, axis=dim, tiled=True, to="varying" if varying else "invarying")
+
+
+def reduce_scatter(x: Any, axes: Axes, dim: int) -> Any:
+    """This device's block, along a dimension, of the sum over the devices along the axes."""
+    return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+
+
+def all_to_all(x: Any, axes: Axes, *, split_dim: int, concat_dim: int) -> Any:
+    """Split `split_dim` among the devices along the axes, and put `concat_dim` together."""
+    return lax.all_to_all(x, axes, split_dim, concat_dim, tiled=True)
+
+
+def permute(x: Any, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Any:
+    """Send blocks among devices; who receives nothing has zeros.
+
+    Args:
+      x: this device's block.
+      axes: mesh axes along which devices are counted, major to minor.
+      pairs: (sender, receiver), numbers of devices along `axes` in the order given.
+    """
+    sizes = dict(zip(*_mesh_axes(), strict=True))
+    in_mesh_order = tuple(name for name in sizes if name in axes)
+    if in_mesh_order != axes:
+        shape = [sizes[name] for name in axes]
+        places = [axes.index(name) for name in in_mesh_order]
+
+        def renumbered(device: int) -> int:
+            coordinates = _coordinates(device, shape)
+            return _number([coordinates[p] for p in places], [shape[p] for p in places])
+
+        pairs = [(renumbered(sender), renumbered(receiver)) for sender, receiver in pairs]
+    return lax.ppermute(x, in_mesh_order, pairs)
+
+
+def _mesh_axes() -> tuple[tuple[str, ...], tuple[int, ...]]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(mesh.axis_names), tuple(mesh.axis_sizes)
+
+
+def _coordinates(device: int, shape: Sequence[int]) -> list[int]:
+    """Position of a device along each axis, from its number."""
+    result = []
+    for size in reversed(shape):
+        device, position = divmod(device, size)
+        result.append(position)
+    return result[::-1]
+
+
+def _number(coordinates: Sequence[int], shape: Sequence[int]) -> int:
+    result = 0
+    for position, size in zip(coordinates, shape, strict=True):
+        result = result * size + position
+    return result
