@@ -38,7 +38,7 @@ from jaxlwp.cost import _model as _cost
 from jaxlwp.cost import _search_space as _space
 from jaxlwp.devices._device_graph import axis_shape
 from jaxlwp.optimize._wide import is_large
-from jaxlwp.space import _layout
+from jaxlwp.space import _moves
 from models.unet3d import UNet3D
 
 NETWORKS = {
@@ -72,7 +72,7 @@ CACHES = (
     _changes.changes,
     _changes._plan,
     _collectives.layout_collectives,
-    _layout.plan_options,
+    _moves.plan_options,
 )
 PHASES: tuple[tuple[Any, str, str], ...] = (
     (_space, "layer_configs", "enumerate configs"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxlwp.lower._reshard import move_block
-from jaxlwp.space import _layout
+from jaxlwp.space import _moves
 from jaxlwp.space._config import Layout
 from jaxlwp.space._layout import Move, degree, layout_axes, local_shape
 from jaxlwp.space._moves import plan_moves
@@ -57,10 +57,10 @@ class Change(NamedTuple):
 def rearranged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Both ways to rearrange blocks, of which more mesh axes than there are here use the second."""
     if request.param == "the two best":
-        monkeypatch.setattr(_layout, "_FEW_AXES", 0)
-    _layout.plan_options.cache_clear()
+        monkeypatch.setattr(_moves, "_FEW_AXES", 0)
+    _moves.plan_options.cache_clear()
     yield
-    _layout.plan_options.cache_clear()
+    _moves.plan_options.cache_clear()
 
 
 @st.composite
