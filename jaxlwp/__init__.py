@@ -4,11 +4,20 @@
 finds the best combination exactly, and returns a `Plan` that is called like the loss function:
 
     plan = jaxlwp.parallelize(loss_fn, params, images, labels)
-    loss, grads = jax.jit(jax.value_and_grad(plan))(plan.place(params), images, labels)
+    state, images, labels = plan.place(state), *plan.place_batch(images, labels)
+    loss, grads = jax.jit(jax.value_and_grad(plan))(state.params, images, labels)
 
-Its steps are functions of their own: `trace`, `device_graph`, `price`, `search`, `bind`. What was
-decided and why: `print(plan)`, `explain`, `pareto`, `compare`, `verify`. All else is in the folders
-(`jaxlwp.solver`, `jaxlwp.check`, ...), each one step of the way.
+All in one     parallelize
+Its steps      trace, make_mesh, device_graph, price, search or search_measured, bind
+Looking        print(plan), explain, pareto, verify, compare
+Values         Plan, Strategy, Config, Constraints, Rates, DeviceGraph; BASELINES (names)
+Elsewhere      load_profile (another machine's measurements), target_mesh (GPUs that are not there)
+On numbers     solve (cost tables alone)
+Errors         ValueError, in one line; MemoryLimitError, which names the least memory
+
+All else is in the folders, each one step of the way: program, mesh, ops, graph, space, devices,
+lower, solver, cost, memory, measure, optimize, plan, check, report. `help(jaxlwp.solver)` says what
+a folder is for and in which order to read it.
 """
 
 from jaxlwp._parallelize import parallelize

@@ -8,6 +8,7 @@ number of simulated devices.
 import gc
 import math
 import os
+import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ def _with_device_count(xla_flags: str, count: int) -> str:
 _COUNT = int(os.environ.get("JAXLWP_TEST_DEVICES", "8"))
 os.environ["XLA_FLAGS"] = _with_device_count(os.environ.get("XLA_FLAGS", ""), _COUNT)
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLWP_TEST_PLATFORM", "cpu")
+# Drawn here, so that all workers of a run draw the same cases.
+os.environ.setdefault("JAXLWP_SWEEP_SEED", str(random.SystemRandom().randrange(2**31)))
 # A program out of another run's cache would be tested instead of the one just compiled.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -71,9 +73,32 @@ def _known_options() -> dict[str, Any]:
 
 
 def draw_seed() -> int:
-    """The seed of this run: JAXLWP_SWEEP_SEED if set, else a new one."""
-    given = os.environ.get(SEED_VARIABLE)
-    return int(given) if given else random.SystemRandom().randrange(2**31)
+    """The seed of this run: JAXLWP_SWEEP_SEED, which `tests/conftest.py` draws if it is not set."""
+    return int(os.environ.setdefault(SEED_VARIABLE, str(random.SystemRandom().randrange(2**31))))
+
+
+def drawn(cases: Iterable[Any], share: float, slow: Iterable[Any] = ()) -> list[Any]:
+    """Parameters of a test: a share of the cases, drawn anew each run; the rest is slow.
+
+    `make test-all` runs all of them.
+
+    Args:
+      cases: the cases, or their names.
+      share: of them, that `make test` runs.
+      slow: those of the cases that it never runs.
+    """
+    cases, left_out = list(cases), list(slow)
+    fast = [case for case in cases if case not in left_out]
+    rng = random.Random(f"{draw_seed()}/{[_label(case) for case in cases]}")
+    chosen = rng.sample(fast, math.ceil(share * len(fast)))
+    return [
+        pytest.param(case, id=_label(case), marks=() if case in chosen else pytest.mark.slow)
+        for case in cases
+    ]
+
+
+def _label(case: Any) -> str:
+    return str(getattr(case, "name", case))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

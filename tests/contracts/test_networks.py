@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import collections
 import functools
-import os
 import random
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +31,7 @@ from models.alexnet import AlexNet
 from models.lenet import LeNet5
 from models.vgg import VGG16
 
-from .harness import compiler_options
+from .harness import compiler_options, draw_seed
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
@@ -41,7 +39,7 @@ RATES = jaxlwp.Rates(
 BATCH = 8
 DRAWS = 6
 # Fresh inputs in every run; JAXLWP_SWEEP_SEED repeats one.
-SEED = int(os.environ.get("JAXLWP_SWEEP_SEED") or time.time_ns() % 2**31)
+SEED = draw_seed()
 NETWORKS: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "lenet5": (LeNet5(), (28, 28, 1)),
     "alexnet": (AlexNet(num_classes=10, hidden=64), (67, 67, 3)),

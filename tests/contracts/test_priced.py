@@ -27,7 +27,7 @@ from jaxlwp.check._verify import check_layers
 from jaxlwp.cost._collectives import collectives_by_layer
 from jaxlwp.plan._plan import bind
 
-from .harness import compiler_options, draw_seed
+from .harness import compiler_options, draw_seed, drawn
 from .zoo import RATES, ZOO, case, random_batch
 
 SEED = draw_seed()
@@ -80,9 +80,7 @@ def check(
 # --- networks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in ZOO]
-)
+@pytest.mark.parametrize("name", drawn(ZOO, 0.4, slow=LARGE))
 def test_networks(name: str) -> None:
     this = case(name, SEED)
     mesh = mesh_of((2, 4))

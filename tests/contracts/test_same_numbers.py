@@ -26,6 +26,7 @@ from .harness import (
     Report,
     acceptable,
     draw_seed,
+    drawn,
     relative_error,
     sweep,
 )
@@ -69,7 +70,7 @@ def check(case: Case, mesh: Mesh, **options: Any) -> None:
     assert not report.wrong, str(report)
 
 
-@pytest.mark.parametrize("case", EIGHT_PARTS, ids=name_of)
+@pytest.mark.parametrize("case", drawn(EIGHT_PARTS, 0.3))
 def test_eight_devices(case: Case, mesh222: Mesh) -> None:
     check(case, mesh222)
 
@@ -80,10 +81,7 @@ def test_eight_devices_slow(case: Case, mesh222: Mesh) -> None:
     check(case, mesh222)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=pytest.mark.slow if c.slow else (), id=c.name) for c in CASES],
-)
+@pytest.mark.parametrize("case", drawn(CASES, 0.5, slow=[case for case in CASES if case.slow]))
 def test_four_devices(case: Case, mesh22: Mesh) -> None:
     check(case, mesh22)
 

@@ -8,8 +8,6 @@ further from float32 than one device is, times 1.5. Predicted bytes are within 2
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from .harness import draw_seed, drawn
 from .zoo import (
     SEARCHED,
     ZOO,
@@ -29,7 +28,7 @@ from .zoo import (
     relative_errors,
 )
 
-SEED = int(os.environ.get("JAXLWP_SWEEP_SEED") or time.time_ns() % 2**31)
+SEED = draw_seed()
 DRAWS = 20  # each costs a second at most
 TOLERANCE = 1e-4
 RANDOM = 20
@@ -65,10 +64,7 @@ def check_strategy(name: str, strategy: str | int) -> Compiled:
     return compiled
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in ZOO],
-)
+@pytest.mark.parametrize("name", drawn(ZOO, 0.4, slow=LARGE))
 def test_found_strategy_and_baselines(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
@@ -105,10 +101,7 @@ def distance(actual: Any, expected: Any) -> float:
     return float(np.sqrt(off / sum(float(np.sum(b**2)) for _, b in pairs)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in FAST_BFLOAT16 else pytest.mark.slow) for n in ZOO],
-)
+@pytest.mark.parametrize("name", drawn(ZOO, 0.4, slow=set(ZOO).difference(FAST_BFLOAT16)))
 def test_bfloat16(name: str) -> None:
     """The found strategy in bfloat16: as near to float32 as one device in bfloat16, times 1.5.
 
