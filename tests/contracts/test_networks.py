@@ -31,7 +31,7 @@ from models.alexnet import AlexNet
 from models.lenet import LeNet5
 from models.vgg import VGG16
 
-from .harness import compiler_options, draw_seed
+from .harness import compiler_options, draw_seed, drawn
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
@@ -146,7 +146,7 @@ def check(name: str, strategy: str | int) -> None:
     pytest.fail(f"{name} {strategy} {SEED=}: relative errors of gradients {errors}")
 
 
-@pytest.mark.parametrize("strategy", SEARCHED)
+@pytest.mark.parametrize("strategy", drawn(SEARCHED, 0.5))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_searched_strategies(name: str, strategy: str) -> None:
     """Same numbers and predicted bytes, for the found strategy and every baseline."""
@@ -157,7 +157,7 @@ def test_searched_strategies(name: str, strategy: str) -> None:
     "strategy",
     [pytest.param(i, marks=pytest.mark.slow if i >= FAST_RANDOM else ()) for i in range(RANDOM)],
 )
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", drawn(NETWORKS, 0.4))
 def test_random_strategies(name: str, strategy: int) -> None:
     """Same numbers and predicted bytes, for strategies drawn at random."""
     check(name, strategy)

@@ -64,7 +64,7 @@ def check_strategy(name: str, strategy: str | int) -> Compiled:
     return compiled
 
 
-@pytest.mark.parametrize("name", drawn(ZOO, 0.4, slow=LARGE))
+@pytest.mark.parametrize("name", drawn(ZOO, 0.25, slow=LARGE))
 def test_found_strategy_and_baselines(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
@@ -101,7 +101,7 @@ def distance(actual: Any, expected: Any) -> float:
     return float(np.sqrt(off / sum(float(np.sum(b**2)) for _, b in pairs)))
 
 
-@pytest.mark.parametrize("name", drawn(ZOO, 0.4, slow=set(ZOO).difference(FAST_BFLOAT16)))
+@pytest.mark.parametrize("name", drawn(ZOO, 0.25, slow=set(ZOO).difference(FAST_BFLOAT16)))
 def test_bfloat16(name: str) -> None:
     """The found strategy in bfloat16: as near to float32 as one device in bfloat16, times 1.5.
 
