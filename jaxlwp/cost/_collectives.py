@@ -12,8 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-
-import jax
+from typing import Any
 
 from jaxlwp.graph import ComputationGraph, Layer, Member, Use
 from jaxlwp.lower import (
@@ -33,7 +32,7 @@ from jaxlwp.lower import (
     plan_halo,
 )
 from jaxlwp.ops import RULES, ZERO_DERIVATIVE, unread_results, values_needed
-from jaxlwp.program import Checkpoint, Value
+from jaxlwp.program import MOVE, Checkpoint, Value
 from jaxlwp.space import (
     Collective,
     Config,
@@ -369,11 +368,11 @@ class _Flow:
 
 def _is_kept(step: Step, calls: Iterable[Checkpoint]) -> bool:
     """Whether the policy of a checkpointed call keeps the results of a step."""
-    if not isinstance(step.op, Operate):
-        return any(call.keeps_moves for call in calls)
-    eqn = step.op.eqn
-    operands = [jax.ShapeDtypeStruct(block.shape, block.dtype) for block in step.operands]
-    return any(call.keeps(eqn.primitive, operands, eqn.params) for call in calls)
+    primitive: Any = MOVE
+    params: dict[str, Any] = {}
+    if isinstance(step.op, Operate):
+        primitive, params = step.op.eqn.primitive, step.op.eqn.params
+    return any(call.keeps(primitive, step.operands, params) for call in calls)
 
 
 def _flowing(step: Step, blocks: Iterable[Block]) -> list[Block]:

@@ -27,7 +27,7 @@ from jaxlwp.ops import (
     unread_results,
     with_borders,
 )
-from jaxlwp.program import Equation, Program, Value, argument_name, flatten, without_dead_code
+from jaxlwp.program import MOVE, Equation, Program, Value, argument_name, flatten, without_dead_code
 
 
 def trace(
@@ -232,7 +232,7 @@ class _Reader:
     ) -> None:
         """Read an operator's operands; `active` is its own dimensions unless it is pulled."""
         if active is None:
-            kept = any(call.keeps_moves for call in eqn.checkpoints)
+            kept = any(call.keeps(MOVE, eqn.operand_values, {}) for call in eqn.checkpoints)
             self.recomputed = bool(eqn.checkpoints) and not kept
         driven = {*unread_results(eqn), *(r for r in eqn.results if r in self.gradients)}
         gradient = tuple(bool(driven) and operand in self.gradients for operand in eqn.operands)

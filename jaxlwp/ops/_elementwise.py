@@ -80,13 +80,9 @@ def _lower_error_function(eqn: Equation, operands: Sequence[Any], local: Local) 
     slope = flatten(traced, derivatives=False)
 
     def push(primals: Any, tangents: Any) -> Any:
-        made = {i: vary(jnp.asarray(c), local.varying) for i, c in slope.constants.items()}
-        made[slope.inputs[0]] = primals[0]
-        for each in slope.equations:
-            made.update(
-                zip(each.results, each.bind(*(made[i] for i in each.operands)), strict=True)
-            )
-        return function(*primals), tangents[0] * made[slope.outputs[0]]
+        constants = {i: vary(jnp.asarray(c), local.varying) for i, c in slope.constants.items()}
+        (factor,) = replace(slope, constants=constants)(*primals)
+        return function(*primals), tangents[0] * factor
 
     function = jax.custom_jvp(evaluate)
     function.defjvp(push)

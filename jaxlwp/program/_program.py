@@ -98,20 +98,16 @@ class Checkpoint:
         """Whether the policy keeps what an operator makes.
 
         Args:
-          primitive: the operator; one that stands in for a collective has no known name.
-          operands: their shapes and dtypes.
+          primitive: the operator; `MOVE` for a collective.
+          operands: anything with their shapes and dtypes.
           params: of the operator.
         """
         if self.policy is None:
             return False
-        answer = self.policy(primitive, *operands, **params)
+        shapes = [jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in operands]
+        answer = self.policy(primitive, *shapes, **params)
         # Policies may answer with JAX's objects for "keep", "keep on the host" and "recompute".
         return answer if isinstance(answer, bool) else type(answer).__name__ != "RecomputeType"
-
-    @property
-    def keeps_moves(self) -> bool:
-        """Whether the policy keeps what collectives make, as it keeps what any operator makes."""
-        return self.keeps(MOVE, (), {})
 
 
 @dataclass(frozen=True, kw_only=True)

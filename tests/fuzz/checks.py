@@ -25,7 +25,7 @@ import numpy as np
 import jaxlwp
 
 from . import brute, programs, strategies
-from .internals import check_layers
+from .internals import check_layers, no_mesh
 from .programs import Written
 from .strategies import MeshCase, Splits
 
@@ -287,7 +287,7 @@ def _plans(
     function, arguments = case.written.function(), case.written.arrays()
     with log.stage("trace"):
         graph = jaxlwp.trace(function, *arguments)
-        with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        with no_mesh():
             out_tree = jax.tree.structure(jax.eval_shape(lambda *a: function(*a), *arguments))
         chosen = case.strategies or _drawn(case, graph, mesh, log, drawn_from)
         case = dataclasses.replace(case, strategies=chosen)

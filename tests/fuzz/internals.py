@@ -7,9 +7,10 @@ from typing import Any
 
 from jaxlwp.check._verify import check_layers
 from jaxlwp.graph._graph import Layer
+from jaxlwp.mesh import no_mesh
 from jaxlwp.space._config import Config, enumerate_configs
 
-__all__ = ["check_layers", "layer_configs"]
+__all__ = ["check_layers", "layer_configs", "no_mesh"]
 
 
 def layer_configs(layer: Layer, axis_sizes: Mapping[str, int]) -> tuple[Config, ...]:
