@@ -30,6 +30,7 @@ def parallelize(
     memory_bytes: float | None = None,
     constraints: Constraints | None = None,
     objective: str | Objective = "sum",
+    sum_dtype: Any = None,
     check: str | Sequence[str] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     **keywords: Any,
@@ -57,6 +58,9 @@ def parallelize(
       constraints: pinned layers, forbidden dimensions, parameters that stay replicated.
       objective: what the search makes least: "sum", "overlap", "bytes", "memory", or an
         `Objective`; see `search`.
+      sum_dtype: the least dtype in which gradients of parameters are added up over devices. By
+        default that in which the layer computes, as XLA's partitioner does: bfloat16 in mixed
+        precision. `jnp.float32` makes these sums exact to float32, and sends twice the bytes.
       check: "measure" runs a few training steps of the plan and of data parallelism and returns
         the faster; names of baselines run those besides, `jaxlwp.BASELINES` all of them. One that
         needs more memory than there is, or than `memory_bytes`, is not run. `params` and `batch`
@@ -72,7 +76,7 @@ def parallelize(
       ValueError: an argument of a wrong kind, more devices than exist, a loss that is not a scalar,
         an unknown strategy or one for another model, a batch that the devices do not divide under
         strategy "data", a rate that is not a positive number, an unknown check, constraints that
-        nothing keeps to.
+        nothing keeps to, a `sum_dtype` that is no floating-point dtype.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes)
@@ -90,6 +94,7 @@ def parallelize(
         memory_bytes=memory_bytes,
         constraints=constraints,
         objective=objective,
+        sum_dtype=sum_dtype,
         on_progress=on_progress,
     )
     if not against:

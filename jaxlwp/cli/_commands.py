@@ -199,6 +199,12 @@ def main() -> None:
     "the default), overlap (gradients synchronised behind the backward pass), bytes or memory.",
 )
 @click.option(
+    "--sum-dtype",
+    metavar="DTYPE",
+    help="The least dtype in which gradients are added up, such as float32; by default that in "
+    "which each layer computes.",
+)
+@click.option(
     "--analytic",
     is_flag=True,
     help="Price layers by the devices' rates, without measuring them.",
@@ -219,6 +225,7 @@ def plan(
     why: str | None,
     curve: bool,
     objective: str,
+    sum_dtype: str | None,
     **rates: float | None,
 ) -> None:
     """Find a strategy for MODEL and print it, a row per layer."""
@@ -241,6 +248,7 @@ def plan(
             memory_bytes=memory_bytes,
             constraints=_constraints(pin, forbid, replicated),
             objective=objective,
+            sum_dtype=sum_dtype,
             on_progress=progress,
         )
         texts = [] if why is None else [_explained(found, why)]

@@ -113,8 +113,8 @@ def use_collectives(
     source = use_source_layout(use, source_config, axis_sizes)
     active = frozenset(axis for name in use.active for axis in config.axes(name))
     once = layout_collectives(
-        use.info.shape,
-        use.info.itemsize,
+        use.moved.shape,
+        use.moved.itemsize,
         source,
         config.layout(use.labels),
         active,
@@ -200,7 +200,7 @@ def spare_sums(layer: Layer) -> tuple[SpareSums, ...]:
         if inside and use.gradient and use.labels == use.source_labels:
             names = use.active.difference(name for name in use.labels if name)
             one = SpareSums(names=names, count=1, awaited=True)
-            groups.setdefault((True, turns.get(use.value, 0), use.info.dtype, one), []).append(one)
+            groups.setdefault((True, turns.get(use.value, 0), use.moved.dtype, one), []).append(one)
     return tuple(
         replace(group[0], count=(len(group) - 1) * group[0].count)
         for group in groups.values()

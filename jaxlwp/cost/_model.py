@@ -188,7 +188,7 @@ class AnalyticCostModel:
         """Seconds of the new memory that what is laid out anew takes, shape (sources, targets)."""
         wanted = [layout for layout, _ in targets]
         sizes = self.devices.axis_sizes
-        num_bytes = copied_bytes(use.info.shape, use.info.itemsize, sources, wanted, sizes)
+        num_bytes = copied_bytes(use.moved.shape, use.moved.itemsize, sources, wanted, sizes)
         return self.devices.first_touch_s(self.temporary_bytes) * num_bytes.astype(np.float64)
 
     def _own_use_s(self, use: Use, configs: Sequence[Config]) -> FloatArray:
@@ -212,7 +212,7 @@ class AnalyticCostModel:
             devices=self.devices,
             wait_s=0.0 if use.argument else self.wait_s,
         )
-        return table.seconds(use.info.shape, use.info.itemsize)
+        return table.seconds(use.moved.shape, use.moved.itemsize)
 
     def _member_s(self, member: Member, configs: Sequence[Config]) -> FloatArray:
         """Seconds of the collectives of one operator, for each config."""
@@ -442,7 +442,8 @@ def layer_key(layer: Layer) -> str:
 
 
 def _use_key(use: Use) -> tuple[object, ...]:
-    return use.info, use.labels, tuple(sorted(use.active)), use.gradient, use.recomputed
+    active = tuple(sorted(use.active))
+    return use.info, use.moved, use.labels, active, use.gradient, use.recomputed
 
 
 def _edge_key(edge: Edge, sides: Sequence[tuple[Config, ...]]) -> object:

@@ -40,6 +40,8 @@ class Use:
     Attributes:
       value: index of the value.
       info: its shape and dtype.
+      moved: the same as it is brought to the reader, and as its gradients are added up: a parameter
+        that is cast to the dtype of the computation is cast first.
       labels: the reader's dimension names of the value's dimensions.
       active: dimension names over which the reading operator's work is split.
       source: index of the layer that holds the value; for arguments of the function the first
@@ -52,6 +54,7 @@ class Use:
 
     value: int
     info: Value
+    moved: Value
     labels: Labels
     active: frozenset[str]
     source: int
@@ -119,12 +122,16 @@ class ComputationGraph:
         dimension names). Equations that are not here are evaluated where they are used.
       homes: value -> (layer index, dimension names) for values made by a layer.
       lazy: value -> position of the equation that makes it, for values evaluated where used.
+      casts: those of the lazy values that are arguments in another dtype, in which they are moved
+        and their gradients added up: made where the argument is stored. Each stands beside the
+        first of the values that are the same cast.
       owners: argument value -> (layer index, dimension names) of its first use.
       gradients: values that have a cotangent when the loss is differentiated by the parameters.
       argument_names: name of each program input, such as "params['Conv_0']['kernel']".
       num_parameters: how many of the program's inputs are leaves of the first argument.
       changed: positions of the inputs that the function replaces (state of NNX modules); their
         new values are the program's last outputs.
+      sum_dtype: the least dtype in which gradients are added up, if one was asked for.
     """
 
     layers: tuple[Layer, ...]
@@ -132,11 +139,13 @@ class ComputationGraph:
     assigned: dict[int, tuple[int, Signature]] = field(repr=False)
     homes: dict[int, tuple[int, Labels]] = field(repr=False)
     lazy: dict[int, int] = field(repr=False)
+    casts: dict[int, int] = field(repr=False)
     owners: dict[int, tuple[int, Labels]] = field(repr=False)
     gradients: frozenset[int] = field(repr=False)
     argument_names: tuple[str, ...] = field(repr=False)
     num_parameters: int
     changed: tuple[int, ...] = ()
+    sum_dtype: str | None = None
 
     @property
     def edges(self) -> tuple[Edge, ...]:

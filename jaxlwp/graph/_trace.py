@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxlwp.graph._constants import KnownValues, with_constants
 from jaxlwp.graph._graph import ComputationGraph, Layer, Member, Use
@@ -36,6 +37,7 @@ def trace(
     *args: Any,
     keywords: Mapping[str, Any] | None = None,
     differentiated: bool = True,
+    sum_dtype: Any = None,
 ) -> ComputationGraph:
     """Trace a training function into its computation graph.
 
@@ -46,14 +48,18 @@ def trace(
       *args: the batch and whatever else `fn` takes, likewise.
       keywords: arguments that are passed by name, likewise.
       differentiated: gradients of the loss will be taken; False for evaluation.
+      sum_dtype: the least dtype in which gradients of parameters are added up over devices; by
+        default that in which the layer computes.
 
     Returns:
       The graph; see `ComputationGraph`.
 
     Raises:
-      ValueError: `fn` has side effects, or an argument holds something that is no array.
+      ValueError: `fn` has side effects, an argument holds something that is no array, or
+        `sum_dtype` is no floating-point dtype.
     """
     given = (params, *args), dict(keywords or {})
+    sum_dtype = _float_dtype(sum_dtype)
     _check_leaves(given)
     shapes = jax.tree.map(_shape_of, given)
     leaves, tree = jax.tree.flatten(shapes)
@@ -74,7 +80,7 @@ def trace(
     names = tuple(argument_name(path) for path, _ in paths)
     count = len(jax.tree.leaves(params))
     gradients = values_with_cotangent(program, count) if differentiated else frozenset()
-    return build_graph(program, names, count, tuple(changed), gradients)
+    return build_graph(program, names, count, tuple(changed), gradients, sum_dtype)
 
 
 def recognised(program: Program) -> Program:
@@ -124,6 +130,18 @@ def _check_leaves(arguments: Any) -> None:
             ) from error
 
 
+def _float_dtype(dtype: Any) -> str | None:
+    try:
+        if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            return None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        pass
+    raise ValueError(
+        f"sum_dtype: {dtype!r} is no floating-point dtype; give one, as in sum_dtype=jnp.float32, "
+        "or None to add up gradients in the dtype in which each layer computes"
+    )
+
+
 def _shape_of(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
@@ -140,6 +158,7 @@ def build_graph(
     num_parameters: int,
     changed: tuple[int, ...],
     gradients: frozenset[int],
+    sum_dtype: str | None = None,
 ) -> ComputationGraph:
     """Group a program's equations into layers and find what each layer reads.
 
@@ -150,11 +169,15 @@ def build_graph(
       changed: positions of the inputs that the function replaces; their new values are the
         program's last outputs.
       gradients: values that have a cotangent.
+      sum_dtype: see `ComputationGraph`.
     """
     grouping = Grouping(program, num_parameters)
+    casts = _casts(grouping, sum_dtype)
     owners: dict[int, tuple[int, Labels]] = {}
     awaited = _awaited(program, gradients)
-    found = [_Reader(grouping, gradients, awaited, owners, i) for i in range(len(grouping.drafts))]
+    found = [
+        _Reader(grouping, casts, gradients, awaited, owners, i) for i in range(len(grouping.drafts))
+    ]
     # The first reader of an argument says how it is stored: a layer of the network, rather than
     # a weight penalty that happens to come first.
     for reader in sorted(found, key=lambda reader: grouping.reads_parameters_only(reader.layer)):
@@ -180,12 +203,37 @@ def build_graph(
         assigned={p: (i, s) for i, d in enumerate(grouping.drafts) for p, s in d.members},
         homes=grouping.homes,
         lazy=grouping.lazy,
+        casts=casts,
         owners=owners,
         gradients=gradients,
         argument_names=argument_names,
         num_parameters=num_parameters,
         changed=changed,
+        sum_dtype=sum_dtype,
     )
+
+
+def _casts(grouping: Grouping, sum_dtype: str | None) -> dict[int, int]:
+    """Arguments in another floating-point dtype that is better moved, and added up, than their own.
+
+    The narrower is better, if it is not narrower than `sum_dtype`. See `ComputationGraph.casts`.
+    """
+    program = grouping.program
+    least = jnp.dtype(sum_dtype).itemsize if sum_dtype is not None else 0
+    stored = {value: value for value in program.inputs}
+    first: dict[tuple[int, str], int] = {}
+    found: dict[int, int] = {}
+    for eqn in program.equations:
+        if eqn.name != "convert_element_type" or eqn.results[0] not in grouping.lazy:
+            continue
+        before, after = eqn.operand_values[0], eqn.result_values[0]
+        floats = all(jnp.issubdtype(value.dtype, jnp.floating) for value in (before, after))
+        ranks = [(v.itemsize < least, v.itemsize) for v in (after, before)]
+        if floats and eqn.operands[0] in stored and ranks[0] < ranks[1]:
+            key = stored[eqn.operands[0]], str(after.dtype)
+            value = eqn.results[0]
+            stored[value] = found[value] = first.setdefault(key, value)
+    return found
 
 
 def _awaited(program: Program, gradients: frozenset[int]) -> frozenset[int]:
@@ -209,28 +257,49 @@ def _awaited(program: Program, gradients: frozenset[int]) -> frozenset[int]:
     return frozenset(found)
 
 
+class _Want(NamedTuple):
+    """A value as an operator reads it: see `Use` for the fields."""
+
+    value: int
+    labels: Labels
+    active: frozenset[str]
+    moved: int | None
+
+
 class _Reader:
     """Collects a layer's members and uses, following lazy values back to what they are made of."""
 
     def __init__(
         self,
         grouping: Grouping,
+        casts: dict[int, int],
         gradients: frozenset[int],
         awaited: frozenset[int],
         owners: dict[int, tuple[int, Labels]],
         layer: int,
     ) -> None:
         self.grouping, self.gradients, self.owners, self.layer = grouping, gradients, owners, layer
-        self.awaited = awaited
+        self.casts, self.awaited = casts, awaited
         self.recomputed = False  # the operator at hand, and what it pulls
         self.members: list[Member] = []
-        self.uses: dict[tuple[int, Labels, frozenset[str]], Use] = {}
-        self.made: dict[tuple[int, Labels, frozenset[str]], bool] = {}
+        self.uses: dict[_Want, Use] = {}
+        self.made: dict[_Want, bool] = {}
 
     def read(
-        self, eqn: Equation, signature: Signature, active: frozenset[str] | None = None
+        self,
+        eqn: Equation,
+        signature: Signature,
+        active: frozenset[str] | None = None,
+        moved: int | None = None,
     ) -> None:
-        """Read an operator's operands; `active` is its own dimensions unless it is pulled."""
+        """Read an operator's operands.
+
+        Args:
+          eqn: the operator.
+          signature: its signature.
+          active: its own dimensions, unless it is pulled.
+          moved: the cast as which its operand is moved, if it is one (`_casts`).
+        """
         if active is None:
             kept = any(call.keeps(MOVE, eqn.operand_values, {}) for call in eqn.checkpoints)
             self.recomputed = bool(eqn.checkpoints) and not kept
@@ -238,7 +307,7 @@ class _Reader:
         gradient = tuple(bool(driven) and operand in self.gradients for operand in eqn.operands)
         names = signature.names if active is None else active
         for operand, labels, flows in zip(eqn.operands, signature.operands, gradient, strict=True):
-            self.want(operand, labels, names, flows)
+            self.want(_Want(operand, labels, names, moved), flows)
         self.members.append(
             Member(
                 equation=eqn,
@@ -249,9 +318,9 @@ class _Reader:
             )
         )
 
-    def want(self, value: int, labels: Labels, active: frozenset[str], gradient: bool) -> None:
+    def want(self, key: _Want, gradient: bool) -> None:
+        value, labels, active, moved = key
         program = self.grouping.program
-        key = (value, labels, active)
         if value in program.constants or self.made.get(key) == gradient:
             return
         gradient = gradient or self.made.get(key, False)
@@ -261,7 +330,9 @@ class _Reader:
                 return
             eqn = program.equations[self.grouping.lazy[value]]
             signature = pull(eqn, eqn.results.index(value), labels)
-            self.read(eqn, signature or whole(eqn), active if signature else frozenset())
+            if moved is None and value in self.casts:
+                moved = value
+            self.read(eqn, signature or whole(eqn), active if signature else frozenset(), moved)
             return
         argument = value not in self.grouping.homes
         if argument:
@@ -272,9 +343,10 @@ class _Reader:
         )  # fmt: skip
         if same and not argument:
             return
-        self.uses[value, labels, active] = Use(
+        self.uses[key] = Use(
             value=value,
             info=program.values[value],
+            moved=program.values[value if moved is None else moved],
             labels=labels,
             active=active,
             source=source,

@@ -308,13 +308,15 @@ class Builder:
           layout: in which it is wanted.
           active: mesh axes over which the reader's work is split.
         """
-        key = value, layout, active
+        key = self.graph.casts.get(value, value), layout, active
         if key not in self.read:
             self.read[key] = self.fetch(*key)
         return self.read[key]
 
     def fetch(self, value: int, layout: Layout, active: frozenset[str]) -> Block:
         info = self.graph.program.values[value]
+        if value in self.graph.casts:
+            self.cast(value)
         if value in self.made:
             block, source = self.made[value]
             return self.changed(block, info.shape, source, layout, active)
@@ -334,6 +336,27 @@ class Builder:
         else:
             block = self.get(value, nothing, frozenset())
         return self.changed(block, info.shape, nothing, layout, active)
+
+    def cast(self, value: int) -> None:
+        """Make a cast of an argument, in the layout in which the argument is stored.
+
+        So it is moved, and its gradients are added up, in the dtype of the cast.
+        """
+        position = self.graph.lazy[value]
+        eqn = self.graph.program.equations[position]
+        operand = self.graph.casts.get(eqn.operands[0], eqn.operands[0])
+        if operand in self.graph.casts:
+            self.cast(operand)
+        if value in self.made or operand not in self.made:
+            return  # in a layer alone, arguments are there as readers want them
+        layout = self.made[operand].layout
+        split = {str(dim): axes for dim, axes in enumerate(layout)}
+        labels = tuple(str(dim) if axes else None for dim, axes in enumerate(layout))
+        signature = pull(eqn, 0, labels)
+        assert signature is not None
+        active = layout_axes(layout)
+        (block,) = self.apply(position, signature, lambda name: split.get(name or "", ()), active)
+        self.made[value] = Placed(block, layout)
 
     def apply(
         self,

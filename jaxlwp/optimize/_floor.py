@@ -236,15 +236,16 @@ def _work_s(
 
 def _own_use_s(use: Use, degrees: _Degrees, model: AnalyticCostModel, links: _Links) -> FloatArray:
     """Update of a parameter; the sum of partial gradients of it, or of a value inside the layer."""
-    num_bytes = math.prod(use.info.shape) * use.info.itemsize
-    block_bytes = num_bytes / _product(degrees, use.source_labels)
+    block = math.prod(use.info.shape) / _product(degrees, use.source_labels)
     result_s = 0 * degrees[""]
     if use.argument:
         passes = 3 + 2 * model.optimizer_slots
-        result_s = passes * model.devices.update_pass_byte_s * block_bytes
+        result_s = passes * model.devices.update_pass_byte_s * use.info.itemsize * block
     if use.labels == use.source_labels:
         idle = use.active.difference(name for name in use.labels if name)
-        result_s = result_s + links.seconds("all-reduce", _product(degrees, idle), block_bytes)
+        result_s = result_s + links.seconds(
+            "all-reduce", _product(degrees, idle), use.moved.itemsize * block
+        )
     return result_s
 
 
@@ -260,7 +261,7 @@ def _groups(use: Use, *, fine: bool) -> list[int]:
 
 def _moved_s(use: Use, source: FloatArray, target: FloatArray, links: _Links) -> FloatArray:
     """Shape (sources, targets): what has to reach a device, forward and backward."""
-    num_bytes = math.prod(use.info.shape) * use.info.itemsize
+    num_bytes = math.prod(use.moved.shape) * use.moved.itemsize
     have = 1 / source[:, None, : _COLUMNS - 1]
     want = 1 / target[None, :, : _COLUMNS - 1]
     before, after = have.prod(axis=-1), want.prod(axis=-1)

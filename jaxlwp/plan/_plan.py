@@ -226,7 +226,13 @@ class Plan:
             params = self.argument_shapes[0]
         arguments = canonical("rebind", fn, (params, *batch), keywords or {})
         outputs = output_shapes(fn, arguments)
-        graph = trace(fn, *arguments[0], keywords=arguments[1], differentiated=is_loss(outputs))
+        graph = trace(
+            fn,
+            *arguments[0],
+            keywords=arguments[1],
+            differentiated=is_loss(outputs),
+            sum_dtype=self.graph.sum_dtype,
+        )
         space = _kept(graph, self.space.devices, self.strategy)
         return bind(
             space,

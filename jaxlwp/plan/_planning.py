@@ -43,6 +43,7 @@ def plan_for(
     memory_bytes: float | None = None,
     constraints: Constraints | None = None,
     objective: str | Objective = "sum",
+    sum_dtype: Any = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """Make a plan: what `parallelize` does, whose options are the same, but for its check.
@@ -59,6 +60,7 @@ def plan_for(
       memory_bytes: limit of a device.
       constraints: on configs.
       objective: what is made least.
+      sum_dtype: of the sums of gradients.
       on_progress: called as `on_progress(what, done, total)`.
 
     Raises:
@@ -66,7 +68,7 @@ def plan_for(
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     mesh = _chosen_mesh(devices, mesh)
-    graph = trace(fn, *arguments[0], keywords=arguments[1])
+    graph = trace(fn, *arguments[0], keywords=arguments[1], sum_dtype=sum_dtype)
     out_tree = _check_loss(fn, arguments)
     if isinstance(rates, Profile):
         rated = rates.device_graph(mesh)
