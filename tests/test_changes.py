@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from jaxlwp.cli._workload import load_workload
 from jaxlwp.cost._changes import changes
 from jaxlwp.cost._collectives import argument_collectives, layer_collectives, use_collectives
 from jaxlwp.space._config import Layout
-from jaxlwp.space._exchange import move_collectives
+from jaxlwp.space._exchange import Collective, move_collectives
 from jaxlwp.space._layout import layout_axes
 from jaxlwp.space._moves import plan_moves
 
@@ -76,13 +78,28 @@ def many_changes(draw: Callable[..., Any]) -> tuple[Any, ...]:
     case=many_changes(),
     forward=st.integers(1, 2),
     backward=st.integers(0, 1),
-    wait_s=st.sampled_from((0.0, 1e-3)),
+    more=st.sampled_from(((0.0, 0.0), (1e-3, 0.0), (0.0, 50.0), (0.0, 1e9))),
 )
-def test_every_pair(case: tuple[Any, ...], forward: int, backward: int, wait_s: float) -> None:
-    """The sum of the collectives, and a wait for the moves and for their transposes."""
+def test_every_pair(
+    case: tuple[Any, ...], forward: int, backward: int, more: tuple[float, float]
+) -> None:
+    """The sum of the collectives, and a wait for the moves and for their transposes.
+
+    What starts with others in a bucket pays for its share of the start.
+    """
     devices, shape, sources, targets = case
+    wait_s, bucket_bytes = more
     common = tuple(math.gcd(size, devices.num_devices) for size in shape)
-    table = changes(sources, targets, True, common, forward, backward, devices, wait_s)
+    table = changes(
+        sources, targets, True, common, forward, backward, devices, wait_s, bucket_bytes
+    )
+
+    def seconds_of(collective: Collective) -> float:
+        latency_s, byte_s = devices.link_rate(collective.kind, collective.axes)
+        if bucket_bytes and collective.kind not in ("all-to-all", "collective-permute"):
+            latency_s *= min(1.0, collective.num_bytes / bucket_bytes)
+        return latency_s + byte_s * collective.num_bytes
+
     seconds = table.seconds(shape, itemsize=2).reshape(len(sources), len(targets))
     sizes = devices.axis_sizes
     for row, source in zip(seconds, sources, strict=True):
@@ -92,7 +109,7 @@ def test_every_pair(case: tuple[Any, ...], forward: int, backward: int, wait_s: 
             )
             times = (forward, backward)
             collectives = list(move_collectives(shape, 2, source, moves, sizes, gradient=True))
-            expected = sum(devices.collective_s(c) * times[c.backward] for c in collectives)
+            expected = sum(seconds_of(c) * times[c.backward] for c in collectives)
             if math.prod(shape):
                 expected += sum(wait_s * times[b] for b in {c.backward for c in collectives})
             assert math.isclose(priced, expected, rel_tol=1e-12), (source, target, active)
@@ -130,3 +147,21 @@ def test_tables_of_a_network(name: str, batch: int) -> None:
             source, target = space.configs[edge.source][i], space.configs[edge.target][j]
             expected = seconds(use_collectives(edge.use, source, target, sizes))
             assert math.isclose(table[i, j], expected, rel_tol=1e-12)
+
+
+def test_gradients_start_together() -> None:
+    """All sums of data parallelism start as often as there are buckets to fill."""
+    workload = load_workload("models.alexnet:AlexNet", batch=16, abstract=True)
+    graph = jaxlwp.trace(workload.loss, workload.params, *workload.batch)
+    latency_s, byte_s = DEVICES[0].link_rate("all-reduce", ("a", "b", "c"))
+    num_bytes = sum(4 * math.prod(shape.shape) for shape in jax.tree.leaves(workload.params))
+    for bucket_bytes in (1e7, 1e12):
+        devices = dataclasses.replace(DEVICES[0], bucket_bytes=bucket_bytes)
+        space = jaxlwp.price(graph, devices)
+        cost = space.evaluate(space.baseline("data"))
+        starts = (cost.sync_s - byte_s * num_bytes) / latency_s
+        large = [
+            x for x in jax.tree.leaves(workload.params) if 4 * math.prod(x.shape) > bucket_bytes
+        ]
+        rest = num_bytes - sum(4 * math.prod(x.shape) for x in large)
+        assert starts == pytest.approx(len(large) + rest / min(bucket_bytes, num_bytes))

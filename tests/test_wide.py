@@ -56,6 +56,7 @@ MEASURED_LIKE = {
     "wait_work_s": 1e-3,
     "step_s": 1e-3,
     "update_pass_byte_s": 1e-11,
+    "bucket_bytes": 1e6,
     "first_touch_byte_s": ((1e6, 1e-11),),
     "links": (LinkFit(kind="all-reduce", axes_per_group=(2, 1), latency_s=3e-6, byte_s=1e-10),),
 }

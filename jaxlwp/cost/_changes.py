@@ -43,6 +43,9 @@ class Changes:
       weight: for each exchange, blocks that a device sends, times the number of devices.
       latency_s: for each exchange, seconds beside the bytes, however often it runs.
       byte_s: for each exchange, seconds for each byte of a block, likewise.
+      joined: for each exchange that shares its start with others of its bucket, blocks of which a
+        device's operand is made; 0 for one that starts alone.
+      bucket_bytes: what a bucket holds.
       degrees: shape (blocks, rank), into how many parts each dimension is split.
     """
 
@@ -53,6 +56,8 @@ class Changes:
     weight: IntArray
     latency_s: FloatArray
     byte_s: FloatArray
+    joined: IntArray
+    bucket_bytes: float
     degrees: IntArray
 
     def seconds(self, shape: Sequence[int], itemsize: int) -> FloatArray:
@@ -61,7 +66,11 @@ class Changes:
             return np.zeros(self.count)
         blocks = np.prod(-(-np.array(shape, dtype=np.int64) // self.degrees), axis=1)
         elements = blocks[self.block]
-        total_s = self._sums(self.latency_s + itemsize * self.byte_s * elements)
+        latency_s = self.latency_s
+        if self.bucket_bytes:
+            share = itemsize * self.joined * elements / self.bucket_bytes
+            latency_s = latency_s * np.where(self.joined > 0, np.minimum(share, 1.0), 1.0)
+        total_s = self._sums(latency_s + itemsize * self.byte_s * elements)
         if len(self.change) == self.count:
             return total_s
         sent = self._sums(self.weight * elements)  # whole numbers: the same compares as equal
@@ -85,7 +94,8 @@ def changes(
     forward: int,
     backward: int,
     devices: DeviceGraph,
-    wait_s: float = False,
+    wait_s: float = 0.0,
+    bucket_bytes: float = 0.0,
 ) -> Changes:
     """The changes between layouts.
 
@@ -100,7 +110,10 @@ def changes(
       devices: mesh axes and their rates.
       wait_s: seconds that devices wait for one another, once before the moves and once before
         their transposes; 0 for what no layer waits for.
+      bucket_bytes: of collectives that share a start, and wait for no layer; 0 if each starts. An
+        exchange pays for its share of a start, so that prices stay those of pairs.
     """
+    assert not (wait_s and bucket_bytes)
     rows, columns = np.arange(len(sources)), np.arange(len(targets))
     if every_pair:
         rows, columns = np.repeat(rows, len(targets)), np.tile(columns, len(sources))
@@ -114,7 +127,9 @@ def changes(
     )
     keys, plan_of = np.unique(pairs.keys, axis=0, return_inverse=True)
     plans = [_plan(tuple(key), len(devices.axes)) for key in keys.tolist()]
-    return _spread(plans, plan_of.reshape(-1), pairs, (forward, backward), devices, wait_s)
+    return _spread(
+        plans, plan_of.reshape(-1), pairs, (forward, backward), devices, wait_s, bucket_bytes
+    )
 
 
 # --- which changes are alike -------------------------------------------------------------------
@@ -236,6 +251,9 @@ def _plan(key: tuple[int, ...], axes: int) -> tuple[tuple[_Piece, ...], ...]:
 
 # --- prices --------------------------------------------------------------------------------------
 
+_JOINED = np.array([kind in ("all-reduce", "all-gather", "reduce-scatter") for kind in COLLECTIVES])
+"""The kinds that XLA joins. Source: its passes AllReduceCombiner and the like."""
+
 
 def _spread(
     plans: Sequence[Sequence[Sequence[_Piece]]],
@@ -244,6 +262,7 @@ def _spread(
     runs: tuple[int, int],
     devices: DeviceGraph,
     wait_s: float,
+    bucket_bytes: float,
 ) -> Changes:
     """The plans' sequences and exchanges for every change, in its own axes and dimensions."""
     sequences = [sequence for plan in plans for sequence in plan]
@@ -273,6 +292,8 @@ def _spread(
         weight=weight,
         latency_s=(latency_s[kind, axes] + waits_s) * times,
         byte_s=byte_s[kind, axes] * blocks * times,
+        joined=np.where(_JOINED[kind], blocks, 0) if bucket_bytes else np.zeros_like(blocks),
+        bucket_bytes=bucket_bytes,
         degrees=degrees[first],
     )
 

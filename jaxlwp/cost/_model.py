@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeVar
@@ -96,12 +97,15 @@ class AnalyticCostModel:
         2 for Adam, 0 for an evaluation or plain SGD.
       temporary_bytes: of memory that a step takes anew on each device, in all, about.
       wait_s: seconds that devices wait for one another where a layer's work meets a collective.
+      bucket_bytes: of each dtype in which parameters are moved, how many bytes of their collectives
+        start together; empty where each starts.
     """
 
     devices: DeviceGraph
     optimizer_slots: float = 1.0
     temporary_bytes: float = 0.0
     wait_s: float = 0.0
+    bucket_bytes: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def of(
@@ -112,6 +116,7 @@ class AnalyticCostModel:
             devices=devices,
             optimizer_slots=optimizer_slots,
             temporary_bytes=temporary_bytes(graph, devices.num_devices),
+            bucket_bytes=_buckets(graph, devices.bucket_bytes),
         )
         blocks = _Blocks([Config()], devices.axis_sizes)
         whole_s = [
@@ -211,6 +216,9 @@ class AnalyticCostModel:
             backward=int(use.gradient),
             devices=self.devices,
             wait_s=0.0 if use.argument else self.wait_s,
+            bucket_bytes=dict(self.bucket_bytes).get(str(use.moved.dtype), 0.0)
+            if use.argument
+            else 0.0,
         )
         return table.seconds(use.moved.shape, use.moved.itemsize)
 
@@ -350,6 +358,26 @@ def temporary_bytes(graph: ComputationGraph, num_devices: int) -> float:
     activations_bytes = sum(math.prod(v.shape) * v.itemsize for v in kept)
     gradients_bytes = sum(math.prod(v.shape) * v.itemsize for v in parameters)
     return activations_bytes / num_devices + gradients_bytes
+
+
+def _buckets(graph: ComputationGraph, most_bytes: float) -> tuple[tuple[str, float], ...]:
+    """Bytes of gradients that start together, by dtype: all that there are, or what a bucket holds.
+
+    As many gradients as there are under data parallelism; where fewer bytes are sent, a bucket of
+    that size is filled less, and the start of one is charged in part.
+    """
+    if not most_bytes:
+        return ()
+    sizes = {
+        (use.value, str(use.moved.dtype)): math.prod(use.moved.shape) * use.moved.itemsize
+        for layer in graph.layers
+        for use in layer.uses
+        if use.argument and use.gradient
+    }
+    total: Counter[str] = Counter()
+    for (_, dtype), num_bytes in sizes.items():
+        total[dtype] += num_bytes
+    return tuple((dtype, min(most_bytes, num_bytes)) for dtype, num_bytes in total.items())
 
 
 # --- tables --------------------------------------------------------------------------------------

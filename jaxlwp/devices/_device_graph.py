@@ -123,6 +123,9 @@ class DeviceGraph:
       step_s: fixed seconds of a step.
       leaf_s: seconds more for each array that a step reads.
       input_byte_s: seconds for each byte of the batch that is put on a device, all busy at once.
+      bucket_bytes: collectives of parameters and their gradients, of one kind, dtype and set of
+        axes, that the compiler joins up to so many bytes start once; 0 where each starts.
+      overlaps: gradients are synchronised while the backward pass goes on.
       device_kind: as JAX names it, for reports.
       source: where the rates come from: "measured", "preset NAME" or "given".
     """
@@ -140,6 +143,8 @@ class DeviceGraph:
     step_s: float = 0.0
     leaf_s: float = 0.0
     input_byte_s: float = 0.0
+    bucket_bytes: float = 0.0
+    overlaps: bool = False
     device_kind: str = "unknown"
     source: str = "given"
 
@@ -164,6 +169,11 @@ class DeviceGraph:
             "input_byte_s",
         ):
             check_seconds("DeviceGraph", name, getattr(self, name))
+        if not (0 <= self.bucket_bytes < math.inf):
+            raise ValueError(
+                f"DeviceGraph: bucket_bytes is {self.bucket_bytes}; give a finite number of bytes "
+                "of at least 0, where 0 stands for collectives that are not joined"
+            )
         for _, byte_s in self.first_touch_byte_s:
             check_seconds("DeviceGraph", "first_touch_byte_s", byte_s)
 

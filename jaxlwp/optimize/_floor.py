@@ -60,6 +60,7 @@ def floor_s(graph: ComputationGraph, model: AnalyticCostModel) -> float:
                 columns[edge.source][:, source : source + _COLUMNS],
                 columns[edge.target][:, target : target + _COLUMNS],
                 links,
+                joined=bool(model.bucket_bytes),
             )
         )
     pairs = [(edge.source, edge.target) for edge in graph.edges]
@@ -243,9 +244,10 @@ def _own_use_s(use: Use, degrees: _Degrees, model: AnalyticCostModel, links: _Li
         result_s = passes * model.devices.update_pass_byte_s * use.info.itemsize * block
     if use.labels == use.source_labels:
         idle = use.active.difference(name for name in use.labels if name)
-        result_s = result_s + links.seconds(
-            "all-reduce", _product(degrees, idle), use.moved.itemsize * block
-        )
+        parts, num_bytes = _product(degrees, idle), use.moved.itemsize * block
+        result_s = result_s + links.seconds("all-reduce", parts, num_bytes)
+        if use.argument and model.bucket_bytes:  # it may start together with others
+            result_s = result_s - links.seconds("all-reduce", parts, 0 * num_bytes)
     return result_s
 
 
@@ -259,8 +261,18 @@ def _groups(use: Use, *, fine: bool) -> list[int]:
     ]
 
 
-def _moved_s(use: Use, source: FloatArray, target: FloatArray, links: _Links) -> FloatArray:
-    """Shape (sources, targets): what has to reach a device, forward and backward."""
+def _moved_s(
+    use: Use, source: FloatArray, target: FloatArray, links: _Links, *, joined: bool
+) -> FloatArray:
+    """Shape (sources, targets): what has to reach a device, forward and backward.
+
+    Args:
+      use: the tensor.
+      source: its splits where it is held.
+      target: its splits where it is read.
+      links: rates.
+      joined: whether collectives of parameters start together.
+    """
     num_bytes = math.prod(use.moved.shape) * use.moved.itemsize
     have = 1 / source[:, None, : _COLUMNS - 1]
     want = 1 / target[None, :, : _COLUMNS - 1]
@@ -276,5 +288,6 @@ def _moved_s(use: Use, source: FloatArray, target: FloatArray, links: _Links) ->
         back = np.maximum(after * (idle - 1) / idle, before - both)
         received = received + back
         waits = waits + (back > 0)
-    seconds: FloatArray = links.least_latency_s * waits + links.least_byte_s * num_bytes * received
+    start_s = 0.0 if use.argument and joined else links.least_latency_s
+    seconds: FloatArray = start_s * waits + links.least_byte_s * num_bytes * received
     return seconds
