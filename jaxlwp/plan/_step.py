@@ -46,6 +46,8 @@ def lower_step(
     state: Any,
     batch: Arguments,
     optimizer: optax.GradientTransformation,
+    *,
+    plain: bool = False,
 ) -> Any:
     """Lower a training step; the state is donated.
 
@@ -54,13 +56,24 @@ def lower_step(
       state: (parameters, optimizer state), arrays or their shapes.
       batch: the other arguments, and those by name, likewise.
       optimizer: what updates the parameters.
+      plain: differentiate the function itself in place of the plan: arguments are stored as the
+        plan has them, and all else is left to XLA's partitioner. Under data parallelism that is
+        what plain JAX's users write.
 
     Returns:
       What `jax.jit(step).lower(...)` returns; `step(state, *batch)` returns (state, (loss, aux)).
+
+    Raises:
+      ValueError: a plain step of a plan that does not know its function.
     """
+    function = plan.function if plain else plan
+    if function is None:
+        raise ValueError(
+            "lower_step: this plan was bound without its function; bind it with function=..."
+        )
 
     def loss(params: Any, batch: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
-        out = plan(params, *batch, **keywords)
+        out = function(params, *batch, **keywords)
         return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
 
     def step(state: Any, batch: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
