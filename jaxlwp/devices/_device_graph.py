@@ -225,7 +225,7 @@ class DeviceGraph:
         groups = tuple(sum(name in names for name in group) for group in self.axis_groups)
         if fit := self._fits.get((kind, groups)):
             return fit.latency_s, fit.byte_s
-        axes = [axis for axis in self.axes if axis.name in names]
+        axes = [axis for axis in self.axes if axis.name in names and axis.size > 1]
         levels = []
         for level in sorted({axis.level for axis in axes}, reverse=True):
             among = [axis for axis in axes if axis.level == level]

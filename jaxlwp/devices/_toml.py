@@ -101,7 +101,8 @@ class Table:
         Raises:
           ValueError: it is missing without a default, or something else.
         """
-        if default is not None and not self.has(name):
+        self._read.add(name)
+        if default is not None and name not in self.values:
             return default
         value = self.value(name, wanted)
         if not is_positive(value, zero=zero) or value > most:
