@@ -595,7 +595,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none.toml: No such file or directory; give a TOML"):
         load_system(path)
     path.write_text("name =")
-    with pytest.raises(ValueError, match=r"none.toml: no TOML \(Invalid value .*\); write fields as in"):
+    with pytest.raises(
+        ValueError, match=r"none.toml: no TOML \(Invalid value .*\); write fields as in"
+    ):
         load_system(path)
     path.write_bytes(b"name = '\xff'")
     with pytest.raises(ValueError, match=r"none.toml: it is no text in UTF-8; give a TOML file"):
