@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlwp.check import fastest
-from jaxlwp.devices import DeviceGraph, Rates
+from jaxlwp.devices import DeviceGraph, GivenRates, Rates, System
 from jaxlwp.measure import Profile
 from jaxlwp.optimize import Objective
 from jaxlwp.plan import Plan, plan_for
@@ -24,7 +25,7 @@ def parallelize(
     devices: Sequence[Any] | int | None = None,
     mesh: Mesh | None = None,
     strategy: str | Strategy = "search",
-    rates: Rates | DeviceGraph | Profile | None = None,
+    rates: GivenRates | DeviceGraph | Profile | None = None,
     measure: bool | None = None,
     optimizer: Any = None,
     memory_bytes: float | None = None,
@@ -47,8 +48,9 @@ def parallelize(
       mesh: a mesh of the user's own, in place of `devices`; its axes keep their names and order,
         Auto or Explicit.
       strategy: "search", "data", "model", "owt", "spatial", or a `Strategy`.
-      rates: rates of devices and links by hand, or a profile of another machine (`load_profile`);
-        measured (30 to 60 s, cached) by default.
+      rates: rates of devices and links: of a system by its published figures ("h200", "dgx-a100",
+        a TOML file, or what `jaxlwp.devices.preset` returns), by hand, or a profile of another
+        machine (`load_profile`); measured (30 to 60 s, cached) by default.
       measure: measure the layers that the search picks on these devices (about a second each,
         cached). By default if no rates are given; False prices layers by the devices' rates.
       optimizer: the optax transformation of the training step, for the time and memory of its
@@ -75,8 +77,9 @@ def parallelize(
     Raises:
       ValueError: an argument of a wrong kind, more devices than exist, a loss that is not a scalar,
         an unknown strategy or one for another model, a batch that the devices do not divide under
-        strategy "data", a rate that is not a positive number, an unknown check, constraints that
-        nothing keeps to, a `sum_dtype` that is no floating-point dtype.
+        strategy "data", a rate that is not a positive number, an unknown system or one that the
+        mesh does not fit, an unknown check, constraints that nothing keeps to, a
+        `sum_dtype` that is no floating-point dtype.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes)
@@ -136,8 +139,13 @@ def _check_kinds(
         raise ValueError("devices: given beside mesh, which has devices already; give one of both")
     if not isinstance(strategy, (str, Strategy)):
         refuse("strategy", strategy, "'search', a baseline's name, or a Strategy")
-    if not (rates is None or isinstance(rates, (Rates, DeviceGraph, Profile))):
-        refuse("rates", rates, "jaxlwp.Rates, a DeviceGraph, a profile, or None to measure")
+    kinds = Rates, DeviceGraph, Profile, System, str, os.PathLike
+    if not (rates is None or isinstance(rates, kinds)):
+        refuse(
+            "rates",
+            rates,
+            "jaxlwp.Rates, a system such as 'h200', a DeviceGraph, a profile, or None to measure",
+        )
     if not (optimizer is None or (hasattr(optimizer, "init") and hasattr(optimizer, "update"))):
         refuse(
             "optimizer",

@@ -177,6 +177,21 @@ def test_plan_with_constraints_and_reasons() -> None:
 
 
 @pytest.mark.usefixtures("eight")
+@pytest.mark.usefixtures("eight")
+def test_plan_with_the_rates_of_a_system(tmp_path: Path) -> None:
+    """By name, and of a file: nothing is measured."""
+    options = ["plan", LENET, "--devices", "8", "--batch", "16"]
+    file = tmp_path / "cluster.toml"
+    file.write_text(
+        'name = "mine"\ngpu = "a100"\n[inside]\ndevices = 8\nbytes_per_s = 1e11\nstart_s = 0.0\n'
+    )
+    for rates, name in (("h200", "dgx-h200"), ("DGX-A100", "dgx-a100"), (str(file), "mine")):
+        result = _run(*options, "--rates", rates)
+        assert result.exit_code == 0, result.stderr
+        assert f"rates: system {name}" in result.stdout
+        assert "measured" not in result.stdout
+
+
 def test_plan_splits_a_batch_unevenly() -> None:
     result = _run("plan", LENET, "--devices", "8", "--batch", "6", *RATES)
     assert result.exit_code == 0, result.output
@@ -367,6 +382,9 @@ ERRORS = [
     (["plan", LENET, "--bandwidth", "-1"], "--bandwidth: -1.0 given; a rate must be"),
     (["plan", LENET, "--latency", "-1"], "--latency: -1.0 given; a latency must be"),
     (["plan", LENET, "--flops", "1e9"], "--memory-bandwidth, --latency, --bandwidth: missing"),
+    (["plan", LENET, "--rates", "h300"], "system: 'h300' is unknown; give one of dgx-1-p100"),
+    (["plan", LENET, "--rates", "no.toml"], "no.toml: No such file or directory; give a TOML file"),
+    (["plan", LENET, "--rates", "h200", *RATES], "--rates: h200 given beside --flops; give a sys"),
     (["plan", LENET, "--strategy", "best", *RATES], "strategy: 'best' is unknown; give 'search'"),
     (["plan", LENET, "--strategy", "no.json"], "No such file or directory: 'no.json'"),
     (["plan", LENET, "--strategy", "bad.json"], "not a strategy file"),

@@ -26,7 +26,7 @@ from jaxlwp._version import __version__
 from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp.devices import (
     DeviceGraph,
-    Rates,
+    GivenRates,
     choose_devices,
     device_graph,
     from_first,
@@ -217,7 +217,7 @@ def compare(
     devices: Sequence[Any] | int | None = None,
     strategies: Sequence[str | Strategy] = BASELINES,
     rounds: int = ROUNDS,
-    rates: Rates | DeviceGraph | None = None,
+    rates: GivenRates | DeviceGraph | None = None,
     memory_bytes: float | None = None,
     name: str | None = None,
     on_progress: Progress | None = None,
@@ -233,8 +233,8 @@ def compare(
       strategies: what to compare with: names of baselines, or strategies of this model and mesh;
         every baseline by default.
       rounds: measured steps of each strategy, after one to warm up.
-      rates: rates by hand; by default they are measured (30 to 60 s, cached), and the layers too
-        (about a second for each layer and config, cached).
+      rates: rates by hand or of a system, as for `parallelize`; by default they are measured (30
+        to 60 s, cached), and the layers too (about a second for each layer and config, cached).
       memory_bytes: what a step may take of each device, as for `parallelize`. A strategy that is
         predicted to take more than that, or than a GPU has left, is not run.
       name: of the model, for the report; the function's by default.
@@ -402,7 +402,7 @@ def _make_plans(
     arguments: Arguments,
     devices: Sequence[Any] | int | None,
     strategies: Sequence[str | Strategy],
-    rates: Rates | DeviceGraph | None,
+    rates: GivenRates | DeviceGraph | None,
     memory_bytes: float | None,
     progress: Progress,
 ) -> tuple[list[Plan], dict[str, int]]:

@@ -22,10 +22,10 @@ from jaxlwp._version import __version__
 from jaxlwp.check import ROUNDS, Progress, batch_size, compare, is_simulated
 from jaxlwp.cli._options import (
     at_least_one,
+    given_rates,
     model_options,
     pins_option,
     positive,
-    rates_by_hand,
     shared_options,
     target_file,
 )
@@ -34,7 +34,7 @@ from jaxlwp.cost import price
 from jaxlwp.devices import (
     DeviceGraph,
     Environment,
-    Rates,
+    GivenRates,
     Store,
     device_graph,
     environment_of,
@@ -226,16 +226,17 @@ def plan(
     curve: bool,
     objective: str,
     sum_dtype: str | None,
-    **rates: float | None,
+    rates: str | None,
+    **by_hand: float | None,
 ) -> None:
     """Find a strategy for MODEL and print it, a row per layer."""
-    by_hand = rates_by_hand(rates)
+    given = given_rates(rates, by_hand)
     chosen = _provide_devices(devices)
     with _one_line_errors(), _progress() as progress:
         wanted = Strategy.load(strategy) if strategy.endswith(".json") else strategy
         work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
         mesh = make_mesh(chosen)
-        rated = load_profile(profile) if profile else _rated(mesh, by_hand, progress)
+        rated = load_profile(profile) if profile else _rated(mesh, given, progress)
         progress("tracing, pricing and searching", 0, 1)
         found = parallelize(
             work.loss,
@@ -244,7 +245,7 @@ def plan(
             mesh=mesh,
             strategy=wanted,
             rates=rated,
-            measure=by_hand is None and profile is None and not analytic,
+            measure=given is None and profile is None and not analytic,
             memory_bytes=memory_bytes,
             constraints=_constraints(pin, forbid, replicated),
             objective=objective,
@@ -306,10 +307,11 @@ def compare_command(
     memory_bytes: float | None,
     rounds: int,
     json_file: Path | None,
-    **rates: float | None,
+    rates: str | None,
+    **by_hand: float | None,
 ) -> None:
     """Run the strategy found for MODEL and every baseline, and print predicted and measured."""
-    by_hand = rates_by_hand(rates)
+    given = given_rates(rates, by_hand)
     chosen = _provide_devices(devices)
     with _one_line_errors(), _progress() as progress:
         _check_divides(batch or DEFAULT_BATCH, len(chosen))
@@ -323,7 +325,7 @@ def compare_command(
             *work.batch,
             devices=chosen,
             rounds=rounds,
-            rates=by_hand,
+            rates=given,
             memory_bytes=memory_bytes,
             name=model,
             on_progress=progress,
@@ -335,10 +337,10 @@ def compare_command(
         click.echo(f"wrote {json_file}")
 
 
-def _rated(mesh: Mesh, by_hand: Rates | None, progress: Progress) -> DeviceGraph:
-    """Rates of a mesh: by hand, cached, or measured now."""
+def _rated(mesh: Mesh, given: GivenRates | None, progress: Progress) -> DeviceGraph:
+    """Rates of a mesh: given, cached, or measured now."""
     progress("measuring device rates", 0, 1)
-    rated = device_graph(mesh, rates=by_hand)
+    rated = device_graph(mesh, rates=given)
     progress("measuring device rates", 1, 1)
     return rated
 

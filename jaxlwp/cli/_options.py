@@ -11,9 +11,7 @@ from pathlib import Path
 import click
 
 from jaxlwp.cli._workload import DEFAULT_BATCH
-from jaxlwp.devices import (
-    Rates,
-)
+from jaxlwp.devices import GivenRates, Rates
 
 
 def at_least_one(_: click.Context, option: click.Parameter, value: int | None) -> int | None:
@@ -110,10 +108,16 @@ _MODEL_OPTIONS = (
 )
 _RATE_OPTIONS = (
     click.option(
+        "--rates",
+        metavar="SYSTEM",
+        help="Rates of a system by its published figures: a GPU as in h200, a system as in "
+        "dgx-a100, or a TOML file; in place of the four by hand.",
+    ),
+    click.option(
         "--flops",
         type=float,
         callback=positive,
-        help="Operations per second of one device. The rates are given all four or not at all; "
+        help="Operations per second of one device. Rates by hand are given all four or not at all; "
         "by default they are measured, and kept for the next time.",
     ),
     click.option(
@@ -123,7 +127,10 @@ _RATE_OPTIONS = (
         help="Bytes per second that one device reads and writes.",
     ),
     click.option(
-        "--latency", type=float, callback=_not_negative, help="Seconds per step of a collective."
+        "--latency",
+        type=float,
+        callback=_not_negative,
+        help="Seconds of a small all-reduce of all devices.",
     ),
     click.option(
         "--bandwidth",
@@ -146,7 +153,20 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def rates_by_hand(given: dict[str, float | None]) -> Rates | None:
+def given_rates(system: str | None, given: dict[str, float | None]) -> GivenRates | None:
+    """Rates of a system or by hand; None if they are to be measured."""
+    by_hand = [name for name, value in given.items() if value is not None]
+    if system is None:
+        return _rates_by_hand(given)
+    if by_hand:
+        raise click.ClickException(
+            f"--rates: {system} given beside --{by_hand[0].replace('_', '-')}; give a system, or "
+            "all four rates by hand"
+        )
+    return system
+
+
+def _rates_by_hand(given: dict[str, float | None]) -> Rates | None:
     names = {name: "--" + name.replace("_", "-") for name in given}
     missing = [names[name] for name, value in given.items() if value is None]
     if len(missing) == len(given):

@@ -20,6 +20,7 @@ from jaxlwp.cost._model import (
     layer_configs,
     layer_key,
     passes_of,
+    start_of_kernel_s,
     work_rate,
 )
 from jaxlwp.cost._search_space import SearchSpace, check_mesh, price, restrict
@@ -39,6 +40,7 @@ __all__ = [
     "price",
     "restrict",
     "spare_sums",
+    "start_of_kernel_s",
     "strategy_collectives",
     "use_collectives",
     "work_rate",

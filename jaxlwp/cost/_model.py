@@ -18,8 +18,9 @@ import numpy as np
 from jaxlwp.cost._changes import IntArray, Wanted, changes
 from jaxlwp.cost._collectives import SpareSums, member_collectives, spare_sums
 from jaxlwp.devices import DeviceGraph
-from jaxlwp.graph import ComputationGraph, Edge, Layer, Member, Use
-from jaxlwp.ops import RULES, Labels, Rule
+from jaxlwp.graph import FUSED, ComputationGraph, Edge, Layer, Member, Use
+from jaxlwp.ops import RULES, Labels
+from jaxlwp.program import Equation
 from jaxlwp.solver import CostTables, FloatArray
 from jaxlwp.space import (
     Config,
@@ -263,25 +264,32 @@ class AnalyticCostModel:
         for value, names in tensors:
             moved += blocks.elements(value.shape, names) * value.itemsize
         rule, passes = RULES.get(eqn.name), passes_of(member)
-        rate = work_rate(rule, self.devices)
+        rate, start_s = work_rate(eqn, self.devices), start_of_kernel_s(eqn, self.devices)
         if rule is None or rate is None:
-            return passes * moved / self.devices.memory_bytes_per_s
+            return passes * (moved / self.devices.memory_bytes_per_s + start_s)
         local = zip(*(blocks.shapes(v.shape, names).tolist() for v, names in tensors), strict=True)
         inputs = len(eqn.operand_values)
         flops = np.array([rule.flops(eqn, each[:inputs], each[inputs:]) for each in local])
         # A sum, not the roofline's maximum: an operator that reads more for the same operations
         # is never as fast, and where operations dominate the maximum would hide that.
         once_s = flops / rate + moved / self.devices.memory_bytes_per_s
-        return passes * (once_s + self.devices.overhead_s)
+        return passes * (once_s + start_s)
 
 
-def work_rate(rule: Rule | None, devices: DeviceGraph) -> float | None:
+def work_rate(eqn: Equation, devices: DeviceGraph) -> float | None:
     """Operations per second of an operator; None where memory traffic alone is priced."""
-    return {
-        "conv": devices.conv_flops_per_s,
-        "dense": devices.dense_flops_per_s,
-        "scan": devices.dense_flops_per_s,
-    }.get(rule.kind if rule else "unknown")
+    rule = RULES.get(eqn.name)
+    if rule is None or rule.kind not in ("conv", "dense", "scan"):
+        return None
+    dtypes = [value.dtype for value in eqn.operand_values if value.differentiable]
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize, default="float32")
+    return devices.flops_per_s(rule.kind, str(widest))
+
+
+def start_of_kernel_s(eqn: Equation, devices: DeviceGraph) -> float:
+    """Seconds that a pass of an operator takes to start; 0 if it is fused with its neighbours."""
+    rule = RULES.get(eqn.name)
+    return 0.0 if rule is not None and rule.kind in FUSED else devices.overhead_s
 
 
 def passes_of(member: Member) -> int:

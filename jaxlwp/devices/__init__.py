@@ -1,11 +1,14 @@
 """Device graphs: mesh axes and rates, measured or given, and measurements on disk.
 
-Read `_device_graph` first, then `_calibrate` (measuring rates), `_store` (one SQLite file of
-measurements) and `_processes` (several processes use the numbers of the first).
+Read `_device_graph` first, then `_links` (collectives over several link levels), `_systems` (GPUs
+and their links by published figures) and `_presets` (from files), `_calibrate` (measuring rates),
+`_store` (one SQLite file of measurements) and `_processes` (several processes use the numbers of
+the first).
 """
 
 from jaxlwp.devices._calibrate import (
     KIND,
+    GivenRates,
     Rates,
     choose_devices,
     device_graph,
@@ -15,26 +18,34 @@ from jaxlwp.devices._calibrate import (
     rates_key,
 )
 from jaxlwp.devices._device_graph import DeviceGraph, LinkFit, MeshAxis
+from jaxlwp.devices._presets import load_system, preset
 from jaxlwp.devices._processes import from_first, spans_processes
 from jaxlwp.devices._store import Environment, Measurement, Store, environment_of, now, read_export
+from jaxlwp.devices._systems import Gpu, Level, System
 
 __all__ = [
     "DeviceGraph",
     "Environment",
+    "GivenRates",
+    "Gpu",
     "KIND",
+    "Level",
     "LinkFit",
     "Measurement",
     "MeshAxis",
     "Rates",
     "Store",
+    "System",
     "choose_devices",
     "device_graph",
     "environment_of",
     "from_first",
+    "load_system",
     "local_devices",
     "make_mesh",
     "measure",
     "now",
+    "preset",
     "rates_key",
     "read_export",
     "spans_processes",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +22,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlwp.devices._device_graph import DeviceGraph, LinkFit, MeshAxis, axis_shape
+from jaxlwp.devices._links import axis_levels, host_numbers
+from jaxlwp.devices._presets import system_for
 from jaxlwp.devices._processes import from_first, spans_processes
 from jaxlwp.devices._store import Measurement, Store, environment_of, now
+from jaxlwp.devices._systems import System
 from jaxlwp.mesh import (
     all_gather,
     all_reduce,
@@ -46,14 +50,20 @@ class Rates:
     Attributes:
       flops_per_s: floating-point operations per second of one device.
       memory_bytes_per_s: bytes per second that one device reads and writes.
-      latency_s: seconds per step of a collective, per link level, slowest first.
-      link_bytes_per_s: bytes per second that a device sends, per link level, slowest first.
+      latency_s: seconds of a small all-reduce over the devices of a link level, as NCCL's tests
+        show it, per link level, slowest first; other collectives start alike.
+      link_bytes_per_s: bytes per second that a device sends, all devices at once, per link level,
+        slowest first; between hosts its share of the adapters.
     """
 
     flops_per_s: float
     memory_bytes_per_s: float
-    latency_s: tuple[float, ...] = (5e-6,)
+    latency_s: tuple[float, ...] = (15e-6,)
     link_bytes_per_s: tuple[float, ...] = (1e11,)
+
+
+GivenRates = Rates | System | str | os.PathLike[str]
+"""Rates by hand; a system; what `preset` takes, for the hosts of a mesh."""
 
 
 def choose_devices(devices: Sequence[Any] | int | None) -> Sequence[Any]:
@@ -106,21 +116,28 @@ def make_mesh(devices: Sequence[Any]) -> Mesh:
     return auto_mesh(ordered.reshape(shape), names)
 
 
-def device_graph(mesh: Mesh, *, rates: Rates | None = None, again: bool = False) -> DeviceGraph:
-    """The device graph of a mesh, with rates given by hand, cached, or measured now.
+def device_graph(
+    mesh: Mesh,
+    *,
+    rates: GivenRates | None = None,
+    again: bool = False,
+) -> DeviceGraph:
+    """The device graph of a mesh, with rates given, cached, or measured now.
 
     Args:
       mesh: any mesh; its axes keep their names and order.
-      rates: rates by hand; None measures (30 to 60 s) and caches. Several processes use what the
-        first one has.
+      rates: rates by hand; a system, or what `preset` takes for the mesh's hosts: "h200",
+        "dgx-a100", a TOML file; None measures (30 to 60 s) and caches. Several processes use what
+        the first one has.
       again: measure even if there are cached rates: they were taken while the machine was busy.
 
     Raises:
-      ValueError: a rate is not allowed.
+      ValueError: a rate is not allowed, a system is unknown or has other devices than the mesh.
     """
-    levels = _levels(mesh)
+    if isinstance(rates, Rates):
+        return _given(mesh, rates, _levels(mesh))
     if rates is not None:
-        return _given(mesh, rates, levels)
+        return system_for(mesh, rates).device_graph(mesh)
     key, environment = rates_key(mesh), environment_of(list(mesh.devices.flat))
     with Store() as store:
         cached = None if again else _cached(store.get(environment, KIND, key))
@@ -148,13 +165,7 @@ def local_devices(mesh: Mesh) -> list[Any]:
 
 def _levels(mesh: Mesh) -> dict[str, int]:
     """Link level of each axis: 0 where moving along it changes the host, else 1."""
-    hosts = np.vectorize(lambda d: getattr(d, "process_index", 0))(mesh.devices)
-    if len(set(hosts.reshape(-1))) == 1:
-        return dict.fromkeys(mesh.axis_names, 0)
-    return {
-        name: int(np.all(hosts == np.take(hosts, [0], axis=i)))
-        for i, name in enumerate(mesh.axis_names)
-    }
+    return axis_levels(mesh.axis_names, host_numbers(mesh))
 
 
 def _given(mesh: Mesh, rates: Rates, levels: dict[str, int]) -> DeviceGraph:
@@ -513,11 +524,11 @@ def fit_link(
 
 
 def _ring(fits: Sequence[LinkFit], number: int, parts: int) -> tuple[float, float]:
-    """Latency of a ring step and bytes per second along one axis, from its all-reduces."""
+    """Seconds of a small all-reduce and bytes per second along one axis."""
     for fit in fits:
         if fit.kind == "all-reduce" and sum(fit.axes_per_group) == fit.axes_per_group[number] == 1:
             byte_s = max(fit.byte_s, 1e-12)  # noise may hide that bytes take time at all
-            return fit.latency_s / (2 * (parts - 1)), wire_share("all-reduce", parts) / byte_s
+            return fit.latency_s, wire_share("all-reduce", parts) / byte_s
     return 0.0, 1e12
 
 

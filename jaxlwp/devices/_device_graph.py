@@ -1,6 +1,6 @@
 """The device graph: mesh axes of prime size, grouped by link level, and the rates of the devices.
 
-Rates are plain numbers, measured by `calibrate`, taken from a preset, or given by hand.
+Rates are plain numbers: measured, of a system by its published figures, or given by hand.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlwp.space import Collective, wire_share
+from jaxlwp.devices._links import Crossed, staged
+from jaxlwp.space import Collective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,9 @@ class MeshAxis:
       size: devices along it.
       level: link level, 0 is the slowest (between hosts); axes of one level and size are
         interchangeable.
-      latency_s: seconds that one step of a collective costs beside the bytes.
-      bytes_per_s: bytes per second that each device sends along it.
+      latency_s: seconds of a small all-reduce over devices of this level; every collective costs
+        so much beside its bytes.
+      bytes_per_s: bytes per second that each device sends along it, all devices at once.
     """
 
     name: str
@@ -108,12 +110,15 @@ class DeviceGraph:
     Attributes:
       axes: mesh axes, slowest link level first.
       conv_flops_per_s: floating-point operations per second of one device in convolutions, all
-        devices busy at once.
+        devices busy at once, of every dtype that is not in `dtype_flops_per_s`.
       dense_flops_per_s: the same in matrix products.
+      dtype_flops_per_s: (dtype, operations per second) of convolutions and matrix products with
+        operands of this dtype.
       memory_bytes_per_s: bytes per second that one device reads and writes, all busy at once.
-      overhead_s: fixed seconds per operator.
-      links: measured collectives; where there is none for a kind and its axes, ring steps of the
-        axes' latency and bytes at the axes' rate.
+      overhead_s: seconds that a kernel takes to start. An operator has one for each pass, forward
+        and backward, unless compilers fuse it with its neighbours.
+      links: collectives with times of their own, as measured; all others follow from the axes'
+        latencies and rates.
       first_touch_byte_s: seconds for each byte of temporary memory that a step takes anew, beside
         reading or writing it: (least bytes of all temporaries, seconds per byte), ascending.
         Operating systems hand out and clear pages; accelerators' allocators keep them.
@@ -127,13 +132,14 @@ class DeviceGraph:
         axes, that the compiler joins up to so many bytes start once; 0 where each starts.
       overlaps: gradients are synchronised while the backward pass goes on.
       device_kind: as JAX names it, for reports.
-      source: where the rates come from: "measured", "preset NAME" or "given".
+      source: where the rates come from: "measured", "system NAME" or "given".
     """
 
     axes: tuple[MeshAxis, ...]
     conv_flops_per_s: float
     dense_flops_per_s: float
     memory_bytes_per_s: float
+    dtype_flops_per_s: tuple[tuple[str, float], ...] = ()
     overhead_s: float = 0.0
     links: tuple[LinkFit, ...] = ()
     first_touch_byte_s: tuple[tuple[float, float], ...] = ()
@@ -159,6 +165,8 @@ class DeviceGraph:
             raise ValueError(f"DeviceGraph: mesh axis names {names} must differ: rename one")
         for name in ("conv_flops_per_s", "dense_flops_per_s", "memory_bytes_per_s"):
             check_rate("DeviceGraph", name, getattr(self, name))
+        for dtype, rate in self.dtype_flops_per_s:
+            check_rate("DeviceGraph", f"dtype_flops_per_s of {dtype}", rate)
         for name in (
             "overhead_s",
             "update_pass_byte_s",
@@ -222,23 +230,33 @@ class DeviceGraph:
     def link_rate(self, kind: str, names: tuple[str, ...]) -> tuple[float, float]:
         """Seconds of a collective beside its bytes, and for each byte of a device's operand.
 
-        As measured; else rings (or, of many devices, trees) over the axes of one link level after
-        the other, each with its latency, and all bytes over the slowest link.
+        As measured; else by the rates of the axes, level by level as NCCL does it (`staged`).
         """
         groups = tuple(sum(name in names for name in group) for group in self.axis_groups)
         if fit := self._fits.get((kind, groups)):
             return fit.latency_s, fit.byte_s
-        axes = [axis for axis in self.axes if axis.name in names]
-        parts = math.prod(axis.size for axis in axes)
-        hops = 0.0
-        for level in {axis.level for axis in axes}:
-            ring = [axis for axis in axes if axis.level == level]
-            slowest_s = max(axis.latency_s for axis in ring)
-            hops += slowest_s * _steps(math.prod(axis.size for axis in ring))
-        latency_s = hops * (2 if kind == "all-reduce" else 1)
-        if kind == "collective-permute":
-            latency_s = max(axis.latency_s for axis in axes)
-        return latency_s, wire_share(kind, parts) / min(axis.bytes_per_s for axis in axes)
+        axes = [axis for axis in self.axes if axis.name in names and axis.size > 1]
+        levels = []
+        for level in sorted({axis.level for axis in axes}, reverse=True):
+            among = [axis for axis in axes if axis.level == level]
+            levels.append(
+                Crossed(
+                    parts=math.prod(axis.size for axis in among),
+                    start_s=max(axis.latency_s for axis in among),
+                    bytes_per_s=min(axis.bytes_per_s for axis in among),
+                )
+            )
+        return staged(kind, levels)
+
+    def flops_per_s(self, kind: str, dtype: str) -> float:
+        """Operations per second of one device.
+
+        Args:
+          kind: "conv" for convolutions, anything else for matrix products.
+          dtype: of the operands, as numpy names it.
+        """
+        rate = self.conv_flops_per_s if kind == "conv" else self.dense_flops_per_s
+        return dict(self.dtype_flops_per_s).get(dtype, rate)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `from_json` reads it back."""
@@ -258,24 +276,18 @@ class DeviceGraph:
                 for link in data.get("links", ())
             )
             touch = tuple((size, byte_s) for size, byte_s in data.get("first_touch_byte_s", ()))
-            fields = {"axes": axes, "links": links, "first_touch_byte_s": touch}
+            dtypes = tuple((dtype, rate) for dtype, rate in data.get("dtype_flops_per_s", ()))
+            fields = {
+                "axes": axes,
+                "links": links,
+                "first_touch_byte_s": touch,
+                "dtype_flops_per_s": dtypes,
+            }
             return cls(**{**data, **fields})
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"DeviceGraph.from_json: {error}; expected the fields that to_json writes"
             ) from error
-
-
-_RING = 8
-"""Devices up to which a ring is as quick as a tree."""
-
-
-def _steps(devices: int) -> int:
-    """Steps of a collective over devices of one link level.
-
-    Source: NCCL 2.4, double binary trees: all bandwidth of a ring, with logarithmic latency.
-    """
-    return devices - 1 if devices <= _RING else 2 * math.ceil(math.log2(devices))
 
 
 def prime_factors(n: int) -> tuple[int, ...]:

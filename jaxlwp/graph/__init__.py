@@ -5,13 +5,14 @@ values that depend on no argument; `_samples` says which dimensions are samples;
 equations to layers and names their dimensions.
 """
 
-from jaxlwp.graph._graph import ComputationGraph, Edge, Layer, Member, Use
+from jaxlwp.graph._graph import FUSED, ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp.graph._group import pull, whole
 from jaxlwp.graph._trace import trace
 
 __all__ = [
     "ComputationGraph",
     "Edge",
+    "FUSED",
     "Layer",
     "Member",
     "Use",

@@ -16,7 +16,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxlwp.cost import AnalyticCostModel, layer_key, passes_of, spare_sums, work_rate
+from jaxlwp.cost import (
+    AnalyticCostModel,
+    layer_key,
+    passes_of,
+    spare_sums,
+    start_of_kernel_s,
+    work_rate,
+)
 from jaxlwp.devices import DeviceGraph, MeshAxis
 from jaxlwp.graph import ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp.ops import RULES
@@ -219,14 +226,14 @@ def _work_s(
         0 * degrees[""],
     )
     rule, passes = RULES.get(eqn.name), passes_of(member)
-    rate = work_rate(rule, devices)
+    rate, start_s = work_rate(eqn, devices), start_of_kernel_s(eqn, devices)
     if rule is None or rate is None:
-        work_s = passes * moved / devices.memory_bytes_per_s
+        work_s = passes * (moved / devices.memory_bytes_per_s + start_s)
     else:
         shapes = [v.shape for v in eqn.operand_values], [v.shape for v in eqn.result_values]
         flops = rule.flops(eqn, *shapes) / _product(degrees, signature.names)
         once_s = flops / rate + moved / devices.memory_bytes_per_s
-        work_s = passes * (once_s + devices.overhead_s)
+        work_s = passes * (once_s + start_s)
     for value, names in zip(eqn.result_values, signature.results, strict=True):
         num_bytes = math.prod(value.shape) * value.itemsize / _product(degrees, names)
         work_s = work_s + links.seconds(

@@ -10,7 +10,13 @@ import jax
 from jax.sharding import Mesh
 
 from jaxlwp.cost import SearchSpace, check_mesh, price
-from jaxlwp.devices import DeviceGraph, Rates, choose_devices, device_graph, make_mesh
+from jaxlwp.devices import (
+    DeviceGraph,
+    GivenRates,
+    choose_devices,
+    device_graph,
+    make_mesh,
+)
 from jaxlwp.graph import ComputationGraph, trace
 from jaxlwp.measure import Profile, layer_timer
 from jaxlwp.mesh import set_mesh_or_none
@@ -37,7 +43,7 @@ def plan_for(
     devices: Sequence[Any] | int | None = None,
     mesh: Mesh | None = None,
     strategy: str | Strategy = "search",
-    rates: Rates | DeviceGraph | Profile | None = None,
+    rates: GivenRates | DeviceGraph | Profile | None = None,
     measure: bool | None = None,
     optimizer: Any = None,
     memory_bytes: float | None = None,
@@ -244,7 +250,7 @@ def _slots(optimizer: Any, params: Any) -> float:
     return float(sizes[0] / max(sizes[1], 1))
 
 
-def _rated(mesh: Mesh, rates: Rates | None) -> DeviceGraph:
+def _rated(mesh: Mesh, rates: GivenRates | None) -> DeviceGraph:
     """The device graph, measured if no rates are given."""
     try:
         return device_graph(mesh, rates=rates)
@@ -253,7 +259,8 @@ def _rated(mesh: Mesh, rates: Rates | None) -> DeviceGraph:
             raise
         raise ValueError(
             f"rates: {mesh.devices.flat[0].device_kind} is not there to be measured; give its "
-            "rates (jaxlwp.Rates), a DeviceGraph, or a profile that was taken on one"
+            "rates (a system such as 'h200', or jaxlwp.Rates), a DeviceGraph, or a profile that "
+            "was taken on one"
         ) from error
 
 

@@ -179,7 +179,7 @@ def run_shard(batch: int, shape: tuple[int, ...] | None) -> list[dict[str, Any]]
 def planned_rates() -> jaxlwp.DeviceGraph:
     """8 devices like the one at hand, with NVLink as on an HGX board (450 GB/s each way)."""
     axes = tuple(
-        jaxlwp.devices.MeshAxis(name=n, size=s, level=level, latency_s=5e-6, bytes_per_s=3.6e11)
+        jaxlwp.devices.MeshAxis(name=n, size=s, level=level, latency_s=1.5e-5, bytes_per_s=3.6e11)
         for n, s, level in axis_shape((PLANNED,))
     )
     return jaxlwp.DeviceGraph(
