@@ -194,9 +194,9 @@ def main() -> None:
 @click.option(
     "--objective",
     type=click.Choice(list(OBJECTIVES)),
-    default="sum",
     help="What to make least: sum (computation, transfers and synchronisation one after the other; "
-    "the default), overlap (gradients synchronised behind the backward pass), bytes or memory.",
+    "the default on processors), overlap (gradients synchronised behind the backward pass; the "
+    "default on GPUs), bytes or memory.",
 )
 @click.option(
     "--sum-dtype",
@@ -224,7 +224,7 @@ def plan(
     replicated: tuple[str, ...],
     why: str | None,
     curve: bool,
-    objective: str,
+    objective: str | None,
     sum_dtype: str | None,
     rates: str | None,
     **by_hand: float | None,

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp.devices._device_graph import DeviceGraph, LinkFit, MeshAxis, axis_shape
+from jaxlwp.devices._device_graph import BUCKET_BYTES, DeviceGraph, LinkFit, MeshAxis, axis_shape
 from jaxlwp.devices._links import axis_levels, host_numbers
 from jaxlwp.devices._presets import system_for
 from jaxlwp.devices._processes import from_first, spans_processes
@@ -39,7 +39,7 @@ from jaxlwp.mesh import (
 )
 from jaxlwp.space import COLLECTIVES, wire_share
 
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 REPEATS = 5
 
 
@@ -186,9 +186,17 @@ def _given(mesh: Mesh, rates: Rates, levels: dict[str, int]) -> DeviceGraph:
         conv_flops_per_s=rates.flops_per_s,
         dense_flops_per_s=rates.flops_per_s,
         memory_bytes_per_s=rates.memory_bytes_per_s,
+        **_schedule(mesh),
         device_kind=mesh.devices.flat[0].device_kind,
         source="given",
     )
+
+
+def _schedule(mesh: Mesh) -> dict[str, Any]:
+    """What XLA does with collectives on these devices: on processors, one after the other."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return {}
+    return {"bucket_bytes": BUCKET_BYTES, "overlaps": True}
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -572,6 +580,7 @@ def measure(mesh: Mesh) -> DeviceGraph:
         step_s=step_s,
         leaf_s=leaf_s,
         input_byte_s=_input_rate(mesh),
+        **_schedule(mesh),
         device_kind=mesh.devices.flat[0].device_kind,
         source="measured",
     )

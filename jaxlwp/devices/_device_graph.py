@@ -290,6 +290,13 @@ class DeviceGraph:
             ) from error
 
 
+BUCKET_BYTES = 30.0 * 2**20
+"""What XLA for GPUs joins to one collective, at most.
+
+Source: `xla_gpu_all_reduce_combine_threshold_bytes` and the like, xla/debug_options_flags.cc.
+"""
+
+
 def prime_factors(n: int) -> tuple[int, ...]:
     """Prime factors of n, largest first; () for 1."""
     factors = []

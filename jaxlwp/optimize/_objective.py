@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxlwp.cost import AnalyticCostModel, SearchSpace, build_tables
+from jaxlwp.cost import BACKWARD_SHARE, AnalyticCostModel, SearchSpace, build_tables
 from jaxlwp.memory import memory_costs
 from jaxlwp.solver import FloatArray, Rows
 
@@ -51,11 +51,10 @@ class Overlap:
     like this; processors overlap nothing.
 
     Attributes:
-      backward_share: of a layer's computation, what belongs to the backward pass: two of the three
-        convolutions.
+      backward_share: of a layer's computation, what belongs to the backward pass.
     """
 
-    backward_share: float = 2 / 3
+    backward_share: float = BACKWARD_SHARE
     unit: str = "s"
 
     def rows(self, space: SearchSpace) -> Rows:
