@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, counted in its HLO text.
+"""The collectives of a compiled program, counted in its HLO text (`_module`).
 
 `jax.jit(f).lower(...).compile().as_text()` is the program that one device runs, so the shape of
 an operand there is the local one. Text of CPU, GPU and TPU programs is read: plain collectives,
@@ -18,6 +18,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from jaxlwp.check._module import (
+    Instruction,
+    Module,
+    callees,
+    op_name,
+    parse,
+    shape_bytes,
+    trip_count,
+)
 
 _KINDS = frozenset(
     {
@@ -62,27 +72,6 @@ class CompiledCollective:
     trip_known: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Instruction:
-    """One line of a computation: `name = shape opcode(operands), attributes`."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Module:
-    """A program: its computations by name, and how many devices run it."""
-
-    computations: dict[str, list[_Instruction]]
-    entry: str
-    num_replicas: int
-    num_partitions: int
-
-
 def compiled_collectives(text: str) -> tuple[CompiledCollective, ...]:
     """Lists the collectives that a compiled program executes.
 
@@ -98,7 +87,7 @@ def compiled_collectives(text: str) -> tuple[CompiledCollective, ...]:
     Raises:
         ValueError: If `text` is no HLO module, or holds a collective that cannot be read.
     """
-    module = _parse(text)
+    module = parse(text)
     return tuple(_walk(module, module.entry, count=1, trip_known=True))
 
 
@@ -114,19 +103,20 @@ def bytes_by_kind(collectives: Iterable[CompiledCollective]) -> dict[str, int]:
 
 
 def _walk(
-    module: _Module, computation: str, *, count: int, trip_known: bool
+    module: Module, computation: str, *, count: int, trip_known: bool
 ) -> Iterator[CompiledCollective]:
     """Yields the collectives of a computation that is executed `count` times."""
-    shapes = {i.name: i.shape for i in module.computations[computation]}
-    for instruction in module.computations[computation]:
-        kind = _kind(instruction)
+    instructions = module.instructions(computation)
+    shapes = {i.name: i.shape for i in instructions}
+    for instruction in instructions:
+        kind = kind_of(instruction)
         if kind is not None:
-            collective = _collective(kind, instruction, shapes, module, count, trip_known)
+            collective = collective_of(kind, instruction, shapes, module, count, trip_known)
             if collective is not None:
                 yield collective
             continue
-        trips = _trip_count(instruction)
-        for callee in _callees(instruction, module):
+        trips = trip_count(instruction)
+        for callee in callees(instruction, module):
             yield from _walk(
                 module,
                 callee,
@@ -135,15 +125,27 @@ def _walk(
             )
 
 
-def _collective(
+def collective_of(
     kind: str,
-    instruction: _Instruction,
+    instruction: Instruction,
     shapes: dict[str, str],
-    module: _Module,
-    count: int,
-    trip_known: bool,
+    module: Module,
+    count: int = 1,
+    trip_known: bool = True,
 ) -> CompiledCollective | None:
-    """Returns what a collective instruction does, None if it only talks to itself."""
+    """Returns what a collective instruction does, None if it only talks to itself.
+
+    Args:
+        kind: From `kind_of`.
+        instruction: The collective.
+        shapes: Shapes of the instructions of its computation.
+        module: The program.
+        count: How often it is executed.
+        trip_known: Whether that is known.
+
+    Raises:
+        ValueError: If the collective cannot be read.
+    """
     groups = _groups(kind, instruction, module)
     if all(len(set(group)) < 2 for group in groups):
         return None
@@ -156,12 +158,12 @@ def _collective(
         groups=groups,
         operand_bytes=operand_bytes,
         wire_bytes=_wire_bytes(kind, operand_bytes, group_size),
-        op_name=_op_name(instruction),
+        op_name=op_name(instruction),
         trip_known=trip_known,
     )
 
 
-def _kind(instruction: _Instruction) -> str | None:
+def kind_of(instruction: Instruction) -> str | None:
     """Returns the kind of a collective, None for anything else.
 
     A `-done` is something else: its `-start` is counted. So is a `-start` that names a wrapped
@@ -172,66 +174,17 @@ def _kind(instruction: _Instruction) -> str | None:
     return kind if kind in _KINDS and not wraps else None
 
 
-def _callees(instruction: _Instruction, module: _Module) -> list[str]:
-    """Returns the computations that an instruction executes, each once."""
-    if instruction.opcode.endswith(("-update", "-done")):
-        return []  # they name what their -start has executed
-    named = re.findall(
-        r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)",
-        instruction.attributes,
-    )
-    for several in re.findall(
-        r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}", instruction.attributes
-    ):
-        named += re.findall(r"[\w.\-]+", several)
-    return [name for name in dict.fromkeys(named) if name in module.computations]
-
-
-def _trip_count(instruction: _Instruction) -> int | None:
-    """Returns how often an instruction executes its callees, None if that is unknown."""
-    if instruction.opcode != "while":
-        return 1
-    known = re.search(r"known_trip_count\W+n\W+(\d+)", instruction.attributes)
-    return int(known.group(1)) if known else None
-
-
-def _op_name(instruction: _Instruction) -> str:
-    found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.attributes)
-    return found.group(1) if found else ""
-
-
 # --- Bytes ----------------------------------------------------------------------------------
 
 
-def _operand_bytes(kind: str, instruction: _Instruction, shapes: dict[str, str]) -> int:
+def _operand_bytes(kind: str, instruction: Instruction, shapes: dict[str, str]) -> int:
     operands = instruction.operands
     if kind == "ragged-all-to-all":
         operands = operands[:1]  # the others are the output buffer, offsets and sizes
     missing = [name for name in operands if name not in shapes]
     if missing or not operands:
         raise ValueError(f"{instruction.opcode} %{instruction.name}: no shape of {missing}")
-    return sum(_shape_bytes(shapes[name]) for name in operands)
-
-
-def _shape_bytes(shape: str) -> int:
-    """Returns the bytes of an array `f32[2,3]{1,0}` or of a tuple of them, layouts ignored."""
-    total = 0
-    for dtype, dims in re.findall(r"([a-z][a-z0-9]*)\[([0-9,<= ]*)\]", shape):
-        bits = math.prod(int(size) for size in re.findall(r"\d+", dims)) * _dtype_bits(dtype)
-        total += -(-bits // 8)
-    return total
-
-
-def _dtype_bits(dtype: str) -> int:
-    """Returns the bits of an element: those in its name (f32, bf16, s4, f8e4m3fn), or known."""
-    if dtype in ("token", "opaque"):
-        return 0
-    if dtype == "pred":
-        return 8
-    named = re.match(r"[a-z]+(\d+)", dtype)
-    if named is None:
-        raise ValueError(f"unknown element type {dtype!r} in HLO text")
-    return int(named.group(1))
+    return sum(shape_bytes(shapes[name]) for name in operands)
 
 
 def _wire_bytes(kind: str, operand_bytes: int, group_size: int) -> int:
@@ -254,7 +207,7 @@ _MESH = r"mesh\[(?P<axes>[^\]]*)\](?:,\s*device_ids=\((?P<ids>(?:[^()]|\([^)]*\)
 _PAIRS_OR_LISTS = r"\{(?:\s*\{[\d,\s]*\}\s*,?)*\s*\}"
 
 
-def _groups(kind: str, instruction: _Instruction, module: _Module) -> Groups:
+def _groups(kind: str, instruction: Instruction, module: Module) -> Groups:
     """Returns the devices that talk to one another, numbered replica * partitions + partition."""
     attributes = instruction.attributes
     if kind == "collective-permute":
@@ -350,80 +303,3 @@ def _ints(text: str) -> tuple[int, ...]:
 
 def _as_groups(ids: np.ndarray) -> Groups:
     return tuple(tuple(group) for group in ids.tolist())
-
-
-# --- Text -----------------------------------------------------------------------------------
-
-_COMPUTATION = re.compile(r"(?P<entry>ENTRY\s+)?%?(?P<name>[\w.\-]+)\s*(?:\(.*\)\s*->.*)?\{\s*$")
-_NAME = re.compile(r"\s*(?:ROOT\s+)?%?(?P<name>[\w.\-]+)\s*=\s*")
-_OPCODE = re.compile(r"\s*(?P<opcode>[a-z][a-z0-9\-]*)\(")
-
-
-def _parse(text: str) -> _Module:
-    header = re.search(r"^HloModule.*$", text, re.MULTILINE)
-    if header is None:
-        raise ValueError(f"not an HLO module: {text[:80]!r}")
-    computations: dict[str, list[_Instruction]] = {}
-    entry = current = None
-    for line in text[header.end() :].splitlines():
-        line = re.sub(r"/\*.*?\*/", "", line)  # `/*index=5*/` in long tuples
-        if current is None:
-            if start := _COMPUTATION.match(line):
-                current = start["name"]
-                computations[current] = []
-                entry = current if start["entry"] else entry
-        elif line.lstrip().startswith("}"):
-            current = None
-        elif instruction := _instruction(line):
-            computations[current].append(instruction)
-    if entry is None:
-        raise ValueError("an HLO module without an ENTRY computation")
-    return _Module(
-        computations=computations,
-        entry=entry,
-        num_replicas=_header_count("replica_count", header.group(0)),
-        num_partitions=_header_count("num_partitions", header.group(0)),
-    )
-
-
-def _header_count(name: str, header: str) -> int:
-    """Returns a number of the module's header, which leaves it out when it is 1."""
-    found = re.search(rf"\b{name}=(\d+)", header)
-    return int(found.group(1)) if found else 1
-
-
-def _instruction(line: str) -> _Instruction | None:
-    """Reads one line of a computation, None if it is no instruction."""
-    name = _NAME.match(line)
-    if name is None:
-        return None
-    is_tuple = line.startswith("(", name.end())
-    shape_end = _after_parenthesis(line, name.end()) if is_tuple else line.find(" ", name.end())
-    opcode = _OPCODE.match(line, shape_end) if shape_end >= 0 else None
-    if opcode is None:
-        return None
-    end = _after_parenthesis(line, opcode.end() - 1)
-    return _Instruction(
-        name=name["name"],
-        shape=line[name.end() : shape_end],
-        opcode=opcode["opcode"],
-        operands=_operands(line[opcode.end() : end - 1]),
-        attributes=line[end:],
-    )
-
-
-def _operands(text: str) -> tuple[str, ...]:
-    """Reads the names in `%x, %y`, in `f32[2] %x` where shapes are printed, and in `x, y`."""
-    if "%" in text:
-        return tuple(re.findall(r"%([\w.\-]+)", text))
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _after_parenthesis(line: str, start: int) -> int:
-    """Returns the position after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[()]', line[start:]):
-        depth += {"(": 1, ")": -1}.get(token.group(0), 0)
-        if depth == 0:
-            return start + token.end()
-    raise ValueError(f"unbalanced parentheses in HLO text: {line[:200]}")

@@ -6,7 +6,6 @@ given to the compiler, in total in the program that it makes of it), memory, and
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,8 +16,8 @@ import optax
 from jaxlwp.check._compare import step_times
 from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp.check._target import compile_for
+from jaxlwp.check._timeline import layer_index
 from jaxlwp.cost import collectives_by_layer
-from jaxlwp.lower import LAYER_SCOPE
 from jaxlwp.memory import differentiated
 from jaxlwp.plan import OPTIMIZER, Plan, lower_step, plan_memory, program_memory, state_shapes
 from jaxlwp.program import SCAN, Equation, canonical, scan_of
@@ -191,7 +190,7 @@ def check_layers(plan: Plan) -> tuple[LayerCheck, ...]:
     found: dict[int | None, list[Collective]] = {}
     for eqn in differentiated(plan.lowered).program.equations:
         if here := _collectives(eqn):
-            found.setdefault(_layer_of(eqn), []).extend(here)
+            found.setdefault(layer_index(eqn.scope), []).extend(here)
     rows = [
         LayerCheck(
             name=layer.name,
@@ -215,12 +214,6 @@ def check_layers(plan: Plan) -> tuple[LayerCheck, ...]:
             )
         )
     return tuple(rows)
-
-
-def _layer_of(eqn: Equation) -> int | None:
-    """The layer for which an equation of the lowered program runs; None outside of all layers."""
-    scopes = re.findall(rf"{re.escape(LAYER_SCOPE)}(\d+)", eqn.scope)
-    return int(scopes[-1]) if scopes else None
 
 
 def _collectives(eqn: Equation) -> list[Collective]:

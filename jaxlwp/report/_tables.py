@@ -15,7 +15,7 @@ from jaxlwp.optimize import search
 from jaxlwp.space import Config
 
 if TYPE_CHECKING:
-    from jaxlwp.check import Comparison, Traffic, Verification
+    from jaxlwp.check import Comparison, Forecast, Traffic, Verification
     from jaxlwp.cost import SearchSpace
     from jaxlwp.optimize import Alternative, Explanation, ParetoCurve
     from jaxlwp.plan import Plan
@@ -416,3 +416,42 @@ def _traffic_text(traffic: Traffic) -> str:
 def verification_text(check: Verification) -> str:
     """`verification_table` as text."""
     return render(verification_table(check))
+
+
+def forecast_table(forecast: Forecast) -> Table:
+    """A row per kind of kernel and collective; what is hidden and what is exposed."""
+    step = f"{seconds(forecast.total_s)} ms a step on {forecast.system}"
+    notes = [
+        f"kernels {seconds(forecast.compute_s)} ms, collectives "
+        f"{seconds(forecast.communication_s)} ms, of which kernels wait for "
+        f"{seconds(forecast.exposed_s)} ms"
+    ]
+    if forecast.memory is not None:
+        memory = forecast.memory
+        notes.append(
+            f"memory of a device: {num_bytes(memory.peak_bytes)} at its peak, temporaries "
+            f"{num_bytes(memory.temporary_bytes)}"
+        )
+    notes += forecast.notes
+    table = _titled_table(
+        title=f"forecast: {step}, {forecast.num_devices} devices", caption="\n".join(notes)
+    )
+    table.add_column("kernels and collectives")
+    for column in ("count", "bytes", "TFLOP", "ms", "exposed ms"):
+        table.add_column(column, justify="right")
+    for kind, total in (*forecast.kernels.items(), *forecast.collectives.items()):
+        exposed = forecast.exposed.get(kind) if kind in forecast.collectives else None
+        table.add_row(
+            kind,
+            f"{total.count:,}",
+            num_bytes(total.num_bytes),
+            f"{total.flops / 1e12:.3g}" if total.flops else "",
+            seconds(total.seconds),
+            seconds(exposed.seconds) if exposed else "",
+        )
+    return table
+
+
+def forecast_text(forecast: Forecast) -> str:
+    """`forecast_table` as text."""
+    return render(forecast_table(forecast))
