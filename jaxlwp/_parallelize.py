@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlwp.check import fastest
-from jaxlwp.devices import DeviceGraph, GivenRates, Rates, System
+from jaxlwp.check import fastest, fastest_compiled
+from jaxlwp.devices import DeviceGraph, GivenRates, Rates, System, system_for, system_of
 from jaxlwp.measure import Profile
 from jaxlwp.optimize import Objective
 from jaxlwp.plan import Plan, plan_for
@@ -66,7 +66,10 @@ def parallelize(
       check: "measure" runs a few training steps of the plan and of data parallelism and returns
         the faster; names of baselines run those besides, `jaxlwp.BASELINES` all of them. One that
         needs more memory than there is, or than `memory_bytes`, is not run. `params` and `batch`
-        must be arrays then.
+        must be arrays then. "compile" compiles the plan, the baselines, the function whole on every
+        device and plain JAX's data parallelism for the mesh's GPUs, which need not exist, and
+        returns the plan that is forecast to be the fastest (`jaxlwp.check.forecast`), with the
+        rates of the system that `rates` names, or of the newest one with such GPUs.
       on_progress: called as `on_progress(what, done, total)`.
       **keywords: arguments of `fn` by name. One that has the name of an option above is to be
         passed by position.
@@ -79,11 +82,11 @@ def parallelize(
         an unknown strategy or one for another model, a batch that the devices do not divide under
         strategy "data", a rate that is not a positive number, an unknown system or one that the
         mesh does not fit, an unknown check, constraints that nothing keeps to, a
-        `sum_dtype` that is no floating-point dtype.
+        `sum_dtype` that is no floating-point dtype, a check by compiling on processors.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes)
-    against = _against(check)
+    against = () if check == "compile" else _against(check)
     arguments = canonical("parallelize", fn, (params, *batch), keywords)
     plan = plan_for(
         fn,
@@ -100,6 +103,15 @@ def parallelize(
         sum_dtype=sum_dtype,
         on_progress=on_progress,
     )
+    if check == "compile":
+        named = rates if isinstance(rates, (str, os.PathLike, System)) else None
+        return fastest_compiled(
+            plan,
+            system_of(plan.mesh) if named is None else system_for(plan.mesh, named),
+            optimizer=optimizer,
+            memory_bytes=memory_bytes,
+            progress=on_progress,
+        )
     if not against:
         return plan
     return fastest(
@@ -167,7 +179,7 @@ def _against(check: str | Sequence[str] | None) -> tuple[str, ...]:
     listed = isinstance(names, Sequence) and not isinstance(names, str)
     if not listed or not all(name in BASELINES for name in names):
         raise ValueError(
-            f"check: {check!r} is unknown; give 'measure', a list of baselines to run besides data "
-            f"parallelism, of {BASELINES}, or None for no check"
+            f"check: {check!r} is unknown; give 'measure', 'compile', a list of baselines to run "
+            f"besides data parallelism, of {BASELINES}, or None for no check"
         )
     return tuple(dict.fromkeys(("data", *names)))

@@ -2,8 +2,8 @@
 
 Read `_verify` first, then `_hlo` (collectives of a compiled program, from its text, which `_module`
 reads), `_target` (compiling for GPUs that are not there), `_forecast` (what such a program takes:
-`_kernels` with `_operations` and `_traffic`, `_schedule`, `_timeline`, `_trace`) and `_compare`
-(measuring strategies side by side).
+`_kernels` with `_operations` and `_traffic`, `_schedule`, `_timeline`, `_trace`), `_compiled`
+(strategies side by side by such forecasts) and `_compare` (the same, measured).
 """
 
 from jaxlwp.check._compare import (
@@ -16,15 +16,23 @@ from jaxlwp.check._compare import (
     fastest,
     is_simulated,
 )
+from jaxlwp.check._compiled import (
+    CompiledComparison,
+    CompiledStrategy,
+    compare_compiled,
+    fastest_compiled,
+)
 from jaxlwp.check._forecast import Forecast, forecast
 from jaxlwp.check._hlo import CompiledCollective, compiled_collectives
-from jaxlwp.check._target import TargetStep, compile_for, target_mesh
+from jaxlwp.check._target import Target, TargetStep, compile_for, target_mesh
 from jaxlwp.check._timeline import Event, KindTotal
 from jaxlwp.check._verify import LayerCheck, Traffic, Verification, verify
 
 __all__ = [
     "Comparison",
     "CompiledCollective",
+    "CompiledComparison",
+    "CompiledStrategy",
     "Event",
     "Forecast",
     "KindTotal",
@@ -32,14 +40,17 @@ __all__ = [
     "Progress",
     "ROUNDS",
     "StrategyResult",
+    "Target",
     "TargetStep",
     "Traffic",
     "Verification",
     "batch_size",
     "compare",
+    "compare_compiled",
     "compile_for",
     "compiled_collectives",
     "fastest",
+    "fastest_compiled",
     "forecast",
     "is_simulated",
     "target_mesh",

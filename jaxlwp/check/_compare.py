@@ -315,7 +315,7 @@ def fastest(
             "arrays, or leave the check out"
         )
     progress, optimizer = progress or (lambda what, done, total: None), optimizer or OPTIMIZER
-    others = _applicable(plan, against)
+    others = applicable(plan, against)
     fitting, left_out = _fitting(others, _limit_bytes(plan, memory_bytes), optimizer)
     plans = [plan, *fitting]
     params, batch = arguments[0][0], _batch_of(arguments)
@@ -335,7 +335,7 @@ def fastest(
     return dataclasses.replace(plans[best], checked=checked)
 
 
-def _applicable(plan: Plan, against: Sequence[str]) -> list[Plan]:
+def applicable(plan: Plan, against: Sequence[str]) -> list[Plan]:
     """Plans of the baselines that apply and differ from the plan and from each other."""
     plans = [plan]
     for name in against:

@@ -171,7 +171,7 @@ def compile_for(
     devices = np.array(_devices(target), dtype=object).reshape(plan.mesh.devices.shape)
     plan = dataclasses.replace(plan, mesh=auto_mesh(devices, plan.mesh.axis_names))
     state, batch = state_shapes(plan, optimizer), plan.batch_shapes
-    program = _compiled(lower_step(plan, state, batch, optimizer), target)
+    program = compiled(lower_step(plan, state, batch, optimizer), target)
     text = program.as_text()
     predicted: dict[str, int] = {}
     for collective in plan.collectives:
@@ -216,11 +216,16 @@ def _devices(target: Target) -> tuple[Any, ...]:
     return tuple(topology.devices)
 
 
-def _compiled(lowered: Any, target: Target) -> Any:
+def compiled(lowered: Any, target: Target | None = None) -> Any:
+    """A lowered program, compiled for its devices.
+
+    Raises:
+      RuntimeError: the compiler for the target is not installed.
+    """
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if re.search(r"ptxas|libdevice|nvvm|nvlink", str(error)):
+        if target is not None and re.search(r"ptxas|libdevice|nvvm|nvlink", str(error)):
             raise _missing(target) from error
         raise
 

@@ -19,7 +19,17 @@ from rich.table import Table
 
 from jaxlwp._parallelize import parallelize
 from jaxlwp._version import __version__
-from jaxlwp.check import ROUNDS, Progress, batch_size, compare, is_simulated
+from jaxlwp.check import (
+    ROUNDS,
+    Comparison,
+    CompiledComparison,
+    Progress,
+    Target,
+    batch_size,
+    compare,
+    compare_compiled,
+    is_simulated,
+)
 from jaxlwp.cli._options import (
     at_least_one,
     given_rates,
@@ -35,10 +45,13 @@ from jaxlwp.devices import (
     DeviceGraph,
     Environment,
     GivenRates,
+    Rates,
     Store,
+    System,
     device_graph,
     environment_of,
     make_mesh,
+    preset,
 )
 from jaxlwp.graph import trace
 from jaxlwp.measure import LayerTimer, TimingCache, load_profile
@@ -299,6 +312,13 @@ def _explained(found: Plan, why: str) -> str:
     callback=target_file,
     help="Write the results to this JSON file.",
 )
+@click.option(
+    "--target",
+    metavar="GPU:[HOSTSx]COUNT",
+    help="Run nothing: compile for these GPUs, which need not be there, and forecast every step "
+    "from the compiled program, plain JAX's data parallelism too. As in h200:8 or h200:2x8; "
+    "--rates names the system. Needs the extra gpu-aot.",
+)
 def compare_command(
     model: str,
     devices: int | None,
@@ -307,11 +327,29 @@ def compare_command(
     memory_bytes: float | None,
     rounds: int,
     json_file: Path | None,
+    target: str | None,
     rates: str | None,
     **by_hand: float | None,
 ) -> None:
     """Run the strategy found for MODEL and every baseline, and print predicted and measured."""
     given = given_rates(rates, by_hand)
+    if target is not None:
+        _refuse_beside_target(devices, given)
+        system = None if rates is None else _system(target, rates)
+        with _one_line_errors(), _progress() as progress:
+            work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
+            compiled = compare_compiled(
+                work.loss,
+                work.params,
+                *work.batch,
+                target=target,
+                system=system,
+                memory_bytes=memory_bytes,
+                name=model,
+                on_progress=progress,
+            )
+        _show(compiled, json_file)
+        return
     chosen = _provide_devices(devices)
     with _one_line_errors(), _progress() as progress:
         _check_divides(batch or DEFAULT_BATCH, len(chosen))
@@ -330,11 +368,35 @@ def compare_command(
             name=model,
             on_progress=progress,
         )
+    _show(comparison, json_file)
+
+
+def _show(comparison: Comparison | CompiledComparison, json_file: Path | None) -> None:
     click.echo(str(comparison), nl=False)
     if json_file is not None:
         with _one_line_errors():
             _write(json_file, comparison.to_json())
         click.echo(f"wrote {json_file}")
+
+
+def _refuse_beside_target(devices: int | None, given: GivenRates | None) -> None:
+    """Refuse what a target says itself, and rates that are not those of a system."""
+    if devices is not None:
+        raise click.ClickException(
+            f"--devices: {devices} given beside --target, which has devices already; leave it out"
+        )
+    if isinstance(given, Rates):
+        raise click.ClickException(
+            "--flops: rates by hand given beside --target, whose forecast needs a system; name "
+            "one, as in --rates dgx-h200, or give a TOML file"
+        )
+
+
+def _system(target: str, rates: str) -> System:
+    """The system that rates name, with the target's hosts."""
+    with _one_line_errors():
+        parsed = Target.parse(target)
+        return preset(rates, hosts=parsed.hosts, gpus=parsed.gpus_per_host)
 
 
 def _rated(mesh: Mesh, given: GivenRates | None, progress: Progress) -> DeviceGraph:

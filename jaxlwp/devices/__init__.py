@@ -18,7 +18,7 @@ from jaxlwp.devices._calibrate import (
     rates_key,
 )
 from jaxlwp.devices._device_graph import DeviceGraph, LinkFit, MeshAxis
-from jaxlwp.devices._presets import load_system, preset
+from jaxlwp.devices._presets import load_system, preset, system_for, system_of
 from jaxlwp.devices._processes import from_first, spans_processes
 from jaxlwp.devices._store import Environment, Measurement, Store, environment_of, now, read_export
 from jaxlwp.devices._systems import Gpu, Level, System
@@ -49,4 +49,6 @@ __all__ = [
     "rates_key",
     "read_export",
     "spans_processes",
+    "system_for",
+    "system_of",
 ]

@@ -112,6 +112,22 @@ def system_for(mesh: Mesh, rates: str | os.PathLike[str] | System) -> System:
     return preset(rates, hosts=hosts, gpus=mesh.size // hosts)
 
 
+def system_of(mesh: Mesh) -> System:
+    """The newest system that has the GPUs of a mesh.
+
+    Raises:
+      ValueError: no GPUs, or of a kind that is not known by name.
+    """
+    kind = str(mesh.devices.flat[0].device_kind)
+    for name in sorted(NEWEST, key=len, reverse=True):
+        if name.partition("-")[0] in kind.lower():
+            return system_for(mesh, name.partition("-")[0])
+    raise ValueError(
+        f"rates: {kind} is none of the GPUs with published rates ({', '.join(NEWEST)}); give a "
+        "system, as in rates=jaxlwp.devices.preset(name) or rates='system.toml'"
+    )
+
+
 def _file(name: str | os.PathLike[str]) -> Table:
     """The file that a name or a path stands for."""
     text = os.fspath(name)

@@ -46,8 +46,10 @@ class Plan:
       function: the function that was traced.
       in_tree: structure of ((params, *batch), arguments that are passed by name only).
       out_tree: structure of the function's output.
-      checked: measured seconds of a step by name of the strategy, if `parallelize` was asked to
+      checked: seconds of a step by name of the strategy, if `parallelize` was asked to
         check; the plan's is the least. Infinite for one that needs more memory than there is.
+      checked_by: "measured", or "forecast" for seconds by compiled programs, among which are those
+        of plain JAX.
     """
 
     space: SearchSpace
@@ -58,6 +60,7 @@ class Plan:
     in_tree: Any = field(repr=False)
     out_tree: Any = field(repr=False)
     checked: dict[str, float] = field(default_factory=dict)
+    checked_by: str = "measured"
 
     @property
     def graph(self) -> ComputationGraph:

@@ -7,6 +7,7 @@ when they are called, and nothing else does but the command line.
 from jaxlwp.report._tables import (
     alternatives_table,
     comparison_text,
+    compiled_text,
     explanation_table,
     forecast_text,
     pareto_table,
@@ -18,6 +19,7 @@ from jaxlwp.report._tables import (
 __all__ = [
     "alternatives_table",
     "comparison_text",
+    "compiled_text",
     "explanation_table",
     "forecast_text",
     "pareto_table",

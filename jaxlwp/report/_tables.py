@@ -15,7 +15,7 @@ from jaxlwp.optimize import search
 from jaxlwp.space import Config
 
 if TYPE_CHECKING:
-    from jaxlwp.check import Comparison, Forecast, Traffic, Verification
+    from jaxlwp.check import Comparison, CompiledComparison, Forecast, Traffic, Verification
     from jaxlwp.cost import SearchSpace
     from jaxlwp.optimize import Alternative, Explanation, ParetoCurve
     from jaxlwp.plan import Plan
@@ -159,7 +159,7 @@ def _measured_notes(plan: Plan) -> str:
             f"{name} {seconds(s)} ms" if math.isfinite(s) else f"{name} needs more memory"
             for name, s in plan.checked.items()
         )
-        notes += f"\nmeasured steps: {steps}; kept: {plan.strategy.name}"
+        notes += f"\n{plan.checked_by} steps: {steps}; kept: {plan.strategy.name}"
     return notes
 
 
@@ -450,6 +450,47 @@ def forecast_table(forecast: Forecast) -> Table:
             seconds(exposed.seconds) if exposed else "",
         )
     return table
+
+
+def compiled_table(comparison: CompiledComparison) -> Table:
+    """A row per strategy: time by the compiled program, what it moves, sends and takes."""
+    plain = {r.strategy: r.forecast_s for r in comparison.results}.get("plain JAX")
+    table = _titled_table(
+        title=f"{comparison.model or 'strategies'} on {comparison.num_devices} devices of "
+        f"{comparison.system}: forecast of the compiled steps",
+        caption=f"fastest plan that fits: {comparison.best.strategy}",
+    )
+    table.add_column("strategy")
+    for column in (
+        "forecast\nms",
+        "predicted\nms",
+        "speed-up\nover plain",
+        "exposed\nms",
+        "kernels",
+        "moved",
+        "sent",
+        "memory",
+    ):
+        table.add_column(column, justify="right")
+    for result in comparison.results:
+        found = result.forecast
+        table.add_row(
+            result.strategy,
+            seconds(result.forecast_s),
+            "" if result.predicted_s is None else seconds(result.predicted_s),
+            "" if plain is None else f"{plain / result.forecast_s:.2f}x",
+            seconds(found.exposed_s),
+            f"{found.num_kernels:,}",
+            num_bytes(found.num_bytes),
+            num_bytes(sum(total.num_bytes for total in found.collectives.values())),
+            num_bytes(result.memory_bytes) + ("" if comparison.fits(result) else " *"),
+        )
+    return table
+
+
+def compiled_text(comparison: CompiledComparison) -> str:
+    """`compiled_table` as text."""
+    return render(compiled_table(comparison))
 
 
 def forecast_text(forecast: Forecast) -> str:
