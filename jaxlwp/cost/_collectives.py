@@ -100,9 +100,11 @@ def _partial_collectives(
     for labels, value in zip(signature.results, eqn.result_values, strict=True):
         shape = local_shape(value.shape, config.layout(labels), axis_sizes)
         num_bytes = math.prod(shape) * value.itemsize
+        once = Collective(kind="all-reduce", axes=axes, num_bytes=num_bytes)
+        result.append(once)
         # A maximum that is differentiated also counts the elements that attain it.
-        extra = RULES[eqn.name].combines and member.gradient[0]
-        result += [Collective(kind="all-reduce", axes=axes, num_bytes=num_bytes)] * (1 + extra)
+        if RULES[eqn.name].combines and member.gradient[0]:
+            result.append(replace(once, backward=True))
     return result
 
 
@@ -267,8 +269,10 @@ def step_collectives(step: Step, cotangents: Collection[Block]) -> Iterator[Coll
     if isinstance(op, Operate) and op.combines:
         for block in step.results:
             sums = Collective(kind="all-reduce", axes=op.reduced_axes, num_bytes=_num_bytes(block))
-            # A maximum that is differentiated also counts the elements that attain it.
-            yield from [sums] * (1 + (block in cotangents))
+            yield sums
+            # A maximum that is differentiated also counts the elements that attain it, once.
+            if block in cotangents:
+                yield replace(sums, backward=True)
 
 
 def _op_collectives(op: Op, block: Block | None) -> Iterable[Collective]:

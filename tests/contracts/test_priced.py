@@ -342,3 +342,43 @@ def test_checkpoints_in_checkpoints(outer: str) -> None:
         plan = bind(space, space.strategy("reduction", choices), mesh, (params, x), OUT)
         assert any(layer.predicted for layer in check_layers(plan))
         assert not disagreeing(plan), (outer, inner)
+
+
+LINEAR_BY_INDEX = {
+    "scatter-add": lambda x, at: x.at[:, at].add(1.5),
+    "scatter": lambda x, at: x.at[:, at].set(1.5),
+    "scatter-mul": lambda x, at: x.at[:, at].multiply(1.5),
+    "gather": lambda x, at: x[:, at],
+    "dynamic_slice": lambda x, at: jax.lax.dynamic_slice_in_dim(x, at[0], 2, axis=1),
+    "cumsum": lambda x, at: jnp.cumsum(x, axis=1),
+    "cumlogsumexp": lambda x, at: jax.lax.cumlogsumexp(x, axis=1),
+    "fft": lambda x, at: jnp.fft.irfft(jnp.fft.rfft(x)),
+    "sort": lambda x, at: jnp.sort(x, axis=1),
+    "max": lambda x, at: x.max(axis=1, keepdims=True),
+}
+"""Operators with rules and without; the derivatives of some need no operand, or its index alone."""
+
+
+@pytest.mark.parametrize("name", LINEAR_BY_INDEX)
+def test_what_is_evaluated_again_is_what_the_derivative_reads(name: str) -> None:
+    """A value that is gathered for an operator in a checkpointed call, split before it."""
+    mesh = mesh_of((2, 3))
+    x, at = np.arange(1.0, 37, dtype=np.float32).reshape(6, 6), np.array([1, 4])
+    arguments = x, x, at
+
+    def loss(params: Any, x: Any, at: Any) -> Any:
+        y = jnp.sin(x @ params)
+
+        @jax.checkpoint
+        def call(y: Any) -> Any:
+            return LINEAR_BY_INDEX[name](y, at)
+
+        return jnp.mean(call(y) ** 2)
+
+    space = space_on(mesh, jaxlwp.trace(loss, *arguments))
+    rng, out = random.Random(SEED), jax.tree.structure(0.0)
+    for n in range(8):
+        choices = [rng.randrange(len(configs)) for configs in space.configs]
+        plan = bind(space, space.strategy(f"random {n}", choices), mesh, arguments, out)
+        wrong = [row for row in check_layers(plan) if not row.agrees]
+        assert not wrong, f"{SEED=}, {choices}: {wrong}"
