@@ -180,7 +180,7 @@ class System:
         Args:
           kind: as in `Collective`.
           num_bytes: bytes of its operand on each device.
-          group: the devices.
+          group: the devices; hosts with fewer of them than others count as if they had as many.
 
         Raises:
           ValueError: the system does not have one of the devices.
