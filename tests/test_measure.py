@@ -44,7 +44,7 @@ AXES = {"a": 2, "b": 2}
 def devices() -> jaxlwp.DeviceGraph:
     return jaxlwp.DeviceGraph(
         axes=tuple(
-            jaxlwp.devices.MeshAxis(name=n, size=s, latency_s=1e-5, bytes_per_s=1e9)
+            jaxlwp.devices.MeshAxis(name=n, size=s, latency_s=6e-5, bytes_per_s=1e9)
             for n, s in AXES.items()
         ),
         conv_flops_per_s=1e10,

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxlwp import BASELINES, Rates, parallelize
+from jaxlwp import BASELINES, Rates, device_graph, parallelize
 from jaxlwp.check._target import Target, compile_for, target_mesh
 
 RATES = Rates(
@@ -115,6 +115,18 @@ class TestCompiled:
     def test_rates_must_be_given(self) -> None:
         with pytest.raises(ValueError, match="NVIDIA H200.* is not there to be measured"):
             parallelize(_cnn, *_arguments(), mesh=target_mesh("h200:16"))
+
+    def test_rates_of_a_system(self) -> None:
+        """A name has the target's hosts; GPUs of one large host count as those of several."""
+        plan = parallelize(_cnn, *_arguments(), mesh=target_mesh("h200:2x8"), rates="h200")
+        found = plan.space.devices
+        assert [(axis.name, axis.level) for axis in found.axes if axis.level == 0] == [("host0", 0)]
+        assert found.source == "system dgx-h200" and plan.space.num_measured == 0
+        one = device_graph(target_mesh("h200:16"), rates="dgx-h200")
+        rates = [(axis.level, axis.bytes_per_s, axis.latency_s) for axis in one.axes]
+        assert rates == [(axis.level, axis.bytes_per_s, axis.latency_s) for axis in found.axes]
+        with pytest.raises(ValueError, match="rates: dgx-h200 has 8 GPUs in a host, the mesh 16; "):
+            device_graph(target_mesh("h200:2x16"), rates="h200")
 
     def test_plan_is_printed(self) -> None:
         plan = parallelize(_cnn, *_arguments(), mesh=target_mesh("h200:16"), rates=RATES)

@@ -101,7 +101,13 @@ def system_for(mesh: Mesh, rates: str | os.PathLike[str] | System) -> System:
     counts = np.unique(host_numbers(mesh), return_counts=True)[1]
     one = preset(rates)
     if len(counts) > 1:
-        return preset(rates, hosts=len(counts), gpus=int(counts.max()))
+        most = int(counts.max())
+        if most > one.inside.devices:
+            raise ValueError(
+                f"rates: {one.name} has {one.inside.devices} GPUs in a host, the mesh {most}; use "
+                "a mesh of more hosts with fewer devices each, or a system file of your own"
+            )
+        return preset(rates, hosts=len(counts), gpus=most)
     hosts = math.ceil(mesh.size / one.inside.devices)
     if mesh.size % hosts or (hosts > 1 and mesh.size % one.inside.devices):
         raise ValueError(

@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import numpy as np
 from jax.sharding import Mesh
@@ -60,7 +59,7 @@ class Gpu:
     kernel_s: float
 
     def __post_init__(self) -> None:
-        """Check the values, and keep the rates from changing.
+        """Check the values.
 
         Raises:
           ValueError: a rate is not positive, a share is not between 0 and 1, a time is negative,
@@ -82,11 +81,6 @@ class Gpu:
                     f"{place}: {name} is {getattr(self, name)}; give a share above 0 and at most 1"
                 )
         check_seconds(place, "kernel_s", self.kernel_s)
-        peaks = MappingProxyType(dict(self.peak_flops_per_s))
-        object.__setattr__(self, "peak_flops_per_s", peaks)
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.peak_memory_bytes_per_s, *self.peak_flops_per_s.items()))
 
     @property
     def memory_bytes_per_s(self) -> float:
@@ -126,7 +120,7 @@ class Level:
     start_s: float
 
     def __post_init__(self) -> None:
-        """Check the values, and keep the rates from changing.
+        """Check the values.
 
         Raises:
           ValueError: fewer than one device, a rate that is not positive, a negative time.
@@ -141,12 +135,6 @@ class Level:
             raise ValueError("Level: bytes_per_s has no rates; give one for a number of devices")
         for count, rate in self.bytes_per_s.items():
             check_rate("Level", f"bytes_per_s of {count} devices", rate)
-        object.__setattr__(self, "bytes_per_s", MappingProxyType(dict(self.bytes_per_s)))
-
-    def __hash__(self) -> int:
-        rates = self.bytes_per_s
-        each = tuple(rates.items()) if isinstance(rates, Mapping) else rates
-        return hash((self.devices, each, self.start_s))
 
     def rate(self, parts: int) -> float:
         """Bytes per second of each GPU where so many of the level's devices take part.
@@ -193,7 +181,7 @@ class System:
         Args:
           kind: as in `Collective`.
           num_bytes: bytes of its operand on each device.
-          group: the devices.
+          group: the devices; hosts with fewer of them than others count as if they had as many.
 
         Raises:
           ValueError: the system does not have one of the devices.
