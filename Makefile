@@ -46,7 +46,7 @@ $(AOT_READY): pyproject.toml
 	@touch $@
 
 test-gpu-aot: $(AOT_READY)  ## Compile plans for 16 H200s that are not there (downloads 250 MB)
-	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -q -m gpu_aot tests/test_target.py
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -q -m gpu_aot tests/test_target.py tests/test_forecast.py
 
 $(NEWEST_READY): pyproject.toml
 	@echo "Installing into $(NEWEST_VENV) with $(NEWEST) (a few minutes the first time)"

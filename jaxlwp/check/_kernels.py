@@ -97,6 +97,8 @@ class KernelReader:
         num_bytes = kernel_bytes(instruction, shapes, self.module, self._fused)
         if target and not work:
             self.notes[f"{target}: by its bytes alone, its operations are not known"] = None
+        if "S(5)" in instruction.shape:
+            self.notes["memory of the host: at the rate of the GPU's"] = None
         arithmetic_s = sum(w.flops / self._flops_per_s(w) for w in work)
         memory_s = num_bytes / self.gpu.memory_bytes_per_s
         return Kernel(
