@@ -377,6 +377,36 @@ def test_wrapped_collectives(opcode: str) -> None:
     assert spans(found, "communication")[0][:2] == ("s", 0)
 
 
+def test_a_collective_in_a_fusion() -> None:
+    fused = (
+        "%fused (p.1: bf16[1000,1000]) -> bf16[125,1000] {\n"
+        "  %p.1 = bf16[1000,1000]{1,0} parameter(0)\n"
+        f"  %rs = bf16[125,1000]{{1,0}} reduce-scatter(%p.1), {ALL}, dimensions={{0}}\n"
+        "  ROOT %b = bf16[125000]{0} bitcast(%rs)\n}\n"
+    )
+    line = "%f = bf16[125000]{0} fusion(%x), kind=kCustom, calls=%fused"
+    found = forecast(module(X, line, double("a", "x"), computations=fused), system())
+    expected = system().collective_s("reduce-scatter", 2_000_000, range(8))
+    assert found.total_s == pytest.approx(expected + 6e-6, rel=1e-12)
+    assert (found.num_kernels, found.collectives["reduce-scatter"].count) == (1, 1)
+
+
+def test_what_is_not_charged_is_said() -> None:
+    lines = (
+        X,
+        "%t = token[] after-all()",
+        "%s = (bf16[1000,1000]{1,0}, u32[], token[]) send(%x, %t), channel_id=1",
+        "%d = token[] send-done(%s), channel_id=1",
+        "%h = bf16[1000,1000]{1,0:S(5)} copy(%x)",
+    )
+    found = forecast(module(*lines), system())
+    assert us(found.total_s) == 6
+    assert found.notes == (
+        "send and recv: not charged",
+        "memory of the host: at the rate of the GPU's",
+    )
+
+
 # --- bytes ------------------------------------------------------------------------------------
 
 
@@ -1147,7 +1177,7 @@ class TestCompiled:
         totals_agree(found)
 
     @pytest.mark.parametrize("strategy", ["data", "owt"])
-    def test_a_plan(self, strategy: str) -> None:
+    def test_a_plan(self, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def loss(params: Any, x: jax.Array) -> jax.Array:
             x = lax.conv_general_dilated(
                 x, params["c"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -1172,3 +1202,11 @@ class TestCompiled:
             layer.index for layer in plan.graph.layers if layer.kind in ("conv", "dense")
         }
         totals_agree(found)
+
+        # as docs/forecast.md has it
+        page = (DATA.parent.parent / "docs" / "forecast.md").read_text()
+        monkeypatch.chdir(tmp_path)
+        namespace: dict[str, Any] = {"plan": plan}
+        exec(page.split("```python\n")[1].split("```")[0], namespace)
+        assert namespace["found"].flops == found.flops
+        assert (tmp_path / "step.json.gz").stat().st_size > 0

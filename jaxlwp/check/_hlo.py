@@ -29,7 +29,7 @@ from jaxlwp.check._module import (
     trip_count,
 )
 
-_KINDS = frozenset(
+KINDS = frozenset(
     {
         "all-gather",
         "all-reduce",
@@ -171,7 +171,7 @@ def kind_of(instruction: Instruction) -> str | None:
     """
     kind = instruction.opcode.removesuffix("-start")
     wraps = kind != instruction.opcode and re.search(r"\bcalls=", instruction.attributes)
-    return kind if kind in _KINDS and not wraps else None
+    return kind if kind in KINDS and not wraps else None
 
 
 # --- Bytes ----------------------------------------------------------------------------------

@@ -97,6 +97,8 @@ class KernelReader:
         num_bytes = kernel_bytes(instruction, shapes, self.module, self._fused)
         if target and not work:
             self.notes[f"{target}: by its bytes alone, its operations are not known"] = None
+        if "S(5)" in instruction.shape:
+            self.notes["memory of the host: at the rate of the GPU's"] = None
         arithmetic_s = sum(w.flops / self._flops_per_s(w) for w in work)
         memory_s = num_bytes / self.gpu.memory_bytes_per_s
         return Kernel(
@@ -112,9 +114,9 @@ class KernelReader:
     def _dtype(self, work: Work) -> str:
         """What the arithmetic units take: the operands' type, or the one that stands in for it.
 
-        A GPU without units for bfloat16 or float16 computes in float32. For other types (float64,
-        8 bits) published peaks differ too much from GPU to GPU to be guessed, and convolutional
-        networks do not train in them; they are charged as float32 or bfloat16, and named.
+        On a GPU without units for bfloat16 or float16 XLA computes in float32. Types of 8 bits and
+        complex numbers, in which convolutional networks do not train, are charged as bfloat16 or
+        float32. The notes name every type that another one stands in for.
         """
         known = self.gpu.peak_flops_per_s
         dtype = _DTYPES.get(work.dtype, work.dtype)

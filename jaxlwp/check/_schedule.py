@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from jaxlwp.check._hlo import Groups, collective_of, kind_of
+from jaxlwp.check._hlo import KINDS, Groups, collective_of, kind_of
 from jaxlwp.check._kernels import Kernel, KernelReader
 from jaxlwp.check._module import Instruction, Module, callees, trip_count
 
@@ -135,6 +135,10 @@ class _Walk:
                 yield from self.steps(name)
         elif i.opcode.endswith("-start") and i.opcode != "copy-start":
             yield from self._wrapped(i)
+        elif i.opcode == "fusion" and any(
+            _exchanges(self.module, c) for c in callees(i, self.module)
+        ):
+            yield from self._fused(i)
         elif i.opcode in _POINT_TO_POINT:
             self.reader.notes["send and recv: not charged"] = None
         else:
@@ -152,6 +156,13 @@ class _Walk:
         body = [step for name in names for step in self.steps(name)]
         return Loop(name=i.name, body=tuple(body), trips=1 if trips is None else trips)
 
+    def _fused(self, i: Instruction) -> Iterator[Step]:
+        """A fusion of a collective and the slice or update of what it works on."""
+        for name in callees(i, self.module):
+            for step in self.steps(name):
+                if isinstance(step, Start):
+                    yield replace(step, name=i.name, is_sync=True)
+
     def _wrapped(self, i: Instruction) -> Iterator[Step]:
         """An asynchronous call: a collective goes by the name of the call, kernels run here."""
         for name in callees(i, self.module):
@@ -164,3 +175,10 @@ class _Walk:
 
 def _is_condition(name: str, loop: Instruction) -> bool:
     return re.search(rf"condition=%?{re.escape(name)}(?![\w.\-])", loop.attributes) is not None
+
+
+def _exchanges(module: Module, computation: str) -> bool:
+    return _COLLECTIVE.search(module.text(computation)) is not None
+
+
+_COLLECTIVE = re.compile(rf" (?:{'|'.join(sorted(KINDS))})\(")
