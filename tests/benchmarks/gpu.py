@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import jaxlwp
 from jaxlwp.check import forecast
@@ -111,12 +112,35 @@ class Row:
         )
 
     def workload(self) -> Workload:
+        if "U-Net" in self.network:
+            return _labelling(self)
         return load_workload(
-            f"tests.benchmarks.gpu:{self.network}_{self.dtype}",
-            batch=self.batch,
-            input_shape=NETWORKS[self.network].input_shape,
-            abstract=True,
+            f"tests.benchmarks.gpu:{self.network}_{self.dtype}", batch=self.batch, abstract=True
         )
+
+
+def _labelling(row: Row) -> Workload:
+    """Training of a network that labels every pixel or voxel."""
+    model = __getattr__(f"{row.network}_{row.dtype}")
+    shape = (row.batch, *(NETWORKS[row.network].input_shape or model.input_shape))
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    labels = jax.ShapeDtypeStruct(shape[:-1], jnp.int32)
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    variables = dict(jax.eval_shape(model.init, key, x))
+    params = variables.pop("params")
+
+    def loss(params: Any, stats: Any, seed: Any, x: Any, labels: Any) -> Any:
+        logits, changed = model.apply(
+            {"params": params} | stats,
+            x,
+            train=True,
+            mutable=list(stats),
+            rngs={"dropout": jax.random.wrap_key_data(seed)},
+        )
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return each.mean(), changed
+
+    return Workload(name=row.network, loss=loss, params=params, batch=(variables, key, x, labels))
 
 
 def rows(networks: list[str], dtypes: list[str], targets: list[str], slow: bool) -> Iterator[Row]:
