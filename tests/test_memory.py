@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from jaxlwp import BASELINES, Config, Plan, Rates, parallelize
 from jaxlwp.cli._workload import load_workload
-from jaxlwp.memory._buffers import COMBINED_BYTES, _Builder, _fuse, _order, predict
+from jaxlwp.kernels import COMBINED_BYTES, Builder, fuse
+from jaxlwp.memory._buffers import _order, predict
 from jaxlwp.memory._memory import (
     differentiated,
     memory_costs,
@@ -172,8 +173,8 @@ def test_gradient_of_max_pooling_is_scattered_into_what_it_is_added_to(skip: boo
 
     arguments = _array(3, 3, 3, 16), _array(4, 32, 32, 3)
     program = jax.make_jaxpr(jax.value_and_grad(loss))(*arguments)
-    builder = _Builder(flatten(program, derivatives=False))
-    kinds = [node.kind for node in _fuse(builder.root({1: 0}))]
+    builder = Builder(flatten(program, derivatives=False))
+    kinds = [node.kind for node in fuse(builder.root({1: 0}))]
     assert kinds.count("scatter") == 1
     assert kinds.count("full") == kinds.count("copy") == (0 if skip else 1)
 
@@ -257,7 +258,7 @@ def test_kernels_run_after_what_they_read(mesh222: Mesh, name: str, baseline: st
         work.loss, work.params, *work.batch, mesh=mesh222, strategy=baseline, rates=RATES
     )
     local = differentiated(plan.lowered)
-    kernels = _fuse(_Builder(local.program).root(local.gradients))
+    kernels = fuse(Builder(local.program).root(local.gradients))
     order = _order(kernels)
     done: set[Any] = set()
     for node in order:

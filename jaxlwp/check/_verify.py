@@ -18,7 +18,7 @@ from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp.check._target import compile_for
 from jaxlwp.check._timeline import layer_index
 from jaxlwp.cost import collectives_by_layer
-from jaxlwp.memory import differentiated
+from jaxlwp.kernels import differentiated
 from jaxlwp.plan import OPTIMIZER, Plan, lower_step, plan_memory, program_memory, state_shapes
 from jaxlwp.program import SCAN, Equation, canonical, scan_of
 from jaxlwp.space import Collective

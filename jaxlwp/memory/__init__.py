@@ -8,7 +8,6 @@ from jaxlwp.memory._memory import (
     Memory,
     MemoryCosts,
     MemoryTables,
-    differentiated,
     memory_costs,
     strategy_memory,
 )
@@ -17,7 +16,6 @@ __all__ = [
     "Memory",
     "MemoryCosts",
     "MemoryTables",
-    "differentiated",
     "memory_costs",
     "strategy_memory",
 ]

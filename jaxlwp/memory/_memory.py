@@ -14,17 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import numpy.typing as npt
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlwp.graph import ComputationGraph, Edge, Layer, Use
-from jaxlwp.lower import Lowered, run
-from jaxlwp.memory._buffers import LIBRARY, Buffers, predict
-from jaxlwp.mesh import trace_on_blocks
+from jaxlwp.kernels import LIBRARY, differentiated
+from jaxlwp.lower import Lowered
+from jaxlwp.memory._buffers import Buffers, predict
 from jaxlwp.ops import Labels
-from jaxlwp.program import Program, Value, flatten
+from jaxlwp.program import Value
 from jaxlwp.space import Config, Layout, copied_bytes, even_layout, local_shape
 
 
@@ -111,68 +109,6 @@ def _itemsize(dtype: Any) -> int:
 
 def _bytes(info: Value, layout: Layout, axis_sizes: Mapping[str, int]) -> int:
     return math.prod(local_shape(info.shape, layout, axis_sizes)) * info.itemsize
-
-
-# --- the program of one device --------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class DifferentiatedProgram:
-    """Loss and gradients on one device's blocks.
-
-    Attributes:
-      program: its outputs are the gradients, the loss, and the function's other outputs.
-      gradients: position among the outputs -> position of the parameter among the inputs.
-      trained: positions of those parameters among the graph's inputs.
-      loss: position of the loss among the outputs.
-    """
-
-    program: Program
-    gradients: dict[int, int]
-    trained: tuple[int, ...]
-    loss: int
-
-
-def differentiated(lowered: Lowered) -> DifferentiatedProgram:
-    """Trace the differentiated program of one device."""
-    graph, sizes = lowered.graph, lowered.axis_sizes
-    inputs = graph.program.inputs
-    trained = tuple(n for n in range(graph.num_parameters) if inputs[n] in graph.gradients)
-
-    def evaluate(blocks: Sequence[Any]) -> tuple[Any, ...]:
-        # What operators make carries the index of its value in the graph's program as a name.
-        return run(lowered.program, blocks, lambda x, value: checkpoint_name(x, str(value)))
-
-    def step(*blocks: Any) -> tuple[Any, ...]:
-        def loss(*parameters: Any) -> tuple[Any, tuple[Any, ...]]:
-            given = dict(zip(trained, parameters, strict=True))
-            first, *others = evaluate([given.get(n, block) for n, block in enumerate(blocks)])
-            return first, tuple(others)
-
-        if not trained:
-            return evaluate(blocks)
-        (value, others), gradients = jax.value_and_grad(
-            loss, argnums=tuple(range(len(trained))), has_aux=True
-        )(*(blocks[n] for n in trained))
-        return (*gradients, value, *others)
-
-    values = [graph.program.values[value] for value in inputs]
-    layouts = lowered.input_layouts()
-    traced = trace_on_blocks(
-        step,
-        [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values],
-        layouts,
-        [*(layouts[n] for n in trained), *lowered.output_layouts()],
-        sizes,
-    )
-    program = flatten(traced.jaxpr, derivatives=False, unroll=False)
-    position = {place: n for n, place in traced.positions.items()}
-    return DifferentiatedProgram(
-        program=program,
-        gradients={output: position[n] for output, n in enumerate(trained)},
-        trained=trained,
-        loss=len(trained),
-    )
 
 
 # --- bytes of a layer under each of its configs ----------------------------------------------

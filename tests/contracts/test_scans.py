@@ -17,8 +17,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import jaxlwp
 from jaxlwp.check._verify import _collectives, check_layers
+from jaxlwp.kernels import differentiated
 from jaxlwp.measure._local import local_step
-from jaxlwp.memory._memory import differentiated
 from jaxlwp.ops import RULES
 from jaxlwp.plan._plan import bind as bind_plan
 from jaxlwp.program._program import LONGEST_UNROLLED, flatten

@@ -1,0 +1,27 @@
+"""What XLA for GPUs makes of a program: kernels, predicted from the program's equations.
+
+Read `_differentiated` first (the program that the compiler is given), then `_node` and `_nodes`
+(its operators, library calls with their copies) and `_fuse` (which of them have a kernel of their
+own).
+
+Sources: the passes of XLA that are named, in openxla/xla under `xla/service`, `xla/hlo` and
+`xla/service/gpu`; and the programs that JAX 0.10.2 compiles for H200s.
+"""
+
+from jaxlwp.kernels._differentiated import DifferentiatedProgram, differentiated
+from jaxlwp.kernels._fuse import fuse, joins
+from jaxlwp.kernels._node import COMBINED_BYTES, LIBRARY, REDUCTIONS, SUMS, Node
+from jaxlwp.kernels._nodes import Builder
+
+__all__ = [
+    "Builder",
+    "COMBINED_BYTES",
+    "DifferentiatedProgram",
+    "LIBRARY",
+    "Node",
+    "REDUCTIONS",
+    "SUMS",
+    "differentiated",
+    "fuse",
+    "joins",
+]
