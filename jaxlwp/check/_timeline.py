@@ -7,7 +7,6 @@ waits for its end; the stream of kernels is idle meanwhile, and that is exposed 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +14,7 @@ from jaxlwp.check._hlo import Groups
 from jaxlwp.check._kernels import Kernel
 from jaxlwp.check._schedule import Branches, Done, Loop, Start, Step
 from jaxlwp.devices import System
-from jaxlwp.lower import LAYER_SCOPE
+from jaxlwp.lower import layer_index
 
 COMPUTE, COMMUNICATION, EXPOSED = "compute", "communication", "exposed communication"
 
@@ -62,12 +61,6 @@ class Event:
         A fusion has the name of one of its members.
         """
         return layer_index(self.op_name)
-
-
-def layer_index(scope: str) -> int | None:
-    """The layer of a plan that a scope of JAX names, the innermost; None if there is none."""
-    layers = re.findall(rf"{re.escape(LAYER_SCOPE)}(\d+)", scope)
-    return int(layers[-1]) if layers else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ import optax
 from jaxlwp.check._compare import step_times
 from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp.check._target import compile_for
-from jaxlwp.check._timeline import layer_index
 from jaxlwp.cost import collectives_by_layer
 from jaxlwp.kernels import differentiated
+from jaxlwp.lower import layer_index
 from jaxlwp.plan import OPTIMIZER, Plan, lower_step, plan_memory, program_memory, state_shapes
 from jaxlwp.program import SCAN, Equation, canonical, scan_of
 from jaxlwp.space import Collective

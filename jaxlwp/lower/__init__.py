@@ -7,7 +7,7 @@ carries the steps out. `_halo` is the geometry of halo exchanges, `_reshard` mov
 
 from jaxlwp.lower._build import build, build_layer, read_elsewhere
 from jaxlwp.lower._halo import plan_halo
-from jaxlwp.lower._lower import LAYER_SCOPE, Lowered, run
+from jaxlwp.lower._lower import LAYER_SCOPE, Lowered, layer_index, run
 from jaxlwp.lower._steps import (
     AddUp,
     Again,
@@ -40,6 +40,7 @@ __all__ = [
     "build",
     "build_layer",
     "every_step",
+    "layer_index",
     "plan_halo",
     "read_elsewhere",
     "run",

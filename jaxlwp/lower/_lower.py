@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,13 @@ from jaxlwp.space import Config, Layout, degree, local_shape
 
 LAYER_SCOPE = "jaxlwp.layer"
 """Name scope of a layer's operators in the lowered function, before the layer's index."""
+
+
+def layer_index(scope: str) -> int | None:
+    """The layer of a plan that a scope of JAX names, the innermost; None if there is none."""
+    layers = re.findall(rf"{re.escape(LAYER_SCOPE)}(\d+)", scope)
+    return int(layers[-1]) if layers else None
+
 
 Tag = Callable[[Any, int], Any]
 """`tag(block, value)`: the block, marked as made for a value of the graph's program."""

@@ -1,0 +1,156 @@
+"""Work priced kernel by kernel, as XLA for GPUs fuses it.
+
+Operators that are fused read and write nothing of their own. So what a layer takes is not the sum
+of what its operators would take alone. The differentiated program, not split, is fused as XLA does
+(`jaxlwp.kernels`); each kernel belongs to the layer for which it runs. What it reads and writes
+under a config follows from the names of the layer's dimensions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxlwp.graph import ComputationGraph, Layer
+from jaxlwp.kernels import REDUCTIONS, Builder, Node, differentiated, fuse, joins
+from jaxlwp.lower import Lowered, layer_index
+from jaxlwp.ops import RULES, Labels
+from jaxlwp.space import Config
+
+SPLIT_REDUCTION = 1024
+"""Elements that are reduced to one, from which on XLA makes two kernels of a reduction."""
+
+
+class Traffic(NamedTuple):
+    """A tensor that a kernel reads or writes: `factor` times its elements' bytes."""
+
+    shape: tuple[int, ...]
+    labels: Labels
+    itemsize: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a layer.
+
+    Attributes:
+      traffic: what it reads and writes.
+      starts: how many kernels it is when it runs.
+      kind: "conv" or "dense" for a library call, whose operations count, else "".
+      flops: operations of the whole.
+      dtype: of the operands of a library call.
+      work: shape and names of the dimensions over which the operations are split.
+    """
+
+    traffic: tuple[Traffic, ...]
+    starts: int
+    kind: str = ""
+    flops: float = 0.0
+    dtype: str = ""
+    work: tuple[tuple[int, ...], Labels] = ((), ())
+
+
+def layer_kernels(graph: ComputationGraph) -> tuple[tuple[Kernel, ...], ...]:
+    """The kernels of every layer, forward and backward; the parameters' updates are in none."""
+    whole = (Config(),) * len(graph.layers)
+    local = differentiated(Lowered(graph=graph, configs=whole, axis_sizes={"device": 1}))
+    kernels = fuse(Builder(local.program).root(local.gradients))
+    of_layer: dict[int, list[Node]] = {}
+    for node in kernels:
+        index = layer_index(node.scope)
+        if index is not None and not node.argument:
+            of_layer.setdefault(index, []).append(node)
+    return tuple(
+        _LayerReader(layer, kernels).kernels(of_layer.get(layer.index, []))
+        for layer in graph.layers
+    )
+
+
+class _LayerReader:
+    """Names the dimensions of what a layer's kernels read and write."""
+
+    def __init__(self, layer: Layer, kernels: Mapping[Node, tuple[Node, ...]]) -> None:
+        self.layer, self.reads = layer, kernels
+        self.labels: dict[tuple[int, ...], Labels] = {}
+        self.calls: list[tuple[str, tuple[int, ...], Labels]] = []
+        for member in layer.members:
+            eqn, signature = member.equation, member.signature
+            values = (*eqn.operand_values, *eqn.result_values)
+            sizes: dict[str, int] = {}
+            for value, labels in zip(
+                values, (*signature.operands, *signature.results), strict=True
+            ):
+                known = self.labels.get(value.shape, ())
+                if sum(map(bool, labels)) >= sum(map(bool, known)):
+                    self.labels[value.shape] = labels
+                sizes |= {n: s for n, s in zip(labels, value.shape, strict=True) if n}
+            if eqn.name in ("conv_general_dilated", "dot_general"):
+                self.calls.append((eqn.name, tuple(sizes.values()), tuple(sizes)))
+
+    def kernels(self, nodes: Sequence[Node]) -> tuple[Kernel, ...]:
+        """The kernels; a reduction beside another kernel that reads the same is part of that."""
+        read: list[frozenset[Node]] = []
+        result = []
+        for node in sorted(nodes, key=joins):
+            reads = frozenset(self.reads[node])
+            beside = joins(node) and any(reads <= other for other in read)
+            read.append(reads)
+            result.append(self.kernel(node, () if beside else tuple(self.reads[node]), beside))
+        return tuple(result)
+
+    def kernel(self, node: Node, reads: Sequence[Node], beside: bool) -> Kernel:
+        traffic = tuple(self.tensor(each) for each in (*reads, node) if each.num_bytes)
+        most = max((each.num_bytes for each in self.reads[node]), default=0)
+        split = node.kind in REDUCTIONS and most >= SPLIT_REDUCTION * max(node.num_bytes, 1)
+        starts = int(not beside) + int(split)
+        call = next((n for n in (node, *node.operands) if n.eqn is not None), None)
+        if call is None or (call is not node and call in self.reads):
+            return Kernel(traffic, starts)
+        eqn = call.eqn
+        assert eqn is not None
+        shapes = [v.shape for v in eqn.operand_values], [v.shape for v in eqn.result_values]
+        rule = RULES[eqn.name]
+        work = next(((s, n) for name, s, n in self.calls if name == eqn.name), ((), ()))
+        dtype = str(eqn.operand_values[0].dtype)
+        return Kernel(traffic, starts, rule.kind, rule.flops(eqn, *shapes), dtype, work)
+
+    def tensor(self, node: Node) -> Traffic:
+        """What a node holds, by a tensor of the layer of the same shape.
+
+        A step in between has the shape of what it is made of, and that tensor's bytes by a factor.
+        """
+        source = node
+        while source.info is None and source.operands:
+            source = max(source.operands, key=lambda operand: operand.num_bytes)
+        if source.info is None:
+            return Traffic((node.num_bytes,), (None,), 1, 1.0)
+        shape, itemsize = source.info.shape, source.info.itemsize
+        factor = node.num_bytes / max(math.prod(shape) * itemsize, 1)
+        return Traffic(shape, self.named(shape), itemsize, factor)
+
+    def named(self, shape: tuple[int, ...]) -> Labels:
+        """Names of the dimensions of an array of that shape, or of one that is transposed."""
+        if shape in self.labels:
+            return self.labels[shape]
+        nothing: Labels = (None,) * len(shape)
+        alike = (s for s in self.labels if sorted(s) == sorted(shape) and len(s) <= 5)
+        found = next(alike, None)
+        if found is None:
+            return self.flattened(shape) or nothing
+        orders = itertools.permutations(range(len(found)))
+        order = next(o for o in orders if tuple(found[d] for d in o) == shape)
+        return tuple(self.labels[found][d] for d in order)
+
+    def flattened(self, shape: tuple[int, ...]) -> Labels | None:
+        """Names where an array of the layer differs by dimensions of size 1 alone."""
+        wanted = [size for size in shape if size > 1]
+        for known, labels in self.labels.items():
+            pairs = [(s, n) for s, n in zip(known, labels, strict=True) if s > 1]
+            if [s for s, _ in pairs] == wanted:
+                names = iter(n for _, n in pairs)
+                return tuple(next(names) if size > 1 else None for size in shape)
+        return None
