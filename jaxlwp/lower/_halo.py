@@ -69,16 +69,6 @@ class Halo:
     base_dilation: int
 
     @property
-    def left(self) -> int:
-        """Rows from the first one received to the own block."""
-        return max([0, *(-start for start, _ in self.received.pieces)])
-
-    @property
-    def right(self) -> int:
-        """Rows from the own block to the last one received."""
-        return max([0, *(stop - self.block for _, stop in self.received.pieces)])
-
-    @property
     def left_over(self) -> tuple[int, int, int] | None:
         """Padding (low, high) and base dilation still to be applied; None if devices differ."""
         high = self.extent - self.lows[0] - (self.rows - 1) * self.base_dilation - 1
