@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jaxlwp
 from jaxlwp.check._verify import check_layers
-from jaxlwp.lower._halo import Halo, assemble, cut, neighbours, plan_halo, receive
+from jaxlwp.lower._halo import Halo, assemble, neighbours, plan_halo, receive
 from jaxlwp.ops import Window
 from jaxlwp.ops._extend import border_of
 from jaxlwp.plan._plan import bind
@@ -116,12 +115,10 @@ def draw_exchange(mode: Any, parts: int, draw: random.Random) -> Exchange:
 
 def exchange(x: Any, halo: Halo) -> Any:
     """The rows that a device's output block reads, padding -1."""
-    sizes = cut(halo)
-    own = jax.lax.split(x, sizes, 0)
-    pieces = list(zip(itertools.accumulate(sizes, initial=0), own, strict=False))
+    pieces = [(0, x)]
     for each in neighbours(halo):
-        ring = halo.received.ring
-        rows = receive(own[each.piece], 0, ("i",), len(halo.starts), each, ring)
+        sent = x[each.begin : each.begin + each.rows]
+        rows = receive(sent, ("i",), len(halo.starts), each.step, halo.received.ring)
         pieces.append((each.start, rows))
     return assemble(sorted(pieces, key=lambda piece: piece[0]), 0, ("i",), halo, -1)
 

@@ -285,11 +285,7 @@ def _op_collectives(op: Op, block: Block | None) -> Iterable[Collective]:
     if isinstance(op, AddUp):
         return (Collective(kind="all-reduce", axes=op.axes, num_bytes=_num_bytes(block)),)
     if isinstance(op, Receive):
-        rows = Collective(
-            kind="collective-permute",
-            axes=op.axes,
-            num_bytes=_num_bytes(block) // max(block.shape[op.dim], 1) * op.piece.rows,
-        )
+        rows = Collective(kind="collective-permute", axes=op.axes, num_bytes=_num_bytes(block))
         return (rows, replace(rows, backward=True))
     return ()
 

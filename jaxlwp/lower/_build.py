@@ -15,22 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlwp.graph import ComputationGraph, pull, whole
-from jaxlwp.lower._halo import Halo, cut, neighbours, plan_halo
+from jaxlwp.lower._halo import plan_halo
+from jaxlwp.lower._haloed import Haloed, put_together, with_halo
 from jaxlwp.lower._sharing import received_once
 from jaxlwp.lower._steps import (
     AddUp,
-    Assemble,
     AxisSizes,
     Block,
     Change,
-    Cut,
     DeviceProgram,
-    Dilate,
     Extend,
     Fill,
     Op,
     Operate,
-    Receive,
     Region,
     Spread,
     Step,
@@ -60,6 +57,9 @@ Made = ChainMap[int, Placed]
 
 Read = ChainMap[tuple[int, Layout, frozenset[str]], Block]
 """Blocks as readers want them: by value, layout, and axes over which the reader is active."""
+
+AxesOf = Callable[[str | None], tuple[str, ...]]
+"""The mesh axes that split a dimension of a signature."""
 
 Steps = ChainMap[tuple[Op, tuple[Block, ...]], tuple[Block, ...]]
 """Results of the steps that are there."""
@@ -362,7 +362,7 @@ class Builder:
         self,
         position: int,
         signature: Signature,
-        axes_of: Callable[[str | None], tuple[str, ...]],
+        axes_of: AxesOf,
         active: frozenset[str],
     ) -> tuple[Block, ...]:
         """Add one equation: operands in place, halo, operator, sum, padding.
@@ -393,13 +393,9 @@ class Builder:
             ]
         elif _elementwise(eqn):
             blocks = self.spread(eqn, signature, results[0], blocks)
-        haloed = {}
-        for name in sorted(signature.windows):
-            if axes_of(name):
-                dim = signature.operands[0].index(name)
-                blocks[0], haloed[dim] = self.with_halo(
-                    blocks[0], eqn, signature, name, axes_of(name), fills[0]
-                )
+        haloed: dict[int, tuple[int, int, int]] = {}
+        if signature.windows:
+            blocks[0], haloed = self.with_halo(blocks[0], eqn, signature, axes_of, fills[0])
         for dim, border in eqn.borders.items():
             if not operands[0][dim]:
                 shape = list(blocks[0].shape)
@@ -469,57 +465,26 @@ class Builder:
         return tuple(axis for axis in self.axis_sizes if axis in wanted)
 
     def with_halo(
-        self,
-        block: Block,
-        eqn: Equation,
-        signature: Signature,
-        name: str,
-        axes: tuple[str, ...],
-        fill: Any,
-    ) -> tuple[Block, tuple[int, int, int]]:
-        """The rows that the operator reads, and what padding and base dilation they still need."""
-        dim = signature.operands[0].index(name)
-        out = signature.results[0].index(name)
-        size, out_size = eqn.operand_values[0].shape[dim], eqn.result_values[0].shape[out]
-        halo = plan_halo(size, out_size, signature.windows[name], degree(axes, self.axis_sizes))
-        pieces = self.with_neighbours(block, dim, axes, halo)
-        scalar = (fill,) if isinstance(fill, Block) else ()
-        starts = tuple(start for start, _ in pieces)
-        op = Assemble(dim, axes, halo, starts, None if scalar else fill)
-        varying = block.varying.union(axes, *(x.varying for x in scalar))
-        (block,) = self.step(
-            op,
-            (*(piece for _, piece in pieces), *scalar),
-            (Block(_with(block.shape, dim, halo.rows), block.dtype, varying),),
-        )
-        if halo.left_over is not None:
-            return block, halo.left_over
-        (block,) = self.step(
-            Dilate(dim, axes, halo),
-            (block,),
-            (replace(block, shape=_with(block.shape, dim, halo.extent)),),
-        )
-        return block, (0, 0, 1)
+        self, block: Block, eqn: Equation, signature: Signature, axes_of: AxesOf, fill: Any
+    ) -> tuple[Block, dict[int, tuple[int, int, int]]]:
+        """The rows that an operator reads of its first operand, along every dimension.
 
-    def with_neighbours(
-        self, block: Block, dim: int, axes: tuple[str, ...], halo: Halo
-    ) -> list[tuple[int, Block]]:
-        """One's own block, in pieces, and what is received, in order; with their first rows."""
-
-        def piece(rows: int) -> Block:
-            return replace(block, shape=_with(block.shape, dim, rows))
-
-        sizes = cut(halo)
-        own = [block]
-        if len(sizes) > 1:
-            own = list(self.step(Cut(dim, sizes), (block,), [piece(rows) for rows in sizes]))
-        offsets = itertools.accumulate(sizes, initial=0)
-        pieces = list(zip(offsets, own, strict=False))
-        for each in neighbours(halo):
-            op = Receive(dim, axes, len(halo.starts), each, halo.received.ring)
-            (received,) = self.step(op, (own[each.piece],), (piece(each.rows),))
-            pieces.append((each.start, received))
-        return sorted(pieces, key=lambda piece: piece[0])
+        Returns:
+          The block; and by split dimension the padding and base dilation that it still needs.
+        """
+        haloed: Haloed = block
+        left_over: dict[int, tuple[int, int, int]] = {}
+        for name in sorted(signature.windows):
+            axes = axes_of(name)
+            if axes:
+                dim = signature.operands[0].index(name)
+                out = signature.results[0].index(name)
+                size, out_size = eqn.operand_values[0].shape[dim], eqn.result_values[0].shape[out]
+                parts = degree(axes, self.axis_sizes)
+                halo = plan_halo(size, out_size, signature.windows[name], parts)
+                haloed = with_halo(self.step, haloed, dim, axes, halo, fill)
+                left_over[dim] = (0, 0, 1) if halo.left_over is None else halo.left_over
+        return put_together(self.step, haloed), left_over
 
     # --- padding ---
 
@@ -567,10 +532,6 @@ class Builder:
             if size % degree(axes, self.axis_sizes)
         }
         return not uneven <= set(operand_labels)
-
-
-def _with(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
-    return (*shape[:dim], size, *shape[dim + 1 :])
 
 
 def _elementwise(eqn: Equation) -> bool:

@@ -69,16 +69,6 @@ class Halo:
     base_dilation: int
 
     @property
-    def left(self) -> int:
-        """Rows from the first one received to the own block."""
-        return max([0, *(-start for start, _ in self.received.pieces)])
-
-    @property
-    def right(self) -> int:
-        """Rows from the own block to the last one received."""
-        return max([0, *(stop - self.block for _, stop in self.received.pieces)])
-
-    @property
     def left_over(self) -> tuple[int, int, int] | None:
         """Padding (low, high) and base dilation still to be applied; None if devices differ."""
         high = self.extent - self.lows[0] - (self.rows - 1) * self.base_dilation - 1
@@ -177,48 +167,25 @@ class Neighbour:
       start: where they stand, counted from the first row of one's own block.
       rows: how many.
       step: how many devices to the left the sender is; negative to the right.
-      begin: the first of the rows, in the piece of the sender's block that holds them.
-      piece: which of the pieces of the block that is (see `cut`).
+      begin: the first of the rows, in the sender's block.
     """
 
     start: int
     rows: int
     step: int
     begin: int
-    piece: int
-
-
-def cut(halo: Halo) -> tuple[int, ...]:
-    """Rows of the pieces in which a block takes part in an exchange.
-
-    Three where that can be: what is sent is a piece of its own, whose gradient is added to that
-    piece. Slices of the block would each return a gradient as large as the block.
-    """
-    pieces = halo.received.pieces
-    edges = all(stop == 0 or start == halo.block for start, stop in pieces)
-    if pieces and edges and halo.left + halo.right <= halo.block:
-        return halo.right, halo.block - halo.left - halo.right, halo.left
-    return (halo.block,)
 
 
 def neighbours(halo: Halo) -> Iterator[Neighbour]:
     """What every device receives."""
-    sizes = cut(halo)
-    offsets = tuple(itertools.accumulate(sizes, initial=0))
     for start, stop in halo.received.pieces:
-        step, begin = -(start // halo.block), start % halo.block
-        piece = len(sizes) - 1 if step > 0 else 0
-        yield Neighbour(start, stop - start, step, begin - offsets[piece], piece)
+        yield Neighbour(start, stop - start, -(start // halo.block), start % halo.block)
 
 
-def receive(
-    x: Any, dim: int, axes: tuple[str, ...], parts: int, piece: Neighbour, ring: bool
-) -> Any:
-    """Rows of a piece of the block of another device, `piece.step` to the left."""
-    rows = lax.slice_in_dim(x, piece.begin, piece.begin + piece.rows, axis=dim)
-    step = piece.step
+def receive(x: Any, axes: tuple[str, ...], parts: int, step: int, ring: bool) -> Any:
+    """What another device sends, which is `step` devices to the left."""
     pairs = [(i, (i + step) % parts) for i in range(parts) if ring or 0 <= i + step < parts]
-    return permute(rows, axes, pairs)
+    return permute(x, axes, pairs)
 
 
 def assemble(pieces: Pieces, dim: int, axes: tuple[str, ...], halo: Halo, fill: Any) -> Any:

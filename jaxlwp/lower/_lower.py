@@ -34,7 +34,6 @@ from jaxlwp.lower._steps import (
     Assemble,
     Block,
     Change,
-    Cut,
     DeviceProgram,
     Dilate,
     Extend,
@@ -44,6 +43,7 @@ from jaxlwp.lower._steps import (
     Operate,
     Receive,
     Region,
+    Slice,
     Spread,
     Step,
 )
@@ -179,13 +179,12 @@ def _spread(op: Spread, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
     return (jnp.broadcast_to(blocks[0], op.shape),)
 
 
-def _cut(op: Cut, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
-    pieces: Sequence[Any] = lax.split(blocks[0], op.sizes, op.dim)
-    return pieces
+def _slice(op: Slice, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    return (lax.slice_in_dim(blocks[0], op.start, op.stop, axis=op.dim),)
 
 
 def _receive(op: Receive, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
-    return (receive(blocks[0], op.dim, op.axes, op.parts, op.piece, op.ring),)
+    return (receive(blocks[0], op.axes, op.parts, op.step, op.ring),)
 
 
 def _assemble(op: Assemble, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
@@ -276,7 +275,7 @@ _CARRY_OUT: dict[type, Callable[[Any, Sequence[Any], Step], Sequence[Any]]] = {
     Change: _change,
     Fill: _fill,
     Spread: _spread,
-    Cut: _cut,
+    Slice: _slice,
     Receive: _receive,
     Assemble: _assemble,
     Extend: _extend,

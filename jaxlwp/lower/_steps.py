@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jaxlwp.lower._halo import Halo, Neighbour
+from jaxlwp.lower._halo import Halo
 from jaxlwp.ops import RULES, Labels
 from jaxlwp.program import Border, Checkpoint, Equation
 from jaxlwp.space import (
@@ -100,21 +100,25 @@ class Spread(Op):
 
 
 @dataclass(frozen=True)
-class Cut(Op):
-    """Cuts a block in three, along a dimension: what is sent, what is not, what is sent."""
+class Slice(Op):
+    """Cuts rows out of a block, along a dimension: those that are sent."""
 
     dim: int
-    sizes: tuple[int, ...]
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class Receive(Op):
-    """Receives rows of another device along a dimension, in a ring or not."""
+    """Receives what the device `step` to the left sends, in a ring or not.
+
+    Its operand is what is sent: rows along a dimension that `parts` devices split.
+    """
 
     dim: int
     axes: tuple[str, ...]
     parts: int
-    piece: Neighbour
+    step: int
     ring: bool
 
 
