@@ -1,8 +1,9 @@
 """Seconds: what layers, changes of layout and whole strategies take.
 
 Read `_collectives` first (what is communicated, read off the program of one device), then `_model`
-(a `CostModel` turns work and collectives into seconds), `_changes` (all changes of layout between
-two layers at once) and `_search_space` (a graph, its configs and their costs).
+(a `CostModel` turns work and collectives into seconds), `_kernels` (work as XLA for GPUs fuses
+it), `_changes` (all changes of layout between two layers at once) and `_search_space` (a graph, its
+configs and their costs).
 """
 
 from jaxlwp.cost._collectives import (
@@ -13,6 +14,7 @@ from jaxlwp.cost._collectives import (
     strategy_collectives,
     use_collectives,
 )
+from jaxlwp.cost._kernels import Kernel
 from jaxlwp.cost._model import (
     AnalyticCostModel,
     CostModel,
@@ -37,6 +39,7 @@ __all__ = [
     "hidden_s",
     "AnalyticCostModel",
     "CostModel",
+    "Kernel",
     "SearchSpace",
     "argument_collectives",
     "build_tables",

@@ -14,10 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxlwp.graph import ComputationGraph, Layer
 from jaxlwp.kernels import REDUCTIONS, Builder, Node, differentiated, fuse, joins
 from jaxlwp.lower import Lowered, layer_index
 from jaxlwp.ops import RULES, Labels
+from jaxlwp.program import Value
+from jaxlwp.solver import FloatArray
 from jaxlwp.space import Config
 
 SPLIT_REDUCTION = 1024
@@ -64,10 +68,29 @@ def layer_kernels(graph: ComputationGraph) -> tuple[tuple[Kernel, ...], ...]:
         index = layer_index(node.scope)
         if index is not None and not node.argument:
             of_layer.setdefault(index, []).append(node)
-    return tuple(
-        _LayerReader(layer, kernels).kernels(of_layer.get(layer.index, []))
-        for layer in graph.layers
-    )
+    readers = (_LayerReader(layer, kernels) for layer in graph.layers)
+    return tuple(reader.kernels(of_layer.get(reader.layer.index, [])) for reader in readers)
+
+
+def update_kernels(parameter: Value, sums: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """What the optimizer's update of a parameter takes besides one pass over its arrays.
+
+    cuDNN has filters in an order of its own: gradients and parameters are copied into it and back.
+    Small parameters are updated several in one kernel. Sums that are joined are copied into a
+    bucket and out of it.
+
+    Args:
+      parameter: its shape and dtype.
+      sums: bytes that are summed over devices, for each byte of the parameter, for each config.
+
+    Returns:
+      Kernels that start, and bytes that are copied for each byte of the parameter, each of shape
+      (configs,). Counted in the programs that JAX 0.10.2 compiles of ResNet-50 and VGG-16.
+    """
+    rank = len(parameter.shape)
+    starts = 4.0 if rank > 2 else 1.0 if rank == 2 else 0.5
+    copied = 4.0 if rank > 2 else 0.0
+    return np.asarray(starts + 1.5 * (sums > 0)), np.asarray(copied + 2.5 * sums)
 
 
 class _LayerReader:
@@ -92,13 +115,15 @@ class _LayerReader:
                 self.calls.append((eqn.name, tuple(sizes.values()), tuple(sizes)))
 
     def kernels(self, nodes: Sequence[Node]) -> tuple[Kernel, ...]:
-        """The kernels; a reduction beside another kernel that reads the same is part of that."""
-        read: list[frozenset[Node]] = []
+        """The kernels; reductions that read the same tensors are one kernel."""
+        read: set[frozenset[Node]] = set()
         result = []
-        for node in sorted(nodes, key=joins):
-            reads = frozenset(self.reads[node])
-            beside = joins(node) and any(reads <= other for other in read)
-            read.append(reads)
+        for node in nodes:
+            most = max((each.num_bytes for each in self.reads[node]), default=0)
+            large = frozenset(each for each in self.reads[node] if 8 * each.num_bytes > most)
+            beside = joins(node) and large in read
+            if joins(node):
+                read.add(large)
             result.append(self.kernel(node, () if beside else tuple(self.reads[node]), beside))
         return tuple(result)
 
@@ -126,9 +151,10 @@ class _LayerReader:
         source = node
         while source.info is None and source.operands:
             source = max(source.operands, key=lambda operand: operand.num_bytes)
-        if source.info is None:
-            return Traffic((node.num_bytes,), (None,), 1, 1.0)
-        shape, itemsize = source.info.shape, source.info.itemsize
+        if source.info is None:  # as the layer's largest tensor
+            shape, itemsize = max(self.labels, key=math.prod, default=()), 1
+        else:
+            shape, itemsize = source.info.shape, source.info.itemsize
         factor = node.num_bytes / max(math.prod(shape) * itemsize, 1)
         return Traffic(shape, self.named(shape), itemsize, factor)
 

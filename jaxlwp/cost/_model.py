@@ -11,12 +11,13 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
 from jaxlwp.cost._changes import IntArray, Wanted, changes
 from jaxlwp.cost._collectives import SpareSums, member_collectives, spare_sums
+from jaxlwp.cost._kernels import Kernel, layer_kernels, update_kernels
 from jaxlwp.devices import DeviceGraph
 from jaxlwp.graph import FUSED, ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp.ops import RULES, Labels
@@ -100,6 +101,7 @@ class AnalyticCostModel:
       wait_s: seconds that devices wait for one another where a layer's work meets a collective.
       bucket_bytes: of each dtype in which parameters are moved, how many bytes of their collectives
         start together; empty where each starts.
+      kernels: of each layer, where work is priced kernel by kernel.
     """
 
     devices: DeviceGraph
@@ -107,6 +109,7 @@ class AnalyticCostModel:
     temporary_bytes: float = 0.0
     wait_s: float = 0.0
     bucket_bytes: tuple[tuple[str, float], ...] = ()
+    kernels: tuple[tuple[Kernel, ...], ...] = ()
 
     @classmethod
     def of(
@@ -118,6 +121,7 @@ class AnalyticCostModel:
             optimizer_slots=optimizer_slots,
             temporary_bytes=temporary_bytes(graph, devices.num_devices),
             bucket_bytes=_buckets(graph, devices.bucket_bytes),
+            kernels=layer_kernels(graph) if devices.fuses else (),
         )
         blocks = _Blocks([Config()], devices.axis_sizes)
         whole_s = [
@@ -145,8 +149,11 @@ class AnalyticCostModel:
         """See `CostModel`."""
         blocks = _Blocks(configs, self.devices.axis_sizes)
         compute_s, exchange_s, sync_s = np.zeros((3, len(configs)))
+        for kernel in self.kernels[layer.index] if self.kernels else ():
+            compute_s += self._kernel_s(kernel, blocks)
         for member in layer.members:
-            compute_s += self._operator_s(member, blocks)
+            if not self.kernels:
+                compute_s += self._operator_s(member, blocks)
             exchange_s += self._member_s(member, configs)
         for use in layer.uses:
             if use.source == layer.index:
@@ -176,6 +183,11 @@ class AnalyticCostModel:
                     for layout, active in _wanted(use, configs)
                 ]
                 total_s += (update_s + new_s * (1 + np.array(summed))) * num_bytes
+                if self.kernels:
+                    sums = use.moved.itemsize / use.info.itemsize * np.array(summed)
+                    starts, copied = update_kernels(use.info, sums)
+                    total_s += starts * self.devices.overhead_s
+                    total_s += copied * num_bytes / self.devices.memory_bytes_per_s
         return total_s
 
     def transfer_s(
@@ -253,6 +265,19 @@ class AnalyticCostModel:
             self.devices.link_rate("all-reduce", axes)[0] + wait_s if axes else 0.0 for axes in sums
         ]
         return spare.count * np.array(once_s, dtype=np.float64)[sum_of]
+
+    def _kernel_s(self, kernel: Kernel, blocks: _Blocks) -> FloatArray:
+        """Seconds of a kernel on local shapes, for each config: the roofline's."""
+        moved = np.zeros(blocks.count)
+        for shape, labels, itemsize, factor in kernel.traffic:
+            moved += factor * itemsize * blocks.elements(shape, labels)
+        busy_s = moved / self.devices.memory_bytes_per_s
+        if kernel.kind:
+            shape, names = kernel.work
+            share = blocks.elements(shape, names) / max(math.prod(shape), 1)
+            rate = self.devices.flops_per_s(kernel.kind, kernel.dtype)
+            busy_s = np.maximum(busy_s, share * kernel.flops / rate)
+        return kernel.starts * self.devices.overhead_s + busy_s
 
     def _operator_s(self, member: Member, blocks: _Blocks) -> FloatArray:
         """Forward and backward seconds of one operator on its local shapes, for each config."""
@@ -432,7 +457,8 @@ def build_tables(
     layers: dict[object, LayerCosts] = {}
     costs = []
     for layer, choices in zip(graph.layers, sides, strict=True):
-        key = layer_key(layer), choices
+        kernels = model.kernels[layer.index : layer.index + 1] if _fused(model) else ()
+        key = layer_key(layer), kernels, choices
         if key not in layers:
             layers[key] = model.layer(layer, choices)
         costs.append(layers[key])
@@ -452,6 +478,10 @@ def build_tables(
         transfer_s=tuple(transfers[_edge_key(edge, sides)] for edge in edges),
         names=tuple(layer.name for layer in graph.layers),
     )
+
+
+def _fused(model: CostModel) -> TypeGuard[AnalyticCostModel]:
+    return isinstance(model, AnalyticCostModel) and bool(model.kernels)
 
 
 def layer_key(layer: Layer) -> str:

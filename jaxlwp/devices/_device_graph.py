@@ -131,6 +131,8 @@ class DeviceGraph:
       bucket_bytes: collectives of parameters and their gradients, of one kind, dtype and set of
         axes, that the compiler joins up to so many bytes start once; 0 where each starts.
       overlaps: gradients are synchronised while the backward pass goes on.
+      fuses: work is priced kernel by kernel, as XLA for GPUs fuses it; `overhead_s` is the start of
+        a kernel.
       device_kind: as JAX names it, for reports.
       source: where the rates come from: "measured", "system NAME" or "given".
     """
@@ -151,6 +153,7 @@ class DeviceGraph:
     input_byte_s: float = 0.0
     bucket_bytes: float = 0.0
     overlaps: bool = False
+    fuses: bool = False
     device_kind: str = "unknown"
     source: str = "given"
 

@@ -242,6 +242,7 @@ class System:
             update_pass_byte_s=1 / self.gpu.memory_bytes_per_s,
             bucket_bytes=BUCKET_BYTES,
             overlaps=True,
+            fuses=True,
             device_kind=mesh.devices.flat[0].device_kind,
             source=f"system {self.name}",
         )

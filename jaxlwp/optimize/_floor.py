@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxlwp.cost import (
     AnalyticCostModel,
+    Kernel,
     layer_key,
     passes_of,
     spare_sums,
@@ -53,6 +54,7 @@ def floor_s(graph: ComputationGraph, model: AnalyticCostModel) -> float:
     for layer, here in zip(graph.layers, ends, strict=True):
         read = [(edge.use.source_labels if out else edge.use.labels, out) for edge, out in here]
         key = f"{layer_key(layer)} {read} {[sorted(edge.use.active) for edge, _ in here]}"
+        key += str(model.kernels[layer.index : layer.index + 1])
         if key not in made:
             made[key] = _classes(layer, here, model, links, fine=fine)
         nodes.append(made[key][0])
@@ -186,7 +188,13 @@ def _classes(
       many devices the reader's work on one part is.
     """
     degrees = _degrees(layer, model.devices)
-    least_s = sum((_work_s(m, degrees, model, links) for m in layer.members), 0 * degrees[""])
+    least_s = sum((_sums_s(m, degrees, links) for m in layer.members), 0 * degrees[""])
+    if model.kernels:
+        for kernel in model.kernels[layer.index]:
+            least_s = least_s + _kernel_s(kernel, degrees, model)
+    else:
+        for member in layer.members:
+            least_s = least_s + _work_s(member, degrees, model)
     for use in layer.uses:
         if use.source == layer.index and use.gradient:
             least_s = least_s + _own_use_s(use, degrees, model, links)
@@ -209,9 +217,24 @@ def _classes(
     return result, rows
 
 
-def _work_s(
-    member: Member, degrees: _Degrees, model: AnalyticCostModel, links: _Links
-) -> FloatArray:
+def _kernel_s(kernel: Kernel, degrees: _Degrees, model: AnalyticCostModel) -> FloatArray:
+    """As the cost model has it, with fractions in place of blocks."""
+    devices = model.devices
+    moved = sum(
+        (
+            factor * itemsize * math.prod(shape) / _product(degrees, labels)
+            for shape, labels, itemsize, factor in kernel.traffic
+        ),
+        0 * degrees[""],
+    )
+    busy_s = moved / devices.memory_bytes_per_s
+    if kernel.kind:
+        flops = kernel.flops / _product(degrees, kernel.work[1])
+        busy_s = np.maximum(busy_s, flops / devices.flops_per_s(kernel.kind, kernel.dtype))
+    return kernel.starts * devices.overhead_s + busy_s
+
+
+def _work_s(member: Member, degrees: _Degrees, model: AnalyticCostModel) -> FloatArray:
     """As the cost model has it, with fractions in place of blocks and without halos."""
     signature, eqn, devices = member.signature, member.equation, model.devices
     tensors = list(
@@ -234,12 +257,18 @@ def _work_s(
         flops = rule.flops(eqn, *shapes) / _product(degrees, signature.names)
         once_s = flops / rate + moved / devices.memory_bytes_per_s
         work_s = passes * (once_s + start_s)
+    return work_s
+
+
+def _sums_s(member: Member, degrees: _Degrees, links: _Links) -> FloatArray:
+    """Sums of partial results."""
+    signature, eqn = member.signature, member.equation
+    sums_s = 0 * degrees[""]
     for value, names in zip(eqn.result_values, signature.results, strict=True):
         num_bytes = math.prod(value.shape) * value.itemsize / _product(degrees, names)
-        work_s = work_s + links.seconds(
-            "all-reduce", _product(degrees, signature.reduced), num_bytes
-        )
-    return work_s
+        parts = _product(degrees, signature.reduced)
+        sums_s = sums_s + links.seconds("all-reduce", parts, num_bytes)
+    return sums_s
 
 
 def _own_use_s(use: Use, degrees: _Degrees, model: AnalyticCostModel, links: _Links) -> FloatArray:
