@@ -30,7 +30,7 @@ def parallelize(
     optimizer: Any = None,
     memory_bytes: float | None = None,
     constraints: Constraints | None = None,
-    objective: str | Objective | None = None,
+    objective: str | Objective = "sum",
     sum_dtype: Any = None,
     check: str | Sequence[str] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -59,7 +59,7 @@ def parallelize(
         is for the fastest strategy that is predicted to need no more, with a margin of 15 %.
       constraints: pinned layers, forbidden dimensions, parameters that stay replicated.
       objective: what the search makes least: "sum", "overlap", "bytes", "memory", or an
-        `Objective`; by default "overlap" on GPUs and "sum" on processors; see `search`.
+        `Objective`; see `search`.
       sum_dtype: the least dtype in which gradients of parameters are added up over devices. By
         default that in which the layer computes, as XLA's partitioner does: bfloat16 in mixed
         precision. `jnp.float32` makes these sums exact to float32, and sends twice the bytes.

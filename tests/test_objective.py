@@ -186,22 +186,6 @@ def test_overlap_hides_gradient_synchronisation(alexnet: jaxlwp.cost.SearchSpace
     assert hidden.objective.unit == "s" and plain.value == pytest.approx(plain.cost.total_s)
 
 
-def test_what_is_predicted_is_what_the_devices_do(alexnet: jaxlwp.cost.SearchSpace) -> None:
-    overlapping = dataclasses.replace(alexnet.devices, overlaps=True)
-    space = dataclasses.replace(alexnet, devices=overlapping)
-    for choices in random_choices(space, 20):
-        cost = space.cost(choices)
-        step_s = overlapped_s(space, choices) + space.tables.step_s
-        assert cost.predicted_s == pytest.approx(step_s)
-        assert 0 <= cost.hidden_s <= cost.sync_s
-        assert alexnet.cost(choices).hidden_s == 0
-    found = jaxlwp.search(space)
-    assert isinstance(found.objective, jaxlwp.optimize.Overlap)
-    assert found.cost.predicted_s == pytest.approx(found.value)
-    assert isinstance(jaxlwp.search(alexnet).objective, jaxlwp.optimize.PlainSum)
-    assert isinstance(jaxlwp.search(space, memory_bytes=1e12).objective, jaxlwp.optimize.PlainSum)
-
-
 def test_refused(alexnet: jaxlwp.cost.SearchSpace) -> None:
     with pytest.raises(ValueError, match="'speed' is unknown; give one of sum, overlap"):
         jaxlwp.search(alexnet, objective="speed")

@@ -86,7 +86,7 @@ class StrategyResult:
     @property
     def predicted_s(self) -> float:
         """Predicted seconds of a step."""
-        return self.predicted.predicted_s
+        return self.predicted.total_s
 
     @property
     def measured_s(self) -> float:
@@ -158,8 +158,8 @@ class Comparison:
         strategy:
 
         - `strategy`: "search", "data", "model", "owt" or "spatial";
-        - `predicted_s`: the sum of `predicted_compute_s`, `predicted_transfer_s`,
-          `predicted_sync_s` and `predicted_overhead_s`, less `predicted_hidden_s`;
+        - `predicted_s`: its sum, and `predicted_compute_s`, `predicted_transfer_s`,
+          `predicted_sync_s`, `predicted_overhead_s`;
         - `measured_s`: the median; `measured_min_s`, `measured_max_s`, and all `times_s`;
         - `speedup`: over data parallelism, of the medians; null where that was not run;
         - `predicted_bytes`, `compiled_bytes`: operand bytes per device of a step's collectives,
@@ -189,7 +189,6 @@ class Comparison:
             "predicted_transfer_s": result.predicted.transfer_s,
             "predicted_sync_s": result.predicted.sync_s,
             "predicted_overhead_s": result.predicted.overhead_s,
-            "predicted_hidden_s": result.predicted.hidden_s,
             "measured_s": result.measured_s,
             "measured_min_s": min(result.times_s),
             "measured_max_s": max(result.times_s),

@@ -255,7 +255,7 @@ def _compiled_all(
         results.append(
             CompiledStrategy(
                 strategy=name,
-                predicted_s=None if plain else each.cost.predicted_s,
+                predicted_s=None if plain else each.cost.total_s,
                 forecast=forecast(program, system),
             )
         )

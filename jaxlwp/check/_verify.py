@@ -173,7 +173,7 @@ def verify(
         compiled_bytes_by_kind=compiled,
         predicted_memory_bytes=plan_memory(plan, optimizer).peak_bytes,
         compiled_memory_bytes=memory_bytes,
-        predicted_s=plan.cost.predicted_s,
+        predicted_s=plan.cost.total_s,
         measured_s=measured_s,
     )
 

@@ -207,9 +207,9 @@ def main() -> None:
 @click.option(
     "--objective",
     type=click.Choice(list(OBJECTIVES)),
+    default="sum",
     help="What to make least: sum (computation, transfers and synchronisation one after the other; "
-    "the default on processors), overlap (gradients synchronised behind the backward pass; the "
-    "default on GPUs), bytes or memory.",
+    "the default), overlap (gradients synchronised behind the backward pass), bytes or memory.",
 )
 @click.option(
     "--sum-dtype",
@@ -237,7 +237,7 @@ def plan(
     replicated: tuple[str, ...],
     why: str | None,
     curve: bool,
-    objective: str | None,
+    objective: str,
     sum_dtype: str | None,
     rates: str | None,
     **by_hand: float | None,

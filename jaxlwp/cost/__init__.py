@@ -25,18 +25,9 @@ from jaxlwp.cost._model import (
     start_of_kernel_s,
     work_rate,
 )
-from jaxlwp.cost._search_space import (
-    BACKWARD_SHARE,
-    SearchSpace,
-    check_mesh,
-    hidden_s,
-    price,
-    restrict,
-)
+from jaxlwp.cost._search_space import SearchSpace, check_mesh, price, restrict
 
 __all__ = [
-    "BACKWARD_SHARE",
-    "hidden_s",
     "AnalyticCostModel",
     "CostModel",
     "Kernel",

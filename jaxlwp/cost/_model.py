@@ -233,7 +233,8 @@ class AnalyticCostModel:
             if use.argument
             else 0.0,
         )
-        return table.seconds(use.moved.shape, use.moved.itemsize)
+        exposed = self.devices.exposed_share if use.argument and use.gradient else 1.0
+        return exposed * table.seconds(use.moved.shape, use.moved.itemsize)
 
     def _member_s(self, member: Member, configs: Sequence[Config]) -> FloatArray:
         """Seconds of the collectives of one operator, for each config."""

@@ -83,14 +83,7 @@ class SearchSpace:
         Raises:
           ValueError: as `choices`.
         """
-        return self.cost(self.choices(strategy))
-
-    def cost(self, choices: Sequence[int]) -> Cost:
-        """The same, of the strategy of these config indices."""
-        cost = self.tables.evaluate(choices)
-        if not self.devices.overlaps:
-            return cost
-        return replace(cost, hidden_s=hidden_s(self.tables, choices))
+        return self.tables.evaluate(self.choices(strategy))
 
     def strategy(self, name: str, choices: Sequence[int]) -> Strategy:
         """A strategy from config indices."""
@@ -198,34 +191,6 @@ def restrict(space: SearchSpace, constraints: Constraints) -> SearchSpace:
             ),
         ),
     )
-
-
-BACKWARD_SHARE = 2 / 3
-"""Of a layer's computation, what belongs to the backward pass: two of three convolutions."""
-
-
-def hidden_s(
-    tables: CostTables, choices: Sequence[int], backward_share: float = BACKWARD_SHARE
-) -> float:
-    """Seconds of a strategy's synchronisation that run beside the backward pass.
-
-    Gradients are ready from the last layer to the first. Their synchronisations run in that order,
-    one at a time, while the layers before go on with their backward pass.
-
-    Args:
-      tables: costs.
-      choices: index of each layer's config.
-      backward_share: of a layer's computation.
-    """
-    sync_s, compute_s = (
-        np.array([costs[c] for costs, c in zip(every, choices, strict=True)])
-        for every in (tables.sync_s, tables.compute_s)
-    )
-    # After a layer's gradients are ready: the backward pass of the layers before it, or all
-    # synchronisations from it on, whichever is longer.
-    backward_s = backward_share * (np.cumsum(compute_s) - compute_s)
-    exposed_s = np.maximum(0.0, np.cumsum(sync_s) - backward_s)[sync_s > 0]
-    return float(sync_s.sum() - exposed_s.max(initial=0.0))
 
 
 def check_mesh(strategy: Strategy, axis_sizes: dict[str, int]) -> None:

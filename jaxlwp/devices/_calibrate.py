@@ -21,7 +21,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlwp.devices._device_graph import BUCKET_BYTES, DeviceGraph, LinkFit, MeshAxis, axis_shape
+from jaxlwp.devices._device_graph import (
+    BUCKET_BYTES,
+    EXPOSED_SHARE,
+    DeviceGraph,
+    LinkFit,
+    MeshAxis,
+    axis_shape,
+)
 from jaxlwp.devices._links import axis_levels, host_numbers
 from jaxlwp.devices._presets import system_for
 from jaxlwp.devices._processes import from_first, spans_processes
@@ -196,7 +203,7 @@ def _schedule(mesh: Mesh) -> dict[str, Any]:
     """What XLA does with collectives on these devices: on processors, one after the other."""
     if mesh.devices.flat[0].platform == "cpu":
         return {}
-    return {"bucket_bytes": BUCKET_BYTES, "overlaps": True}
+    return {"bucket_bytes": BUCKET_BYTES, "exposed_share": EXPOSED_SHARE}
 
 
 # --- measuring -----------------------------------------------------------------------------------

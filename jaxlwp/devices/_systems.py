@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxlwp.devices._device_graph import (
     BUCKET_BYTES,
+    EXPOSED_SHARE,
     DeviceGraph,
     LinkFit,
     MeshAxis,
@@ -241,7 +242,7 @@ class System:
             overhead_s=self.gpu.kernel_s,
             update_pass_byte_s=1 / self.gpu.memory_bytes_per_s,
             bucket_bytes=BUCKET_BYTES,
-            overlaps=True,
+            exposed_share=EXPOSED_SHARE,
             fuses=True,
             device_kind=mesh.devices.flat[0].device_kind,
             source=f"system {self.name}",

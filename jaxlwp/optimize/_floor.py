@@ -64,7 +64,8 @@ def floor_s(graph: ComputationGraph, model: AnalyticCostModel) -> float:
         source = ends[edge.source].index((edge, True)) * _COLUMNS
         target = ends[edge.target].index((edge, False)) * _COLUMNS
         tables.append(
-            _moved_s(
+            (model.devices.exposed_share if edge.use.argument and edge.use.gradient else 1.0)
+            * _moved_s(
                 edge.use,
                 columns[edge.source][:, source : source + _COLUMNS],
                 columns[edge.target][:, target : target + _COLUMNS],
@@ -281,9 +282,10 @@ def _own_use_s(use: Use, degrees: _Degrees, model: AnalyticCostModel, links: _Li
     if use.labels == use.source_labels:
         idle = use.active.difference(name for name in use.labels if name)
         parts, num_bytes = _product(degrees, idle), use.moved.itemsize * block
-        result_s = result_s + links.seconds("all-reduce", parts, num_bytes)
+        sums_s = links.seconds("all-reduce", parts, num_bytes)
         if use.argument and model.bucket_bytes:  # it may start together with others
-            result_s = result_s - links.seconds("all-reduce", parts, 0 * num_bytes)
+            sums_s = sums_s - links.seconds("all-reduce", parts, 0 * num_bytes)
+        result_s = result_s + (model.devices.exposed_share if use.argument else 1.0) * sums_s
     return result_s
 
 

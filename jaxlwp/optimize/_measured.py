@@ -80,7 +80,7 @@ def search_measured(
     timer: Timer,
     *,
     tolerance: float = 0.0,
-    objective: str | Objective | None = None,
+    objective: str | Objective = "sum",
     memory_bytes: float | None = None,
     optimizer_slots: float = 1.0,
     progress: Callable[[str, int, int], None] | None = None,

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxlwp.cost import BACKWARD_SHARE, AnalyticCostModel, SearchSpace, build_tables
+from jaxlwp.cost import AnalyticCostModel, SearchSpace, build_tables
 from jaxlwp.memory import memory_costs
 from jaxlwp.solver import FloatArray, Rows
 
@@ -47,14 +47,15 @@ class Overlap:
     Gradients are ready from the last layer to the first; their synchronisations run in that order,
     one at a time, while the layers before are still computing backward. All else happens one after
     the other. The step ends when both are done: at the latest, over all layers, of the time at
-    which a layer's gradients are ready plus all synchronisations from there on. XLA schedules GPUs
-    like this; processors overlap nothing.
+    which a layer's gradients are ready plus all synchronisations from there on. Frameworks
+    that start each sum with its gradient do so; XLA's schedules hide less (`EXPOSED_SHARE`).
 
     Attributes:
-      backward_share: of a layer's computation, what belongs to the backward pass.
+      backward_share: of a layer's computation, what belongs to the backward pass: two of the three
+        convolutions.
     """
 
-    backward_share: float = BACKWARD_SHARE
+    backward_share: float = 2 / 3
     unit: str = "s"
 
     def rows(self, space: SearchSpace) -> Rows:
@@ -64,12 +65,13 @@ class Overlap:
         besides = tuple(
             inside + more for inside, more in zip(tables.exchange_s, tables.overhead_s, strict=True)
         )
+        whole_s = tuple(sync_s / space.devices.exposed_share for sync_s in tables.sync_s)
         synced = [n for n in range(count) if tables.sync_s[n].max() > 0]
         layers = np.arange(count)
         ready = np.array([layers >= n for n in synced]).reshape(-1, count)
         ends = np.vstack([ready, np.ones((1, count), dtype=bool)])
         return Rows(
-            terms=(tables.compute_s, besides, tables.sync_s),
+            terms=(tables.compute_s, besides, whole_s),
             weights=(
                 np.where(ends, 1.0, 1 - self.backward_share),
                 np.ones(ends.shape),

@@ -79,7 +79,7 @@ class SearchResult:
 def search(
     space: SearchSpace,
     *,
-    objective: str | Objective | None = None,
+    objective: str | Objective = "sum",
     method: str = "elimination",
     memory_bytes: float | None = None,
     optimizer_slots: float = 1.0,
@@ -92,8 +92,6 @@ def search(
       space: from `price`.
       objective: what to make least: "sum" (the paper's), "overlap" (gradients synchronised behind
         the backward pass), "bytes" (sent by a device), "memory" (of a device), or an `Objective`.
-        By default what is true of the devices: "overlap" where they overlap (GPUs), else "sum".
-        Under a memory limit, and in a space that is not whole, it is "sum" everywhere.
       method: "elimination" (exact, fast) or "exhaustive" (the paper's baseline).
       memory_bytes: of one device; only strategies that fit count, by `MemoryTables.estimate`,
         the sum of `memory_costs`. `parallelize(memory_bytes=...)` also looks at the program.
@@ -134,14 +132,11 @@ class Goal:
     def of(
         cls,
         space: SearchSpace,
-        objective: str | Objective | None,
+        objective: str | Objective,
         memory_bytes: float | None,
         optimizer_slots: float,
     ) -> Goal:
         """The goal of a search with these arguments; raises ValueError as `search`."""
-        if objective is None:
-            overlaps = space.devices.overlaps and space.whole and memory_bytes is None
-            objective = "overlap" if overlaps else "sum"
         wanted = _objective(objective, memory_bytes)
         return cls(wanted, _Limit.of(space, memory_bytes, optimizer_slots))
 
@@ -175,7 +170,7 @@ class Goal:
         """The result of a search of the space."""
         return SearchResult(
             strategy=space.strategy("search", solution.choices),
-            cost=space.cost(solution.choices),
+            cost=space.tables.evaluate(solution.choices),
             solution=solution,
             space=space,
             objective=self.objective,

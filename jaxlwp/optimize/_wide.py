@@ -63,7 +63,7 @@ def price_around(
     devices: DeviceGraph,
     *,
     constraints: Constraints | None = None,
-    objective: str | Objective | None = None,
+    objective: str | Objective = "sum",
     memory_bytes: float | None = None,
     optimizer_slots: float = 1.0,
     most_configs: int = MOST_CONFIGS,

@@ -48,7 +48,7 @@ def plan_for(
     optimizer: Any = None,
     memory_bytes: float | None = None,
     constraints: Constraints | None = None,
-    objective: str | Objective | None = None,
+    objective: str | Objective = "sum",
     sum_dtype: Any = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
@@ -102,7 +102,7 @@ def plan_for(
     elif measure or (measure is None and rates is None):
         timer = layer_timer(graph, rated, mesh)
 
-    def planned(limit_bytes: float | None, objective: str | Objective | None = objective) -> Plan:
+    def planned(limit_bytes: float | None, objective: str | Objective = objective) -> Plan:
         result, found = None, space
         if strategy == "search":
             options: dict[str, Any] = {

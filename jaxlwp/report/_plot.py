@@ -70,7 +70,7 @@ def plot_plan(plan: Plan) -> tuple[Figure, tuple[Axes, Axes]]:
     times.tick_params(axis="y", left=False)
     figure.suptitle(
         f"strategy {plan.strategy.name} on {plan.space.devices.num_devices} devices: "
-        f"{seconds(plan.cost.predicted_s)} ms a step predicted"
+        f"{seconds(plan.cost.total_s)} ms a step predicted"
     )
     return figure, (splits, times)
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from jaxlwp.cost import SearchSpace
     from jaxlwp.optimize import Alternative, Explanation, ParetoCurve
     from jaxlwp.plan import Plan
-    from jaxlwp.solver import Cost
 
 
 def render(table: Table, width: int = 150) -> str:
@@ -70,13 +69,13 @@ def plan_table(plan: Plan) -> Table:
     table = _titled_table(
         title=(
             f"strategy {plan.strategy.name} on {space.devices.num_devices} x "
-            f"{space.devices.device_kind} {sizes}: predicted {seconds(cost.predicted_s)} ms a step"
+            f"{space.devices.device_kind} {sizes}: predicted {seconds(cost.total_s)} ms a step"
             f"{proof}"
         ),
         caption=(
             f"compute {seconds(cost.compute_s)} ms, transfer {seconds(cost.transfer_s)} ms, sync "
-            f"{seconds(cost.sync_s)} ms{_hidden_note(cost)}, besides (update, new memory, input, "
-            f"dispatch) {seconds(cost.overhead_s)} ms; rates: {space.devices.source}"
+            f"{seconds(cost.sync_s)} ms, besides (update, new memory, input, dispatch) "
+            f"{seconds(cost.overhead_s)} ms; rates: {space.devices.source}"
             f"\n{_memory_note(plan)}" + _measured_notes(plan) + _replication_notes(plan)
         ),
     )
@@ -104,13 +103,6 @@ def plan_table(plan: Plan) -> Table:
         )
     _add_constants(table, plan)
     return table
-
-
-def _hidden_note(cost: Cost) -> str:
-    """How much of the synchronisation is hidden, on devices that hide it."""
-    if not cost.hidden_s:
-        return ""
-    return f" ({seconds(cost.hidden_s)} ms of it beside the backward pass)"
 
 
 def _add_constants(table: Table, plan: Plan) -> None:

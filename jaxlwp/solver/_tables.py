@@ -26,18 +26,15 @@ class Cost:
         sync_s: time to synchronise the parameters' gradients (t_S).
         overhead_s: what a step has besides: the optimizer's update, memory taken anew, the batch's
             way to the devices, and what is the same for every strategy.
-        hidden_s: how much of the synchronisation runs beside the backward pass, on devices that do
-            so; 0 where all is one after the other.
     """
 
     compute_s: float = 0.0
     transfer_s: float = 0.0
     sync_s: float = 0.0
     overhead_s: float = 0.0
-    hidden_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("compute_s", "transfer_s", "sync_s", "overhead_s", "hidden_s"):
+        for name in ("compute_s", "transfer_s", "sync_s", "overhead_s"):
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(
@@ -50,11 +47,6 @@ class Cost:
         """The paper's objective: the plain sum, nothing overlaps."""
         return self.compute_s + self.transfer_s + self.sync_s + self.overhead_s
 
-    @property
-    def predicted_s(self) -> float:
-        """Seconds of a step: the sum, without what is hidden."""
-        return self.total_s - self.hidden_s
-
     def __add__(self, other: Cost) -> Cost:
         if not isinstance(other, Cost):
             return NotImplemented
@@ -63,7 +55,6 @@ class Cost:
             transfer_s=self.transfer_s + other.transfer_s,
             sync_s=self.sync_s + other.sync_s,
             overhead_s=self.overhead_s + other.overhead_s,
-            hidden_s=self.hidden_s + other.hidden_s,
         )
 
 

@@ -220,7 +220,7 @@ def measured(row: Row, plan: Plan, programs: Programs, *, plain: bool = False) -
         "collectives": {kind: t.count for kind, t in found.collectives.items()},
         "temporary_bytes": memory["temporary_bytes"],
         "compile_s": memory["compile_s"],
-        "predicted_s": None if plain else plan.cost.predicted_s,
+        "predicted_s": None if plain else plan.cost.total_s,
     }
 
 
