@@ -335,20 +335,6 @@ def test_work_is_priced_by_the_dtype_of_its_operands() -> None:
         assert compute_s(devices, dtype)[0] == pytest.approx(expected, rel=0.05)
 
 
-def test_every_pass_of_a_kernel_starts_and_fused_operators_do_not() -> None:
-    devices = preset("h200", gpus=1).device_graph(mesh_of(1))
-    assert devices.overhead_s == preset("h200").gpu.kernel_s
-    without = dataclasses.replace(devices, overhead_s=0.0)
-    conv, total = (
-        a - b
-        for a, b in zip(
-            compute_s(devices, jnp.bfloat16), compute_s(without, jnp.bfloat16), strict=True
-        )
-    )
-    assert conv == pytest.approx(2 * 2.5e-6)  # forward and gradient of the weight
-    assert total == pytest.approx(4 * 2.5e-6)  # the mean reduces, and has a transpose
-
-
 def test_saved_device_graphs_load() -> None:
     graph = preset("dgx-1-v100").device_graph(mesh_of(2, 2, 2))
     assert graph.links and graph.dtype_flops_per_s

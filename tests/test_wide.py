@@ -57,6 +57,8 @@ MEASURED_LIKE = {
     "step_s": 1e-3,
     "update_pass_byte_s": 1e-11,
     "bucket_bytes": 1e6,
+    "exposed_share": 0.6,
+    "fuses": True,
     "first_touch_byte_s": ((1e6, 1e-11),),
     "links": (LinkFit(kind="all-reduce", axes_per_group=(2, 1), latency_s=3e-6, byte_s=1e-10),),
 }

@@ -1,0 +1,150 @@
+"""Work priced kernel by kernel, as XLA for GPUs fuses it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh
+
+import jaxlwp
+from jaxlwp.cost._kernels import Kernel, Traffic, layer_kernels, update_kernels
+from jaxlwp.devices import DeviceGraph, preset
+from jaxlwp.program import Value
+from jaxlwp.space import Config
+
+N, SIZE, INPUTS, OUTPUTS = 8, 16, 4, 32
+BF16 = 2
+
+
+def conv_loss(params: Any, x: jax.Array) -> jax.Array:
+    """Two convolutions with bias and relu, and a mean."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    for n in (1, 2):
+        kernel, bias = params[f"k{n}"], params[f"b{n}"]
+        y = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims)
+        x = jnp.maximum(y + bias, 0)
+    return jnp.mean(x)
+
+
+def arguments() -> tuple[Any, Any]:
+    shapes = {
+        "k1": (3, 3, INPUTS, OUTPUTS),
+        "b1": (OUTPUTS,),
+        "k2": (3, 3, OUTPUTS, OUTPUTS),
+        "b2": (OUTPUTS,),
+    }
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    return params, jax.ShapeDtypeStruct((N, SIZE, SIZE, INPUTS), jnp.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def graph() -> jaxlwp.graph.ComputationGraph:
+    return jaxlwp.trace(conv_loss, *arguments())
+
+
+def num_bytes(traffic: Traffic) -> float:
+    return math.prod(traffic.shape) * traffic.itemsize * traffic.factor
+
+
+def calls(kernels: tuple[Kernel, ...]) -> list[Kernel]:
+    return [kernel for kernel in kernels if kernel.kind]
+
+
+def test_library_calls_count_operands_and_results(graph: jaxlwp.graph.ComputationGraph) -> None:
+    first, second = (k for k, layer in zip(layer_kernels(graph), graph.layers, strict=True)
+                     if layer.kind == "conv")  # fmt: skip
+    image, inner = N * SIZE**2 * INPUTS * BF16, N * SIZE**2 * OUTPUTS * BF16
+    weights = 9 * OUTPUTS * OUTPUTS * BF16
+    # The first convolution's input has no gradient.
+    assert len(calls(first)) == 2 and len(calls(second)) == 3
+    flops = 2 * N * SIZE**2 * OUTPUTS * OUTPUTS * 9
+    for kernel in calls(second):
+        assert kernel.starts == 1 and kernel.dtype == "bfloat16"
+        assert kernel.flops == pytest.approx(flops, rel=0.15)  # padding is not computed
+        assert {"sample", "height", "width", "channel", "reduction"} == set(kernel.work[1])
+        large = [num_bytes(t) for t in kernel.traffic if len(t.shape) == 4]
+        assert sorted(large) == sorted([weights, inner, inner])
+    assert any(num_bytes(t) == image for t in calls(first)[0].traffic)
+    # Bias and relu: fused forward with the convolution or in one kernel, one backward each.
+    assert len(second) - len(calls(second)) <= 6
+
+
+def test_a_split_divides_what_has_the_dimension(graph: jaxlwp.graph.ComputationGraph) -> None:
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    devices = dataclasses.replace(
+        preset("h200", gpus=4).device_graph(mesh), overhead_s=0.0, memory_bytes_per_s=1e-3
+    )  # so slow a memory that operations take no time beside it
+    space = jaxlwp.price(graph, devices)
+    (index,) = (layer.index for layer in graph.layers if layer.name.startswith("k2"))
+    seconds = {
+        config: float(s)
+        for config, s in zip(space.configs[index], space.tables.compute_s[index], strict=True)
+    }
+    whole = seconds[Config()]
+    by_sample = seconds[Config.of({"sample": ("a", "b")})]
+    by_channel = seconds[Config.of({"channel": ("a", "b")})]
+    by_both = seconds[Config.of({"sample": ("a",), "channel": ("b",)})]
+    # Weights are a small part here; a split by channel leaves the input whole.
+    assert whole / 4 < by_sample < whole / 3
+    assert whole / 4 < by_channel < whole
+    assert by_sample < by_both < by_channel
+
+
+def test_starts_do_not_shrink(graph: jaxlwp.graph.ComputationGraph) -> None:
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    slow = preset("h200", gpus=4).device_graph(mesh)
+    fast = dataclasses.replace(slow, overhead_s=0.0)
+    kernels = layer_kernels(graph)
+    for layer, a, b in zip(
+        graph.layers,
+        jaxlwp.price(graph, slow).tables.compute_s,
+        jaxlwp.price(graph, fast).tables.compute_s,
+        strict=True,
+    ):
+        starts = sum(kernel.starts for kernel in kernels[layer.index])
+        np.testing.assert_allclose(a - b, starts * slow.overhead_s, rtol=1e-6, atol=1e-15)
+
+
+def test_reductions_of_one_tensor_are_one_kernel() -> None:
+    """Mean and mean square of a normalisation read their input once."""
+
+    def loss(params: jax.Array, x: jax.Array) -> jax.Array:
+        y = x * params
+        mean, square = y.mean((0, 1)), (y * y).mean((0, 1))
+        return jnp.mean((y - mean) * lax.rsqrt(square - mean * mean + 1e-3))
+
+    shapes = (
+        jax.ShapeDtypeStruct((64,), jnp.float32),
+        jax.ShapeDtypeStruct((64, 64, 64), jnp.float32),
+    )
+    graph = jaxlwp.trace(loss, *shapes)
+    tensor = 64 * 64 * 64 * 4
+    every = [kernel for kernels in layer_kernels(graph) for kernel in kernels]
+    moved = sum(num_bytes(t) for kernel in every for t in kernel.traffic)
+    # Forward twice (both sums; the mean of the result), backward at most six times.
+    assert 2 * tensor <= moved <= 9 * tensor
+
+
+def test_updates() -> None:
+    summed = np.array([0.0, 0.5])
+    starts, copied = update_kernels(Value((3, 3, 8, 8), np.dtype("float32")), summed)
+    assert starts.tolist() == [4.0, 5.5] and copied.tolist() == [4.0, 5.25]
+    starts, copied = update_kernels(Value((8, 8), np.dtype("float32")), summed)
+    assert starts.tolist() == [1.0, 2.5] and copied.tolist() == [0.0, 1.25]
+
+
+def test_processors_are_priced_operator_by_operator(graph: jaxlwp.graph.ComputationGraph) -> None:
+    mesh = Mesh(np.array(jax.devices()[:2]), ("a",))
+    rated = jaxlwp.device_graph(mesh, rates=jaxlwp.Rates(flops_per_s=1e12, memory_bytes_per_s=1e11))
+    assert not rated.fuses and rated.exposed_share == 1 and rated.bucket_bytes == 0
+    model = jaxlwp.cost.AnalyticCostModel.of(graph, rated)
+    assert not model.kernels
+    gpus: DeviceGraph = preset("h200", gpus=2).device_graph(mesh)
+    assert gpus.fuses and jaxlwp.cost.AnalyticCostModel.of(graph, gpus).kernels
