@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlwp.graph import ComputationGraph, Layer
-from jaxlwp.kernels import REDUCTIONS, Builder, Node, differentiated, fuse, joins
+from jaxlwp.kernels import LIBRARY, REDUCTIONS, Builder, Node, differentiated, fuse, joins
 from jaxlwp.lower import Lowered, layer_index
 from jaxlwp.ops import RULES, Labels
 from jaxlwp.program import Value
@@ -93,13 +93,42 @@ def update_kernels(parameter: Value, sums: FloatArray) -> tuple[FloatArray, Floa
     return np.asarray(starts + 1.5 * (sums > 0)), np.asarray(copied + 2.5 * sums)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A convolution or a matrix product of a layer.
+
+    Attributes:
+      work: sizes and names of all of its dimensions.
+      tensors: shapes and names of its operands and its result. Of its gradients, one operand has
+        the names of the result.
+    """
+
+    work: tuple[tuple[int, ...], Labels]
+    tensors: tuple[tuple[tuple[int, ...], Labels], ...]
+
+    def renamed(self, traffic: Sequence[Traffic]) -> tuple[Traffic, ...]:
+        """What the call, or its gradient, reads and writes: each of its tensors once.
+
+        By shape alone the operand and the result of a convolution of as many channels are the same.
+        """
+        left = list(self.tensors)
+        result = []
+        for tensor in traffic:
+            found = next((t for t in left if t[0] == tensor.shape), None)
+            if found is not None:
+                left.remove(found)
+                tensor = tensor._replace(labels=found[1])
+            result.append(tensor)
+        return tuple(result)
+
+
 class _LayerReader:
     """Names the dimensions of what a layer's kernels read and write."""
 
     def __init__(self, layer: Layer, kernels: Mapping[Node, tuple[Node, ...]]) -> None:
         self.layer, self.reads = layer, kernels
         self.labels: dict[tuple[int, ...], Labels] = {}
-        self.calls: list[tuple[str, tuple[int, ...], Labels]] = []
+        self.calls: dict[str, _Call] = {}
         for member in layer.members:
             eqn, signature = member.equation, member.signature
             values = (*eqn.operand_values, *eqn.result_values)
@@ -111,8 +140,11 @@ class _LayerReader:
                 if sum(map(bool, labels)) >= sum(map(bool, known)):
                     self.labels[value.shape] = labels
                 sizes |= {n: s for n, s in zip(labels, value.shape, strict=True) if n}
-            if eqn.name in ("conv_general_dilated", "dot_general"):
-                self.calls.append((eqn.name, tuple(sizes.values()), tuple(sizes)))
+            if eqn.name in LIBRARY:
+                tensors = zip(values, (*signature.operands, *signature.results), strict=True)
+                named = tuple((value.shape, labels) for value, labels in tensors)
+                work = tuple(sizes.values()), tuple(sizes)
+                self.calls.setdefault(eqn.name, _Call(work, named))
 
     def kernels(self, nodes: Sequence[Node]) -> tuple[Kernel, ...]:
         """The kernels; reductions that read the same tensors are one kernel."""
@@ -139,9 +171,9 @@ class _LayerReader:
         assert eqn is not None
         shapes = [v.shape for v in eqn.operand_values], [v.shape for v in eqn.result_values]
         rule = RULES[eqn.name]
-        work = next(((s, n) for name, s, n in self.calls if name == eqn.name), ((), ()))
-        dtype = str(eqn.operand_values[0].dtype)
-        return Kernel(traffic, starts, rule.kind, rule.flops(eqn, *shapes), dtype, work)
+        own = self.calls.get(eqn.name, _Call(((), ()), ()))
+        flops, dtype = rule.flops(eqn, *shapes), str(eqn.operand_values[0].dtype)
+        return Kernel(own.renamed(traffic), starts, rule.kind, flops, dtype, own.work)
 
     def tensor(self, node: Node) -> Traffic:
         """What a node holds, by a tensor of the layer of the same shape.
