@@ -28,6 +28,10 @@ SPLIT_REDUCTION = 1024
 """Elements that are reduced to one, from which on XLA makes two kernels of a reduction."""
 
 
+SLICES = ("slice", "dynamic_slice", "split")
+"""Fused operators that read a part of their operand."""
+
+
 class Traffic(NamedTuple):
     """A tensor that a kernel reads or writes: `factor` times its elements' bytes."""
 
@@ -126,7 +130,7 @@ class _LayerReader:
     """Names the dimensions of what a layer's kernels read and write."""
 
     def __init__(self, layer: Layer, kernels: Mapping[Node, tuple[Node, ...]]) -> None:
-        self.layer, self.reads = layer, kernels
+        self.layer, self.written = layer, kernels
         self.labels: dict[tuple[int, ...], Labels] = {}
         self.calls: dict[str, _Call] = {}
         for member in layer.members:
@@ -151,21 +155,38 @@ class _LayerReader:
         read: set[frozenset[Node]] = set()
         result = []
         for node in nodes:
-            most = max((each.num_bytes for each in self.reads[node]), default=0)
-            large = frozenset(each for each in self.reads[node] if 8 * each.num_bytes > most)
+            reads = self.reads(node)
+            most = max((each.num_bytes for each in reads), default=0)
+            large = frozenset(each for each in reads if 8 * each.num_bytes > most)
             beside = joins(node) and large in read
             if joins(node):
                 read.add(large)
-            result.append(self.kernel(node, () if beside else tuple(self.reads[node]), beside))
+            result.append(self.kernel(node, () if beside else reads, most, beside))
         return tuple(result)
 
-    def kernel(self, node: Node, reads: Sequence[Node], beside: bool) -> Kernel:
+    def reads(self, node: Node) -> tuple[Node, ...]:
+        """What a kernel reads: nodes in memory, or slices of them that it evaluates itself."""
+        found: dict[Node, None] = {}
+        seen = set[Node]()
+        stack = list(reversed(node.operands))
+        while stack:
+            operand = stack.pop()
+            if operand in seen:
+                continue
+            seen.add(operand)
+            if operand.argument or operand in self.written or operand.kind in SLICES:
+                found[operand] = None
+            else:
+                stack += reversed(operand.operands)
+        return tuple(found)
+
+    def kernel(self, node: Node, reads: Sequence[Node], most: int, beside: bool) -> Kernel:
+        """A kernel of these reads, the largest of which has `most` bytes."""
         traffic = tuple(self.tensor(each) for each in (*reads, node) if each.num_bytes)
-        most = max((each.num_bytes for each in self.reads[node]), default=0)
         split = node.kind in REDUCTIONS and most >= SPLIT_REDUCTION * max(node.num_bytes, 1)
         starts = int(not beside) + int(split)
         call = next((n for n in (node, *node.operands) if n.eqn is not None), None)
-        if call is None or (call is not node and call in self.reads):
+        if call is None or (call is not node and call in self.written):
             return Kernel(traffic, starts)
         eqn = call.eqn
         assert eqn is not None
@@ -173,6 +194,9 @@ class _LayerReader:
         rule = RULES[eqn.name]
         own = self.calls.get(eqn.name, _Call(((), ()), ()))
         flops, dtype = rule.flops(eqn, *shapes), str(eqn.operand_values[0].dtype)
+        if any(operand.kind == "pad" for operand in call.operands):
+            # Between the elements of a padded copy are zeros, and operations with them are done.
+            flops *= math.prod(eqn.params["lhs_dilation"]) * math.prod(eqn.params["rhs_dilation"])
         return Kernel(own.renamed(traffic), starts, rule.kind, flops, dtype, own.work)
 
     def tensor(self, node: Node) -> Traffic:
@@ -194,11 +218,10 @@ class _LayerReader:
         """Names of the dimensions of an array of that shape, or of one that is transposed."""
         if shape in self.labels:
             return self.labels[shape]
-        nothing: Labels = (None,) * len(shape)
         alike = (s for s in self.labels if sorted(s) == sorted(shape) and len(s) <= 5)
         found = next(alike, None)
         if found is None:
-            return self.flattened(shape) or nothing
+            return self.flattened(shape) or self.resembling(shape)
         orders = itertools.permutations(range(len(found)))
         order = next(o for o in orders if tuple(found[d] for d in o) == shape)
         return tuple(self.labels[found][d] for d in order)
@@ -212,3 +235,16 @@ class _LayerReader:
                 names = iter(n for _, n in pairs)
                 return tuple(next(names) if size > 1 else None for size in shape)
         return None
+
+    def resembling(self, shape: tuple[int, ...]) -> Labels:
+        """Names of those dimensions that are as in the tensor of the layer that is most like it."""
+        alike = (known for known in self.labels if len(known) == len(shape))
+
+        def equal(known: tuple[int, ...]) -> int:
+            return sum(a == b for a, b in zip(known, shape, strict=True))
+
+        found = max(alike, key=equal, default=None)
+        if found is None:
+            return (None,) * len(shape)
+        pairs = zip(found, shape, self.labels[found], strict=True)
+        return tuple(label if a == b else None for a, b, label in pairs)

@@ -102,6 +102,8 @@ class AnalyticCostModel:
       bucket_bytes: of each dtype in which parameters are moved, how many bytes of their collectives
         start together; empty where each starts.
       kernels: of each layer, where work is priced kernel by kernel.
+      serial_share: of the time of collectives inside layers, what is not hidden behind the work of
+        other layers; see `serial_share`.
     """
 
     devices: DeviceGraph
@@ -110,6 +112,7 @@ class AnalyticCostModel:
     wait_s: float = 0.0
     bucket_bytes: tuple[tuple[str, float], ...] = ()
     kernels: tuple[tuple[Kernel, ...], ...] = ()
+    serial_share: float = 1.0
 
     @classmethod
     def of(
@@ -122,6 +125,7 @@ class AnalyticCostModel:
             temporary_bytes=temporary_bytes(graph, devices.num_devices),
             bucket_bytes=_buckets(graph, devices.bucket_bytes),
             kernels=layer_kernels(graph) if devices.fuses else (),
+            serial_share=serial_share(graph) if devices.fuses else 1.0,
         )
         blocks = _Blocks([Config()], devices.axis_sizes)
         whole_s = [
@@ -161,6 +165,7 @@ class AnalyticCostModel:
                 total_s += self._own_use_s(use, configs)
         for spare in spare_sums(layer):
             exchange_s -= self._spare_s(spare, configs)
+        exchange_s *= self.serial_share
         return LayerCosts(compute_s, exchange_s, sync_s, self._overhead_s(layer, configs, blocks))
 
     def _overhead_s(self, layer: Layer, configs: Sequence[Config], blocks: _Blocks) -> FloatArray:
@@ -262,6 +267,8 @@ class AnalyticCostModel:
         every = [tuple(a for name in spare.names for a in c.axes(name)) for c in configs]
         sums, sum_of = _distinct(every)
         wait_s = self.wait_s if spare.awaited else 0.0
+        if self.kernels:  # what is joined is taken apart again: a kernel for each
+            wait_s -= 2 * self.devices.overhead_s
         once_s = [
             self.devices.link_rate("all-reduce", axes)[0] + wait_s if axes else 0.0 for axes in sums
         ]
@@ -392,6 +399,22 @@ def temporary_bytes(graph: ComputationGraph, num_devices: int) -> float:
     activations_bytes = sum(math.prod(v.shape) * v.itemsize for v in kept)
     gradients_bytes = sum(math.prod(v.shape) * v.itemsize for v in parameters)
     return activations_bytes / num_devices + gradients_bytes
+
+
+def serial_share(graph: ComputationGraph) -> float:
+    """Layers one after the other, of all layers: 1 for a chain, less where there are branches.
+
+    While a layer of one branch communicates, XLA for GPUs has another branch's layers compute. How
+    much is hidden depends on the schedule; on average it is about what is not on the longest path.
+    """
+    counts = [int(not layer.fused) for layer in graph.layers]
+    longest = list(counts)
+    for edge in sorted(graph.edges, key=lambda edge: edge.target):
+        if edge.source < edge.target and not edge.use.argument:
+            longest[edge.target] = max(
+                longest[edge.target], longest[edge.source] + counts[edge.target]
+            )
+    return max(longest, default=1) / max(sum(counts), 1)
 
 
 def _buckets(graph: ComputationGraph, most_bytes: float) -> tuple[tuple[str, float], ...]:

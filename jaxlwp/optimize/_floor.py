@@ -190,6 +190,7 @@ def _classes(
     """
     degrees = _degrees(layer, model.devices)
     least_s = sum((_sums_s(m, degrees, links) for m in layer.members), 0 * degrees[""])
+    least_s = model.serial_share * least_s
     if model.kernels:
         for kernel in model.kernels[layer.index]:
             least_s = least_s + _kernel_s(kernel, degrees, model)
@@ -201,7 +202,8 @@ def _classes(
             least_s = least_s + _own_use_s(use, degrees, model, links)
     for spare in spare_sums(layer):
         parts = _product(degrees, spare.names)
-        least_s = least_s - spare.count * links.seconds("all-reduce", parts, 0 * parts)
+        joined_s = spare.count * links.seconds("all-reduce", parts, 0 * parts)
+        least_s = least_s - model.serial_share * joined_s
     columns = []
     for edge, out in ends:
         labels = edge.use.source_labels if out else edge.use.labels
