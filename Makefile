@@ -17,7 +17,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-newest test-gpu-aot lint graph format demo notebook \
-	bench-search bench-space bench-compile bench-compare bench-memory bench-costs gpu-check fuzz clean
+	bench-search bench-space bench-compile bench-compare bench-memory bench-costs bench-gpu gpu-check fuzz clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -120,6 +120,11 @@ bench-space: $(READY)  ## Measure what one fixed order of mesh axes costs
 bench-compare: $(READY)  ## Run AlexNet under every strategy on 8 simulated devices
 	$(BIN)/jaxlwp compare models.alexnet:AlexNet --devices 8 --batch 32 \
 		--json tests/benchmarks/results/compare-alexnet.json
+
+bench-gpu: $(AOT_READY)  ## Plans beside plain JAX, compiled for GPUs that are not there (hours; resumes)
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.gpu
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.gpu --small --only plain one found data spatial
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.gpu --slow --targets h200:2x8 --only plain found data owt
 
 bench-memory: $(AOT_READY)  ## Compare predicted memory with what is compiled for 16 H200s
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.memory
