@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from scipy.stats import kendalltau
 
 import jaxlwp
 from jaxlwp.check import forecast
@@ -232,7 +233,7 @@ def run(row: Row, programs: Programs, names: list[str], count: int) -> dict[str,
     print(f"{row.key}: planned in {time.perf_counter() - start:.0f} s", flush=True)
     todo = {"plain": every["data"]} if "data" in every else {}
     if row.batch < NETWORKS[row.network].batch * Target.parse(row.target).num_devices:
-        todo["one device"] = jaxlwp.parallelize(
+        todo[ONE] = jaxlwp.parallelize(
             work.loss,
             work.params,
             *work.batch,
@@ -244,7 +245,7 @@ def run(row: Row, programs: Programs, names: list[str], count: int) -> dict[str,
     for name, plan in todo.items():
         if names and name.partition(" ")[0] not in names:
             continue
-        plain = name in ("plain", "one device")
+        plain = name in NOT_OURS
         result[name] = measured(row, plan, programs, plain=plain)
         predicted_s = result[name]["predicted_s"]
         print(
@@ -259,6 +260,56 @@ def run(row: Row, programs: Programs, names: list[str], count: int) -> dict[str,
     return result
 
 
+ONE = "one device"
+NOT_OURS = ("plain", ONE)
+
+
+def summary(content: dict[str, Any]) -> str:
+    """Data parallelism beside plain JAX, what `check="compile"` keeps, and how true prices are."""
+    lines = [
+        "ours / plain JAX for strategy data: bytes sent, bytes moved, kernels, temporaries; "
+        "then what is kept by the forecast, its time beside plain JAX's and beside that of what "
+        "the search found"
+    ]
+    errors: list[float] = []
+    orders: dict[str, list[tuple[float, float]]] = {}
+    for key, row in content["rows"].items():
+        priced = {n: r for n, r in row.items() if n not in NOT_OURS}
+        errors += [r["predicted_s"] / r["forecast_s"] - 1 for r in priced.values()]
+        network = ", ".join(key.split(", ")[:2])
+        orders.setdefault(network, []).extend(
+            (r["predicted_s"], r["forecast_s"]) for r in priced.values()
+        )
+        best = min(priced, key=lambda name: priced[name]["forecast_s"])
+        reference = row.get("plain", row.get(ONE))
+        text = f"{key:48}"
+        if "plain" in row and "data" in row:
+            text += " ".join(f"{ratio:.3f}" for ratio in _ratios(row["data"], row["plain"]))
+        if reference is not None:
+            text += f"  {best:8} {priced[best]['forecast_s'] / reference['forecast_s']:.3f}"
+        if "found" in row:
+            text += f" {priced[best]['forecast_s'] / priced['found']['forecast_s']:.3f}"
+        lines.append(text)
+    size = sorted(map(abs, errors))
+    if size:
+        lines.append(
+            f"prices beside forecasts: {len(size)} steps, median error {size[len(size) // 2]:.1%}, "
+            f"90th percentile {size[int(0.9 * len(size))]:.1%}, largest {size[-1]:.1%}"
+        )
+    for network, pairs in orders.items():
+        tau = kendalltau(*zip(*pairs, strict=True)).statistic
+        lines.append(f"  order of {len(pairs):3} steps of {network}: Kendall's tau {tau:.2f}")
+    return "\n".join(lines)
+
+
+def _ratios(data: dict[str, Any], plain: dict[str, Any]) -> list[float]:
+    def total(row: dict[str, Any]) -> dict[str, float]:
+        return {"sent": sum(row["collective_bytes"].values())} | row
+
+    names = ("sent", "kernel_bytes", "kernels", "temporary_bytes")
+    return [total(data)[name] / total(plain)[name] for name in names]
+
+
 def main(arguments: list[str]) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -271,7 +322,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--slow", action="store_true", help="slow links between hosts")
     parser.add_argument("--programs", type=Path, default=Path("build/gpu-programs"))
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--summary", action="store_true", help="of the rows that are there")
     given = parser.parse_args(arguments)
+    if given.summary:
+        print(summary(json.loads(given.json.read_text())))
+        return 0
     programs = Programs(given.programs)
     chosen = list(rows(given.networks, given.dtypes, given.targets, given.slow))
     if given.small:
