@@ -31,20 +31,20 @@ COPIES = 6
 COMPILING = 0.6
 """Share of the part's time after which nothing more is compiled."""
 
+CONV_STARTS = "start, convolutions"
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 Operand = jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What is timed: a function of arrays, and how XLA is to compile it."""
+    """What is timed: a function of arrays."""
 
     name: str
     group: str
     function: Callable[..., Any]
     operands: tuple[Any, ...]
     winograd: bool = False
-    options: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +105,15 @@ def small_convs(length: int, x: Any, w: Any) -> Any:
 
 
 def starts(part: Part) -> Iterator[Program]:
-    """Chains of small kernels; on GPUs also one by one, without graphs of kernels."""
+    """Chains of small kernels, which XLA runs as graphs, and of calls of a library."""
     tiny, small = Operand((1024,), jnp.float32), Operand((8, 8, 8, 16), jnp.float32)
     filter_ = Operand((3, 3, 16, 16), jnp.float32)
-    alone = {"xla_gpu_enable_command_buffer": ""}
     for length in (4, 16) if part.small else CHAINS:
         run = functools.partial(chain, length)
         yield Program(name=f"{length} fusions", group="start", function=run, operands=(tiny,))
-        if part.is_gpu:
-            yield Program(
-                name=f"{length} fusions, launched one by one", group="start, launched",
-                function=run, operands=(tiny,), options=alone,
-            )  # fmt: skip
     for length in (2, 4) if part.small else (16, 128):
         yield Program(
-            name=f"{length} small convolutions", group="start, convolutions",
+            name=f"{length} small convolutions", group=CONV_STARTS,
             function=functools.partial(small_convs, length), operands=(small, filter_),
         )  # fmt: skip
 
@@ -232,7 +226,8 @@ def run(part: Part) -> None:
     part.say(f"{len(rows)} of {len(programs)} programs")
     for name, value in told["preset"].items():
         part.say(f"{name}: {told['fitted'].get(name)}, preset {value:.4g}")
-    part.say(f"other starts {told['kernel_s']}; shares of peak {told['shares_of_peak']}")
+    part.say(f"start of a convolution: {told['convolution_start_s']}")
+    part.say(f"shares of peak: {told['shares_of_peak']}")
 
 
 def compile_all(part: Part, programs: Sequence[Program], ended: float) -> list[Any]:
@@ -243,7 +238,7 @@ def compile_all(part: Part, programs: Sequence[Program], ended: float) -> list[A
             return "not compiled in time"
         try:
             lowered = jax.jit(program.function).lower(*program.operands)
-            return lowered.compile(compiler_options=program.options)
+            return lowered.compile()
         except Exception as error:
             return str(error)[:500]
 
@@ -281,10 +276,7 @@ def content(part: Part, rows: Sequence[Timed], failed: dict[str, str]) -> dict[s
     gpu = part.system.gpu
     found = fit(rows, gpu)
     names = ("kernel_s", "memory_share", "tensor_share", "vector_share", "winograd")
-    others = {
-        group: fit([dataclasses.replace(r, group="start") for r in rows if r.group == group], gpu)
-        for group in ("start, launched", "start, convolutions")
-    }
+    convs = [dataclasses.replace(r, group="start") for r in rows if r.group == CONV_STARTS]
     return {
         "fitted": found,
         "preset": {name: getattr(gpu, name) for name in names},
@@ -297,7 +289,7 @@ def content(part: Part, rows: Sequence[Timed], failed: dict[str, str]) -> dict[s
             }
             for (dtype, winograd), each in shares(rows, gpu, found).items()
         },
-        "kernel_s": {group: each.get("kernel_s") for group, each in others.items()},
+        "convolution_start_s": fit(convs, gpu).get("kernel_s"),
         "failed": failed,
         "rows": [row.to_json() for row in rows],
     }

@@ -49,11 +49,6 @@ class Part:
         """The device that all runs on."""
         return jax.devices()[0]
 
-    @property
-    def is_gpu(self) -> bool:
-        """Whether it is a GPU, which JAX calls "gpu" or, on a device, "cuda" or "rocm"."""
-        return self.device.platform in ("gpu", "cuda", "rocm")
-
     def write(self, rows: Any) -> None:
         """Put the part's rows, all that there are so far, into the file."""
         write(self.out, read(self.out) | {self.name: rows})

@@ -53,26 +53,36 @@ class Pair:
 
 def run(part: Part) -> None:
     """bfloat16 first; networks of one dtype are compiled side by side."""
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
     networks = SMALL_STEPPED if part.small else STEPPED
+    pool = ThreadPoolExecutor(2 * len(networks))
+    started: list[tuple[Pair, Future[None]]] = []
+
+    def finish(pair: Pair, future: Future[None], end: float) -> None:
+        error = wait(future, end)
+        row = {"error": error} if error else timed_row(part, pair)
+        alone = all(other.done() for _, other in started)
+        name = f"{pair.network}, {pair.dtype}"
+        rows[name] = {"network": pair.network, "dtype": pair.dtype, "alone": alone} | row
+        part.write(list(rows.values()))
+        part.say(told(rows[name]))
+
     for number, dtype in enumerate(("bfloat16", "float32")):
         # Half of the time for each dtype, and of that what timing leaves.
         until_s = 0.0 if number else 0.5 * part.left_s
-        pool = ThreadPoolExecutor(len(networks))
-        started = [start(part, pool, network, dtype) for network in networks]
+        group = [start(part, pool, network, dtype) for network in networks]
+        started += group
         compiling_s = part.left_s - until_s - TIMING_S * len(networks)
         end = time.monotonic() + max(compiling_s, 5.0)
         # All are waited for before any is timed: compilers try out kernels on the same GPU.
-        errors = [wait(future, end) for _, future in started]
-        for (pair, _), error in zip(started, errors, strict=True):
-            rows.append(
-                {"network": pair.network, "dtype": pair.dtype, "error": error}
-                if error
-                else timed_row(part, pair)
-            )
-            part.write(rows)
-            part.say(told(rows[-1]))
-        pool.shutdown(wait=False, cancel_futures=True)
+        for _, future in group:
+            wait(future, end)
+        for each in group:
+            finish(*each, end)
+    late = [each for each in started if "error" in rows[f"{each[0].network}, {each[0].dtype}"]]
+    for pair, future in late:
+        if future.done() and part.left_s > 0:
+            finish(pair, future, 0.0)
 
 
 def start(
@@ -116,12 +126,10 @@ def timed_row(part: Part, pair: Pair) -> dict[str, Any]:
             rounds=3 if part.small else ROUNDS,
         )
     except jax.errors.JaxRuntimeError as error:
-        return {"network": pair.network, "dtype": pair.dtype, "error": str(error)[:500]}
+        return {"error": str(error)[:500]}
     by_side = dict(zip(SIDES, times, strict=True))
     measured = {side: statistics.median(by_side[side]) for side in SIDES}
     return {
-        "network": pair.network,
-        "dtype": pair.dtype,
         "batch": NETWORKS[pair.network].batch,
         "measured_s": measured,
         "ratio": median_ratio(by_side["ours"], by_side["plain"]),
