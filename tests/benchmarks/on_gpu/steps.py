@@ -22,7 +22,7 @@ from tests.benchmarks.on_gpu.fit import fitted_gpu
 from tests.benchmarks.on_gpu.part import Part
 
 STEPPED = ("ResNet-50", "VGG-16", "U-Net")
-SMALL_STEPPED = ("small U-Net",)
+SMALL_STEPPED = ("LeNet-5",)
 SIDES = ("plain", "ours")
 ROUNDS = 15
 TIMING_S = 12.0
