@@ -109,7 +109,7 @@ bench-search: $(READY)  ## Time the search on the paper's networks, and against 
 bench-costs: $(READY)  ## Predicted against measured steps, lazy against full tables (hours)
 	$(BIN)/python -m tests.benchmarks.costs
 
-gpu-check: $(READY)  ## Correctness, profile and accuracy on the GPUs at hand (under 8 minutes)
+gpu-check: $(READY)  ## Correctness, ceilings, steps beside plain JAX's, layer times on one GPU (under 8 minutes)
 	$(BIN)/python -m tests.benchmarks.gpu_check
 
 bench-compile: $(READY)  ## Time tracing and compiling beside plain JAX

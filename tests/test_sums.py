@@ -12,7 +12,10 @@ import pytest
 
 import jaxlwp
 from jaxlwp.check._verify import check_layers
+from jaxlwp.cost import layer_configs
+from jaxlwp.devices import device_graph, make_mesh
 from jaxlwp.graph import trace
+from jaxlwp.measure._local import local_step
 from jaxlwp.space import Strategy
 from tests.contracts.harness import compiler_options
 
@@ -138,3 +141,28 @@ def test_another_function_adds_up_alike(arguments: Any) -> None:
 def test_no_floating_point_dtype(dtype: Any) -> None:
     with pytest.raises(ValueError, match=f"sum_dtype: {dtype!r} is no floating-point dtype; give"):
         trace(lambda p: p, jnp.zeros(()), sum_dtype=dtype)
+
+
+def test_one_channel_is_cast_in_parts() -> None:
+    """A cast has no name for a dimension of size 1, and is split along the others all the same."""
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        dims = ("NHWC", "HWIO", "NHWC")
+        weights = params.astype(jnp.bfloat16)
+        y = jax.lax.conv_general_dilated(
+            x.astype(jnp.bfloat16), weights, (1, 1), "SAME", dimension_numbers=dims
+        )
+        return jnp.mean(jnp.tanh(y).astype(jnp.float32))
+
+    shapes = ((3, 3, 1, 8), (8, 16, 16, 1))
+    graph = trace(loss, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    first = graph.layers[0]
+    labels = {use.info.shape: use.labels for use in first.uses}
+    assert labels[shapes[1]] == ("sample", "height", "width", None)
+    assert labels[shapes[0]] == (None, None, None, "channel")
+    mesh = make_mesh(jax.devices()[:4])
+    sizes = {str(name): size for name, size in mesh.shape.items()}
+    (configs,) = layer_configs([first], device_graph(mesh, rates=RATES))
+    for config in configs:
+        # A layer alone is built of what its uses say, or not at all.
+        local_step(graph, first, config, sizes)

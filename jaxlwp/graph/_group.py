@@ -78,7 +78,14 @@ def pull(eqn: Equation, position: int, labels: Labels) -> Signature | None:
     signature = _signature_of(eqn)
     if signature is None:
         return None
-    matched = match_labels([signature.results[position]], [labels])
+    made = signature.results[position]
+    # Nobody splits a dimension of size 1, and elementwise operators have no name for it.
+    sizes = eqn.result_values[position].shape
+    asked = tuple(
+        None if own is None and size == 1 else label
+        for own, size, label in zip(made, sizes, labels, strict=True)
+    )
+    matched = match_labels([made], [asked])
     if matched is None or matched[1]:
         return None
     return rename(signature, matched[0])
