@@ -14,8 +14,12 @@ from jax import lax
 from jax.sharding import Mesh
 
 import jaxlwp
+from jaxlwp.cost import layer_key
 from jaxlwp.cost._kernels import Kernel, Traffic, layer_kernels, update_kernels
 from jaxlwp.devices import DeviceGraph, preset
+from jaxlwp.kernels import Builder, differentiated, fuse
+from jaxlwp.lower import Lowered
+from jaxlwp.optimize._wide import MOST_CONFIGS, _Growth
 from jaxlwp.program import Value
 from jaxlwp.space import Config
 
@@ -148,3 +152,41 @@ def test_processors_are_priced_operator_by_operator(graph: jaxlwp.graph.Computat
     assert not model.kernels
     gpus: DeviceGraph = preset("h200", gpus=2).device_graph(mesh)
     assert gpus.fuses and jaxlwp.cost.AnalyticCostModel.of(graph, gpus).kernels
+
+
+def test_layers_that_are_alike_but_for_their_kernels_have_costs_of_their_own() -> None:
+    """Of equal convolutions the one before a pooling has other kernels than the one before it."""
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        dims = ("NHWC", "HWIO", "NHWC")
+        for n in range(3):
+            y = lax.conv_general_dilated(x, params[n], (1, 1), "SAME", dimension_numbers=dims)
+            x = jnp.maximum(y + params[3], 0)
+        window = (1, 2, 2, 1)
+        return jnp.mean(lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID") ** 2)
+
+    kernel = jax.ShapeDtypeStruct((3, 3, INPUTS, INPUTS), jnp.float32)
+    params = [kernel, kernel, kernel, jax.ShapeDtypeStruct((INPUTS,), jnp.float32)]
+    graph = jaxlwp.trace(loss, params, jax.ShapeDtypeStruct((N, SIZE, SIZE, INPUTS), jnp.float32))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("a",))
+    growth = _Growth(graph, preset("h200", gpus=2).device_graph(mesh), None, 1.0, MOST_CONFIGS)
+    alike = [layer for layer in graph.layers if layer_key(layer) == layer_key(graph.layers[1])]
+    assert len({growth.model.kernels[layer.index] for layer in alike}) == len(alike) == 2
+    for layer in alike:
+        costs = growth.model.layer(layer, [Config()])
+        own = costs.compute_s + costs.exchange_s + costs.sync_s + costs.overhead_s
+        assert growth.own_s(layer.index, [Config()]) == own.tolist()
+
+
+def test_names_are_made_for_memory_alone(graph: jaxlwp.graph.ComputationGraph) -> None:
+    """A name for each value takes a quarter of the time of tracing, and changes no kernel."""
+    whole = (Config(),) * len(graph.layers)
+    lowered = Lowered(graph=graph, configs=whole, axis_sizes={"device": 1})
+    made = [differentiated(lowered), differentiated(lowered, named=True)]
+    names = [sum(eqn.name == "name" for eqn in each.program.equations) for each in made]
+    assert names[0] == 0 < names[1]
+    first, second = (
+        [(node.kind, node.num_bytes, len(read)) for node, read in kernels.items()]
+        for kernels in (fuse(Builder(each.program).root(each.gradients)) for each in made)
+    )
+    assert first == second

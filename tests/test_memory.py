@@ -257,7 +257,7 @@ def test_kernels_run_after_what_they_read(mesh222: Mesh, name: str, baseline: st
     plan = parallelize(
         work.loss, work.params, *work.batch, mesh=mesh222, strategy=baseline, rates=RATES
     )
-    local = differentiated(plan.lowered)
+    local = differentiated(plan.lowered, named=True)
     kernels = fuse(Builder(local.program).root(local.gradients))
     order = _order(kernels)
     done: set[Any] = set()

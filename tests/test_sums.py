@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 
 import jaxlwp
 from jaxlwp.check._verify import check_layers
-from jaxlwp.cost import layer_configs
+from jaxlwp.cost import AnalyticCostModel, layer_configs
 from jaxlwp.devices import device_graph, make_mesh
 from jaxlwp.graph import trace
 from jaxlwp.measure._local import local_step
-from jaxlwp.space import Strategy
+from jaxlwp.optimize._floor import floor_s
+from jaxlwp.space import Config, Strategy
 from tests.contracts.harness import compiler_options
 
 RATES = jaxlwp.Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)
@@ -166,3 +168,92 @@ def test_one_channel_is_cast_in_parts() -> None:
     for config in configs:
         # A layer alone is built of what its uses say, or not at all.
         local_step(graph, first, config, sizes)
+
+
+def bytes_of_sums(loss: Any, params: Any, sum_dtype: Any = None) -> tuple[int, jaxlwp.Plan]:
+    """Bytes of all-reduces of data parallelism, of a batch of 8 rows of 16 numbers."""
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    plan = jaxlwp.parallelize(
+        loss, params, x, devices=4, strategy="data", rates=RATES, sum_dtype=sum_dtype
+    )
+    assert all(layer.agrees for layer in check_layers(plan))
+    return sum(c.num_bytes for c in plan.collectives) - 4, plan
+
+
+@pytest.mark.parametrize(
+    "dtypes, sum_dtype, num_bytes",
+    [
+        (("bfloat16", "float32"), None, 4),  # rounded, as for training with fewer bits
+        (("float8_e4m3fn", "float32"), None, 4),
+        (("float8_e4m3fn", "bfloat16"), None, 2),
+        (("bfloat16", "float32"), "float32", 4),
+        (("bfloat16", "float8_e5m2", "bfloat16"), None, 2),
+        (("bfloat16", "float16"), None, 2),
+        (("float16", "bfloat16", "float32"), None, 4),
+    ],
+)
+def test_rounded_weights_are_added_up_as_the_layer_computes(
+    dtypes: tuple[str, ...], sum_dtype: Any, num_bytes: int
+) -> None:
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        weights = params
+        for dtype in dtypes:
+            weights = weights.astype(dtype)
+        return jnp.mean(jnp.tanh(x.astype(weights.dtype) @ weights).astype(jnp.float32) ** 2)
+
+    found, plan = bytes_of_sums(loss, jax.ShapeDtypeStruct((16, 8), jnp.float32), sum_dtype)
+    assert found == num_bytes * 16 * 8
+    sums = {use.moved.dtype for layer in plan.graph.layers for use in layer.uses if use.gradient}
+    assert np.dtype(dtypes[-1]) in sums or num_bytes == 2
+
+
+def test_devices_do_not_add_up_in_eight_bits() -> None:
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        weights = params.astype(jnp.float8_e4m3fn)
+        y = jax.lax.dot(x, weights, preferred_element_type=jnp.float32)
+        return jnp.mean(jnp.tanh(y) ** 2)
+
+    found, _ = bytes_of_sums(loss, jax.ShapeDtypeStruct((16, 8), jnp.float32))
+    assert found == 4 * 16 * 8
+
+
+def test_equal_casts_are_priced_as_one() -> None:
+    def loss(params: Any, x: jax.Array, times: int) -> jax.Array:
+        y = (x @ params["w"]).astype(jnp.bfloat16)
+        for _ in range(times):
+            y = y * params["scale"].astype(jnp.bfloat16)
+        return jnp.mean(y.astype(jnp.float32) ** 2)
+
+    shapes = {
+        "w": jax.ShapeDtypeStruct((16, 8), jnp.float32),
+        "scale": jax.ShapeDtypeStruct((8,), jnp.float32),
+    }
+    costs = [
+        bytes_of_sums(lambda p, x, times=times: loss(p, x, times), shapes)[1].cost
+        for times in (1, 2)
+    ]
+    assert costs[0].sync_s == costs[1].sync_s and costs[0].overhead_s == costs[1].overhead_s
+
+
+def test_a_parameter_that_is_read_in_two_dtypes_is_updated_once() -> None:
+    def loss(params: Any, x: jax.Array, twice: bool) -> jax.Array:
+        y = (x @ params["w"]).astype(jnp.bfloat16) * params["scale"].astype(jnp.bfloat16)
+        return jnp.mean((y.astype(jnp.float32) + (params["scale"] if twice else 1.0)) ** 2)
+
+    shapes = {
+        "w": jax.ShapeDtypeStruct((16, 8), jnp.float32),
+        "scale": jax.ShapeDtypeStruct((8,), jnp.float32),
+    }
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    costs = []
+    devices = jaxlwp.device_graph(jaxlwp.make_mesh(jax.devices()[:4]), rates="h200")
+    for twice in (False, True):
+        graph = trace(functools.partial(loss, twice=twice), shapes, x)
+        value = graph.program.inputs[graph.argument_names.index("params['scale']")]
+        found = [u for layer in graph.layers for u in layer.uses if u.value == value]
+        assert len(found) == 1 + twice
+        space = jaxlwp.price(graph, devices)
+        assert floor_s(graph, AnalyticCostModel.of(graph, devices)) <= jaxlwp.search(space).value
+        replicated = [choices.index(Config()) for choices in space.configs]
+        costs.append(space.tables.evaluate(replicated))  # no sums: what is left is the update
+    assert costs[0].overhead_s == costs[1].overhead_s > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeGuard, TypeVar
 
@@ -176,23 +176,23 @@ class AnalyticCostModel:
             total_s += new_s * info.itemsize * blocks.elements(info.shape, labels)
         # The update reads parameter, gradient and slots, and writes parameter and slots.
         update_s = (3 + 2 * self.optimizer_slots) * self.devices.update_pass_byte_s
-        for use in layer.uses:
-            if use.argument and use.source == layer.index:
-                num_bytes = use.info.itemsize * blocks.elements(use.info.shape, use.source_labels)
-                if not use.gradient:
-                    total_s += self.devices.input_byte_s * num_bytes
-                    continue
-                # A gradient that is summed over devices is there twice: before and after.
-                summed = [
-                    len(active - layout_axes(layout)) > 0
-                    for layout, active in _wanted(use, configs)
-                ]
-                total_s += (update_s + new_s * (1 + np.array(summed))) * num_bytes
-                if self.kernels:
-                    sums = use.moved.itemsize / use.info.itemsize * np.array(summed)
-                    starts, copied = update_kernels(use.info, sums)
-                    total_s += starts * self.devices.overhead_s
-                    total_s += copied * num_bytes / self.devices.memory_bytes_per_s
+        stored = [u for u in layer.uses if u.argument and u.source == layer.index]
+        for first, use in first_of_value(stored):
+            num_bytes = use.info.itemsize * blocks.elements(use.info.shape, use.source_labels)
+            if not use.gradient:
+                total_s += self.devices.input_byte_s * num_bytes
+                continue
+            # A gradient that is summed over devices is there twice: before and after.
+            summed = [
+                len(active - layout_axes(layout)) > 0 for layout, active in _wanted(use, configs)
+            ]
+            pass_s = update_s if first else 0.0
+            total_s += (pass_s + new_s * (1 + np.array(summed))) * num_bytes
+            if self.kernels:
+                sums = use.moved.itemsize / use.info.itemsize * np.array(summed)
+                starts, copied = update_kernels(use.info, sums, again=not first)
+                total_s += starts * self.devices.overhead_s
+                total_s += copied * num_bytes / self.devices.memory_bytes_per_s
         return total_s
 
     def transfer_s(
@@ -364,6 +364,17 @@ class _Blocks:
         return self._elements[key]
 
 
+def first_of_value(uses: Iterable[Use]) -> list[tuple[bool, Use]]:
+    """Uses, each with whether it is the first with a gradient: a parameter is updated once."""
+    seen: set[int] = set()
+    result = []
+    for use in uses:
+        result.append((use.value not in seen, use))
+        if use.gradient:
+            seen.add(use.value)
+    return result
+
+
 def _source_layouts(
     use: Use, configs: Sequence[Config], axis_sizes: dict[str, int]
 ) -> list[Layout]:
@@ -524,9 +535,8 @@ def layer_key(layer: Layer) -> str:
         for m in layer.members
     ]
     own = [
-        (*_use_key(use), use.source_labels, use.argument)
-        for use in layer.uses
-        if use.source == layer.index
+        (first, *_use_key(use), use.source_labels, use.argument)
+        for first, use in first_of_value(u for u in layer.uses if u.source == layer.index)
     ]
     return repr((members, own, layer.outputs, spare_sums(layer)))
 

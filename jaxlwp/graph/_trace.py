@@ -213,26 +213,49 @@ def build_graph(
     )
 
 
+class _Cast(NamedTuple):
+    """An argument, or what casts make of it: how it is moved.
+
+    `moved` is the one of them that is moved, `itemsize` the least on the way from that one.
+    """
+
+    argument: int
+    moved: int
+    itemsize: int
+
+
 def _casts(grouping: Grouping, sum_dtype: str | None) -> dict[int, int]:
     """Arguments in another floating-point dtype that is better moved, and added up, than their own.
 
-    The narrower is better, if it is not narrower than `sum_dtype`. See `ComputationGraph.casts`.
+    The narrower is better, if it is not narrower than `sum_dtype` nor than two bytes: devices do
+    not add up in eight bits. What is rounded on its way to the layer, as where fewer bits are
+    simulated, is added up in the dtype in which the layer computes, before that rounding's
+    transpose. See `ComputationGraph.casts`.
     """
     program = grouping.program
-    least = jnp.dtype(sum_dtype).itemsize if sum_dtype is not None else 0
-    stored = {value: value for value in program.inputs}
+    least = max(2, jnp.dtype(sum_dtype).itemsize if sum_dtype is not None else 0)
+    sizes = {i: value.itemsize for i, value in enumerate(program.values)}
+    made = {value: _Cast(value, value, sizes[value]) for value in program.inputs}
     first: dict[tuple[int, str], int] = {}
+    same: dict[int, int] = {}
     found: dict[int, int] = {}
     for eqn in program.equations:
         if eqn.name != "convert_element_type" or eqn.results[0] not in grouping.lazy:
             continue
         before, after = eqn.operand_values[0], eqn.result_values[0]
         floats = all(jnp.issubdtype(value.dtype, jnp.floating) for value in (before, after))
-        ranks = [(v.itemsize < least, v.itemsize) for v in (after, before)]
-        if floats and eqn.operands[0] in stored and ranks[0] < ranks[1]:
-            key = stored[eqn.operands[0]], str(after.dtype)
-            value = eqn.results[0]
-            stored[value] = found[value] = first.setdefault(key, value)
+        if not floats or eqn.operands[0] not in made:
+            continue
+        value, known = eqn.results[0], made[eqn.operands[0]]
+        key = same.get(eqn.operands[0], eqn.operands[0]), str(after.dtype)
+        same[value] = first.setdefault(key, value)
+        old, new = ((sizes[v] < least, sizes[v]) for v in (known.moved, value))
+        rounded = known.itemsize < min(sizes[value], sizes[known.argument])
+        if new < old or (rounded and new[0] <= old[0]):
+            made[value] = _Cast(known.argument, value, sizes[value])
+            found[value] = same[value]
+        else:
+            made[value] = known._replace(itemsize=min(known.itemsize, sizes[value]))
     return found
 
 
@@ -330,8 +353,8 @@ class _Reader:
                 return
             eqn = program.equations[self.grouping.lazy[value]]
             signature = pull(eqn, eqn.results.index(value), labels)
-            if moved is None and value in self.casts:
-                moved = value
+            if moved is None:
+                moved = self.casts.get(value)
             self.read(eqn, signature or whole(eqn), active if signature else frozenset(), moved)
             return
         argument = value not in self.grouping.homes

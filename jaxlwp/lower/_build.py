@@ -342,13 +342,13 @@ class Builder:
 
         So it is moved, and its gradients are added up, in the dtype of the cast.
         """
-        position = self.graph.lazy[value]
-        eqn = self.graph.program.equations[position]
-        operand = self.graph.casts.get(eqn.operands[0], eqn.operands[0])
-        if operand in self.graph.casts:
-            self.cast(operand)
+        equations, position = self.graph.program.equations, self.graph.lazy[value]
+        (operand,) = equations[position].operands
+        while operand in self.graph.lazy:
+            (operand,) = equations[self.graph.lazy[operand]].operands
         if value in self.made or operand not in self.made:
             return  # in a layer alone, arguments are there as readers want them
+        eqn = equations[position]
         layout = self.made[operand].layout
         split = {str(dim): axes for dim, axes in enumerate(layout)}
         labels = tuple(str(dim) if axes else None for dim, axes in enumerate(layout))

@@ -76,7 +76,7 @@ def strategy_memory(
       optimizer_bytes: of the optimizer's state on each device.
     """
     lowered = Lowered(graph=graph, configs=tuple(configs), axis_sizes=axis_sizes)
-    local = differentiated(lowered)
+    local = differentiated(lowered, named=True)
     buffers = predict(local.program, local.gradients, local.loss)
     layouts = lowered.input_layouts()
     sizes = [
@@ -242,7 +242,9 @@ def _kept_blocks(
     layer and the names of their dimensions there come second.
     """
     whole = (Config(),) * len(graph.layers)
-    local = differentiated(Lowered(graph=graph, configs=whole, axis_sizes={"device": 1}))
+    local = differentiated(
+        Lowered(graph=graph, configs=whole, axis_sizes={"device": 1}), named=True
+    )
     buffers = predict(local.program, local.gradients, local.loss)
     readers: dict[int, tuple[int, Labels]] = {}
     for layer in graph.layers:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxlwp.cost import (
     AnalyticCostModel,
     Kernel,
+    first_of_value,
     layer_key,
     passes_of,
     spare_sums,
@@ -197,9 +198,9 @@ def _classes(
     else:
         for member in layer.members:
             least_s = least_s + _work_s(member, degrees, model)
-    for use in layer.uses:
-        if use.source == layer.index and use.gradient:
-            least_s = least_s + _own_use_s(use, degrees, model, links)
+    for first, use in first_of_value(u for u in layer.uses if u.source == layer.index):
+        if use.gradient:
+            least_s = least_s + _own_use_s(use, degrees, model, links, first=first)
     for spare in spare_sums(layer):
         parts = _product(degrees, spare.names)
         joined_s = spare.count * links.seconds("all-reduce", parts, 0 * parts)
@@ -274,11 +275,13 @@ def _sums_s(member: Member, degrees: _Degrees, links: _Links) -> FloatArray:
     return sums_s
 
 
-def _own_use_s(use: Use, degrees: _Degrees, model: AnalyticCostModel, links: _Links) -> FloatArray:
+def _own_use_s(
+    use: Use, degrees: _Degrees, model: AnalyticCostModel, links: _Links, *, first: bool
+) -> FloatArray:
     """Update of a parameter; the sum of partial gradients of it, or of a value inside the layer."""
     block = math.prod(use.info.shape) / _product(degrees, use.source_labels)
     result_s = 0 * degrees[""]
-    if use.argument:
+    if use.argument and first:
         passes = 3 + 2 * model.optimizer_slots
         result_s = passes * model.devices.update_pass_byte_s * use.info.itemsize * block
     if use.labels == use.source_labels:

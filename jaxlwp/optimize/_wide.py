@@ -127,7 +127,10 @@ class _Growth:
 
     def __post_init__(self) -> None:
         self.model = AnalyticCostModel.of(self.graph, self.devices, self.optimizer_slots)
-        self.keys = [layer_key(layer) for layer in self.graph.layers]
+        self.keys = [
+            f"{layer_key(layer)} {self.model.kernels[layer.index : layer.index + 1]}"
+            for layer in self.graph.layers
+        ]
         self.near: list[set[int]] = [set() for _ in self.graph.layers]
         for edge in self.graph.edges:
             self.near[edge.source].add(edge.target)
