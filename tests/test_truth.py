@@ -9,7 +9,15 @@ import pytest
 from jaxlwp.check import forecast
 from jaxlwp.devices import preset
 from tests.benchmarks.hidden import Sum, eager_ends, hidden, last_end_s
-from tests.benchmarks.truth import MEASURED, NCCL_1, compared, forecasts, with_links
+from tests.benchmarks.truth import (
+    MEASURED,
+    NCCL_1,
+    compared,
+    forecasts,
+    missed,
+    summary,
+    with_links,
+)
 
 DATA = Path(__file__).parent / "data"
 
@@ -119,3 +127,25 @@ def test_links_of_nccl_1() -> None:
     assert system.collective_s("all-reduce", 1e9, range(8)) == pytest.approx(
         system.inside.start_s + one_way / 72e9
     )
+
+
+def test_bars_that_are_missed_and_the_table() -> None:
+    row = MEASURED[0]  # 384, 763, 1513 and 3005 images/s
+    rate, growth = row.rate_bar, row.growth_bar
+    assert (rate, growth) == (0.25, 0.05)
+    seconds = {1: 96 / 500, 2: 2 * 96 / 763, 8: 8 * 96 / 6000}
+    found = compared(row.images_per_s, row.batch, seconds)
+    found = {str(count): figures for count, figures in found.items()}
+    rows = {row.key: {"forecast": {"own, sums hidden": found}}}
+    assert [line for line in missed(rows) if row.key in line] == [
+        f"{row.key}: rate of one GPU +30 %",
+        f"{row.key}: growth to 2 -23.2 %",
+        f"{row.key}: 4 not compiled",
+        f"{row.key}: growth to 8 +53.3 %",
+    ]
+    lines = summary(rows).splitlines()[2:]
+    assert lines == [
+        f"| {row.key} | 1 | 384 | 500 (+30 %) |  |  |  |  |",
+        "|  | 2 | 763 | 763 (+0 %) | 1.99 | 1.53 (-23.2 %) |  |  |",
+        "|  | 8 | 3005 | 6000 (+100 %) | 7.83 | 12.00 (+53.3 %) |  |  |",
+    ]

@@ -327,14 +327,19 @@ def _growth(found: Mapping[str, float]) -> str:
 
 
 def missed(rows: Mapping[str, Any]) -> list[str]:
-    """The bars that are not reached, a line each."""
+    """The bars that are not reached, a line each, and what is not compiled."""
     lines = []
     for row in MEASURED:
-        for count, found in rows[row.key]["forecast"]["own, sums hidden"].items():
-            if count == "1" and row.rate_bar and abs(found["error"]) > row.rate_bar:
-                lines.append(f"{row.key}: rate of one GPU {100 * found['error']:+.0f} %")
-            if abs(found["growth_error"]) > row.growth_bar:
-                lines.append(f"{row.key}: growth to {count} {100 * found['growth_error']:+.1f} %")
+        found = rows.get(row.key, {}).get("forecast", {}).get("own, sums hidden", {})
+        for count in map(str, row.images_per_s):
+            if count not in found:
+                lines.append(f"{row.key}: {count} not compiled")
+                continue
+            error, grown = found[count]["error"], found[count]["growth_error"]
+            if count == "1" and row.rate_bar and abs(error) > row.rate_bar:
+                lines.append(f"{row.key}: rate of one GPU {100 * error:+.0f} %")
+            if abs(grown) > row.growth_bar:
+                lines.append(f"{row.key}: growth to {count} {100 * grown:+.1f} %")
     return lines
 
 
