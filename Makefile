@@ -12,12 +12,14 @@ NEWEST_VENV := .venv-newest
 NEWEST_READY := $(NEWEST_VENV)/.installed
 AOT_VENV := .venv-gpu-aot
 AOT_READY := $(AOT_VENV)/.installed
+AOT12_VENV := .venv-gpu-aot-cuda12
+AOT12_READY := $(AOT12_VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-newest test-gpu-aot lint graph format demo notebook \
-	bench-search bench-space bench-compile bench-compare bench-memory bench-costs bench-gpu gpu-check fuzz clean
+	bench-search bench-space bench-compile bench-compare bench-memory bench-costs bench-gpu bench-truth gpu-check fuzz clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +45,14 @@ $(AOT_READY): pyproject.toml
 	@echo "Installing into $(AOT_VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(AOT_VENV)
 	@$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,gpu-aot]'
+	@touch $@
+
+# The plugin for CUDA 12 knows P100 and V100, and does not go beside the one for CUDA 13.
+$(AOT12_READY): pyproject.toml
+	@echo "Installing into $(AOT12_VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(AOT12_VENV)
+	@$(AOT12_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e '.[dev,gpu-aot-cuda12]'
 	@touch $@
 
 test-gpu-aot: $(AOT_READY)  ## Compile plans for 16 H200s that are not there (downloads 250 MB)
@@ -127,10 +137,14 @@ bench-gpu: $(AOT_READY)  ## Plans beside plain JAX, compiled for GPUs that are n
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.gpu --small --only plain one found data spatial
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.gpu --slow --targets h200:2x8 --only plain found data owt
 
+bench-truth: $(AOT_READY) $(AOT12_READY)  ## Forecasts beside published GPU measurements (an hour; resumes)
+	JAX_PLATFORMS=cpu $(AOT12_VENV)/bin/python -m tests.benchmarks.truth
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.truth
+
 bench-memory: $(AOT_READY)  ## Compare predicted memory with what is compiled for 16 H200s
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.memory
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.memory --limits
 
 clean:  ## Remove the environment and all caches
-	rm -rf $(VENV) $(AOT_VENV) $(NEWEST_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AOT_VENV) $(AOT12_VENV) $(NEWEST_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -146,7 +146,9 @@ def test_volume_takes_a_sixth_of_the_memory(record_property: Record) -> None:
     )
     assert ours <= whole / 6
     actual = done(*jax.device_put((params, variables, x), plan.shardings))
-    assert max(compare(actual, alone(params, variables, x)).values()) <= 1e-4
+    # Optimised, JAX 0.12's program for one device is off by 1 % on some processors, in float32.
+    step = jax.jit(jax.value_and_grad(loss), compiler_options=compiler_options(plan.mesh))
+    assert max(compare(actual, step(params, variables, x)).values()) <= 1e-4
 
 
 def test_checkpoint_stays_a_rematerialisation() -> None:
