@@ -307,7 +307,8 @@ def _ratios(data: dict[str, Any], plain: dict[str, Any]) -> list[float]:
         return {"sent": sum(row["collective_bytes"].values())} | row
 
     names = ("sent", "kernel_bytes", "kernels", "temporary_bytes")
-    return [total(data)[name] / total(plain)[name] for name in names]
+    # Where a batch cannot be split neither sends anything.
+    return [(total(data)[name] or 1) / (total(plain)[name] or 1) for name in names]
 
 
 def main(arguments: list[str]) -> int:
