@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from jaxlwp import BASELINES, Config, Plan, Rates, parallelize
 from jaxlwp.cli._workload import load_workload
-from jaxlwp.kernels import COMBINED_BYTES, Builder, fuse
+from jaxlwp.devices import BUCKET_BYTES
+from jaxlwp.kernels import Builder, fuse
 from jaxlwp.memory._buffers import _order, predict
 from jaxlwp.memory._memory import (
     differentiated,
@@ -336,7 +337,7 @@ def test_all_reduces_are_combined_up_to_a_size() -> None:
         return max(node.num_bytes for node in buffers.live)
 
     mebi = 1024 * 1024
-    assert COMBINED_BYTES == 30 * mebi
+    assert BUCKET_BYTES == 30 * mebi
     assert concatenated(20 * 256) == 20 * mebi
     assert concatenated(10 * 256) == 20 * mebi
 

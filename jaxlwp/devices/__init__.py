@@ -17,13 +17,14 @@ from jaxlwp.devices._calibrate import (
     measure,
     rates_key,
 )
-from jaxlwp.devices._device_graph import DeviceGraph, LinkFit, MeshAxis
+from jaxlwp.devices._device_graph import BUCKET_BYTES, DeviceGraph, LinkFit, MeshAxis
 from jaxlwp.devices._presets import load_system, preset, system_for, system_of
 from jaxlwp.devices._processes import from_first, spans_processes
 from jaxlwp.devices._store import Environment, Measurement, Store, environment_of, now, read_export
 from jaxlwp.devices._systems import Gpu, Level, System
 
 __all__ = [
+    "BUCKET_BYTES",
     "DeviceGraph",
     "Environment",
     "GivenRates",

@@ -298,7 +298,7 @@ class DeviceGraph:
             ) from error
 
 
-BUCKET_BYTES = 30.0 * 2**20
+BUCKET_BYTES = 30 * 2**20
 """What XLA for GPUs joins to one collective, at most.
 
 Source: `xla_gpu_all_reduce_combine_threshold_bytes` and the like, xla/debug_options_flags.cc.

@@ -10,12 +10,11 @@ Sources: the passes of XLA that are named, in openxla/xla under `xla/service`, `
 
 from jaxlwp.kernels._differentiated import DifferentiatedProgram, differentiated
 from jaxlwp.kernels._fuse import fuse, joins
-from jaxlwp.kernels._node import COMBINED_BYTES, LIBRARY, REDUCTIONS, SUMS, Node
+from jaxlwp.kernels._node import LIBRARY, REDUCTIONS, SUMS, Node
 from jaxlwp.kernels._nodes import Builder
 
 __all__ = [
     "Builder",
-    "COMBINED_BYTES",
     "DifferentiatedProgram",
     "LIBRARY",
     "Node",

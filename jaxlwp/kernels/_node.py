@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 
 from jaxlwp.program import Equation, Value
 
-COMBINED_BYTES = 30 * 1024 * 1024
-"""Largest combined all-reduce: XLA's `xla_gpu_all_reduce_combine_threshold_bytes`."""
-
 ALIASES = (
     "reshape",
     "squeeze",

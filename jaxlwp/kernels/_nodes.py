@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxlwp.devices import BUCKET_BYTES
 from jaxlwp.kernels._fuse import fuse
 from jaxlwp.kernels._node import (
     ALIASES,
     ALONE,
-    COMBINED_BYTES,
     EXCHANGES,
     GATHERS,
     REDUCTIONS,
@@ -283,9 +283,9 @@ class Builder:
         """The outputs, their all-reduces combined."""
         groups: dict[Hashable, list[list[Node]]] = defaultdict(lambda: [[]])
         for node in dict.fromkeys(outputs[position] for position in gradients):
-            if node.kind in SUMS and node.num_bytes < COMBINED_BYTES:
+            if node.kind in SUMS and node.num_bytes < BUCKET_BYTES:
                 lists = groups[self.devices(node)]
-                if sum(n.num_bytes for n in lists[-1]) + node.num_bytes > COMBINED_BYTES:
+                if sum(n.num_bytes for n in lists[-1]) + node.num_bytes > BUCKET_BYTES:
                     lists.append([])
                 lists[-1].append(node)
         pieces: dict[Node, Node] = {}

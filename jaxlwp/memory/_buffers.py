@@ -26,7 +26,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxlwp.kernels import COMBINED_BYTES, SUMS, Builder, Node, fuse, joins
+from jaxlwp.devices import BUCKET_BYTES
+from jaxlwp.kernels import SUMS, Builder, Node, fuse, joins
 from jaxlwp.program import Program
 
 
@@ -105,7 +106,7 @@ def _order(kernels: Mapping[Node, tuple[Node, ...]]) -> list[Node]:
         phase = int(node in deferred)
         if node.kind in ("update", "root") or (node.combined and node.kind == "slice"):
             phase = 3
-        elif phase and node.num_bytes >= COMBINED_BYTES:
+        elif phase and node.num_bytes >= BUCKET_BYTES:
             phase = 2  # a gradient that is reduced alone
         place[node] = after if joins(node) else max(after, (phase, node.number))
     for node in reversed(list(kernels)):
