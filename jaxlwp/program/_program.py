@@ -31,6 +31,9 @@ CUSTOM = CUSTOM_JVP + CUSTOM_VJP
 CHECKPOINTS = ("checkpoint", "remat2")
 """Names of the primitive of `jax.checkpoint`."""
 
+ASKED_BY_REMAT3 = ("dot_general", "conv_general_dilated", "name")
+"""The operators whose results a policy can keep under JAX's coming `jax_remat3`."""
+
 SCAN = "scan"
 """Name of the primitive of `jax.lax.scan`."""
 
@@ -89,10 +92,12 @@ class Checkpoint:
     Attributes:
       policy: says which values are kept nevertheless.
       prevent_cse: keep the compiler from merging the second evaluation with the first.
+      asked: names of the operators that JAX asks the policy about; None for all.
     """
 
     policy: Callable[..., Any] | None
     prevent_cse: bool
+    asked: tuple[str, ...] | None = None
 
     def keeps(self, primitive: Any, operands: Sequence[Any], params: Mapping[str, Any]) -> bool:
         """Whether the policy keeps what an operator makes.
@@ -102,7 +107,7 @@ class Checkpoint:
           operands: anything with their shapes and dtypes.
           params: of the operator.
         """
-        if self.policy is None:
+        if self.policy is None or not (self.asked is None or primitive.name in self.asked):
             return False
         shapes = [jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in operands]
         answer = self.policy(primitive, *shapes, **params)
@@ -455,7 +460,9 @@ class _Builder:
     ) -> list[int]:
         """Inline the body of a `jax.checkpoint`; its equations remember the call."""
         outer = self.checkpoints
-        call = Checkpoint(policy=params["policy"], prevent_cse=params["prevent_cse"])
+        call = Checkpoint(
+            policy=params["policy"], prevent_cse=params["prevent_cse"], asked=params.get("asked")
+        )
         self.checkpoints = (*outer, call)
         body, consts = _opened(params["jaxpr"])
         results = self.inline(body, consts, operands, scope)
@@ -556,7 +563,10 @@ def _plain(eqn: Any) -> tuple[Any, dict[str, Any], Sequence[int]]:
         return eqn.primitive.bind(*operands, **eqn.params)
 
     if kind == "RematTraced":
-        return StandIn(CHECKPOINTS[0], bind, multiple_results=True), dict(call.params), everything
+        # `everything_saveable` alone is known to it as what keeps all.
+        keeps_all = call.params["policy"] is jax.checkpoint_policies.everything_saveable
+        params = {**call.params, "asked": None if keeps_all else ASKED_BY_REMAT3}
+        return StandIn(CHECKPOINTS[0], bind, multiple_results=True), params, everything
     if kind == "CheckpointName":
         return StandIn("name", bind, multiple_results=True), dict(call.params), everything
     if kind != "CustomVJPTraced":
