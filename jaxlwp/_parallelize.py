@@ -10,7 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlwp.check import fastest, fastest_compiled
-from jaxlwp.devices import DeviceGraph, GivenRates, Rates, System, system_for, system_of
+from jaxlwp.devices import (
+    DeviceGraph,
+    GivenDevices,
+    GivenRates,
+    Rates,
+    System,
+    system_for,
+    system_of,
+)
 from jaxlwp.measure import Profile
 from jaxlwp.optimize import Objective
 from jaxlwp.plan import Plan, plan_for
@@ -22,7 +30,7 @@ def parallelize(
     fn: Callable[..., Any],
     params: Any,
     *batch: Any,
-    devices: Sequence[Any] | int | None = None,
+    devices: GivenDevices | None = None,
     mesh: Mesh | None = None,
     strategy: str | Strategy = "search",
     rates: GivenRates | DeviceGraph | Profile | None = None,
@@ -44,7 +52,10 @@ def parallelize(
       params: pytree of parameters (arrays or `jax.ShapeDtypeStruct`).
       *batch: the other arguments, likewise; their shapes are the plan's shapes.
       devices: devices or how many of `jax.devices()`; by default those of the mesh that is set
-        (`jax.set_mesh`), if there is one, else all.
+        (`jax.set_mesh`), if there is one, else all. Or what is not there: a system by name
+        ("dgx-h100:4" for four hosts, "h200:8" for eight GPUs, "cluster.toml:2"), what
+        `jaxlwp.devices.preset` returns, or a `DeviceGraph`. Such a plan can be looked at, saved
+        and compared; running it asks for devices.
       mesh: a mesh of the user's own, in place of `devices`; its axes keep their names and order,
         Auto or Explicit.
       strategy: "search", "data", "model", "owt", "spatial", or a `Strategy`.
@@ -81,12 +92,18 @@ def parallelize(
       ValueError: an argument of a wrong kind, more devices than exist, a loss that is not a scalar,
         an unknown strategy or one for another model, a batch that the devices do not divide under
         strategy "data", a rate that is not a positive number, an unknown system or one that the
-        mesh does not fit, an unknown check, constraints that nothing keeps to, a
+        mesh does not fit, an unknown check, a check or measurement that would run on devices that
+        are not there, constraints that nothing keeps to, a
         `sum_dtype` that is no floating-point dtype, a check by compiling on processors.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes)
     against = () if check == "compile" else _against(check)
+    if against and isinstance(devices, _DESCRIBED):
+        raise ValueError(
+            f"check: {check!r} runs training steps, and the devices are not here; give "
+            'check="compile", which forecasts them, or None'
+        )
     arguments = canonical("parallelize", fn, (params, *batch), keywords)
     plan = plan_for(
         fn,
@@ -104,10 +121,10 @@ def parallelize(
         on_progress=on_progress,
     )
     if check == "compile":
-        named = rates if isinstance(rates, (str, os.PathLike, System)) else None
+        named = [given for given in (rates, devices) if isinstance(given, _NAMED)]
         return fastest_compiled(
             plan,
-            system_of(plan.mesh) if named is None else system_for(plan.mesh, named),
+            system_for(plan.mesh, named[0]) if named else system_of(plan.mesh),
             optimizer=optimizer,
             memory_bytes=memory_bytes,
             progress=on_progress,
@@ -122,6 +139,11 @@ def parallelize(
         memory_bytes=memory_bytes,
         progress=on_progress,
     )
+
+
+_NAMED = (str, os.PathLike, System)
+_DESCRIBED = (*_NAMED, DeviceGraph)
+"""Kinds of what stands for devices that need not be there."""
 
 
 def _check_kinds(
@@ -141,10 +163,15 @@ def _check_kinds(
 
     if not callable(fn):
         refuse("loss function", fn, "a function, called as fn(params, *batch)")
-    if isinstance(devices, (str, bytes, bool)) or not (
-        devices is None or isinstance(devices, (int, np.integer)) or isinstance(devices, Iterable)
+    if isinstance(devices, (bytes, bool)) or not (
+        devices is None or isinstance(devices, (int, np.integer, Iterable, *_DESCRIBED))
     ):
-        refuse("devices", devices, "a number of devices, as in devices=8, or a list of them")
+        refuse(
+            "devices",
+            devices,
+            "a number of devices, as in devices=8, a list of them, or a system, as in "
+            "devices='dgx-h100:4'",
+        )
     if not (mesh is None or isinstance(mesh, Mesh)):
         refuse("mesh", mesh, "a jax.sharding.Mesh, as from jax.make_mesh")
     if devices is not None and mesh is not None:

@@ -49,7 +49,15 @@ class Wordless(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Conv(4, (3, 3))(x)
+        return nn.Conv(4, (3, 3))(x).sum((1, 2, 3))
+
+
+class Pixels(nn.Module):
+    input_shape: ClassVar = (8, 8, 1)
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(5, (3, 3))(x)
 
 
 class Needy(nn.Module):
@@ -314,6 +322,7 @@ def _shapes(work: Workload) -> Any:
         ("user_models:Normed", (16, 2), 16 * 4 * 5 + 5 + 3 * 2 * 4 + 4 + 4 + 4),
         ("user_models:instance", (16, 2), 16 * 6 * 5 + 5 + 3 * 2 * 6 + 6 + 6 + 6),
         ("user_models:Graph", None, 64 * 5 + 5 + 64 + 64),
+        ("user_models:Pixels", None, 9 * 5 + 5),
     ],
 )
 def test_flax_modules(name: str, shape: tuple[int, ...] | None, count: int) -> None:
@@ -323,7 +332,7 @@ def test_flax_modules(name: str, shape: tuple[int, ...] | None, count: int) -> N
 
     assert sum(leaf.size for leaf in jax.tree.leaves(real.params)) == count
     assert real.batch[0].shape == (6, *(shape or (8, 8, 1)))
-    assert real.batch[1].shape == (6,)
+    assert real.batch[1].shape == ((6, 8, 8) if name.endswith("Pixels") else (6,))
     assert jax.tree.structure(shapes.params) == jax.tree.structure(real.params)
     assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(shapes.params))
     abstract = jax.eval_shape(lambda *arguments: arguments, real.params, *real.batch)
@@ -365,7 +374,7 @@ ERRORS = [
     (["plan", "models.lenet:LeNet6"], "no attribute 'LeNet6'; name one that it has (its classes:"),
     (["plan", "user_models:number"], "is the int 3; it must be a Flax module"),
     (["plan", "user_models:Normed"], "has no input_shape"),
-    (["plan", "user_models:Wordless"], "returns arrays of shapes [[32, 8, 8, 4]]"),
+    (["plan", "user_models:Wordless"], "returns arrays of shapes [[32]]"),
     (["plan", "user_models:Needy"], "fails on input [32, 8, 8, 1] (TypeError: "),
     (["plan", "user_models:pair"], "must return the triple (loss_fn, params, batch)"),
     (["plan", "user_models:broken"], "the function fails (RuntimeError: no data here)"),

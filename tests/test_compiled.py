@@ -151,3 +151,11 @@ def test_what_is_returned_is_forecast_to_be_fastest() -> None:
         assert plan.checked[plan.strategy.name] == least_s
         assert (plan.strategy.name == REPLICATED) == (start_s == 1.0)
         assert "forecast steps:" in str(plan)
+
+
+@_aot
+def test_a_system_by_name_is_compiled_for_too() -> None:
+    plan = jaxlwp.parallelize(_cnn, *_arguments(), devices="h200:2", check="compile")
+    assert plan.checked_by == "forecast" and PLAIN in plan.checked
+    assert plan.mesh.size == 2
+    assert all("H200" in device.device_kind for device in plan.mesh.devices.flat)

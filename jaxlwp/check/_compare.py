@@ -35,6 +35,7 @@ from jaxlwp.devices import (
     spans_processes,
 )
 from jaxlwp.measure import layer_timer
+from jaxlwp.mesh import need_devices
 from jaxlwp.optimize import measured_space
 from jaxlwp.plan import (
     MEMORY_MARGIN,
@@ -261,7 +262,7 @@ def compare(
         steps.append(_compile(plan, state, data))
     progress("compiling steps", len(steps), len(plans))
     times = _measure(steps, state, data, rounds, progress)
-    mesh_devices = list(plans[0].mesh.devices.flat)
+    mesh_devices = list(need_devices("compare", plans[0].mesh).devices.flat)
     return Comparison(
         model=name or str(getattr(fn, "__qualname__", type(fn).__name__)),
         batch=batch_size(data),
@@ -325,7 +326,7 @@ def fastest(
         steps.append(_compile(each, state, batch, optimizer))
     taken = _measure(steps, state, batch, rounds, progress)
     times = [statistics.median(times_s) for times_s in taken]
-    if spans_processes(plan.mesh):  # all must keep the same plan
+    if spans_processes(need_devices("compare", plan.mesh)):  # all must keep the same plan
         times = from_first(times)
     checked = {each.strategy.name: s for each, s in zip(plans, times, strict=True)}
     for name in left_out:
@@ -366,8 +367,9 @@ def _limit_bytes(plan: Plan, memory_bytes: float | None) -> float:
     whatever can be run is to be compared. Of simulated devices there is no telling: what they take
     is not what GPUs would.
     """
-    free_bytes = _accelerator_bytes(local_devices(plan.mesh))
-    if spans_processes(plan.mesh):  # all must run the same programs
+    mesh = need_devices("compare", plan.mesh)
+    free_bytes = _accelerator_bytes(local_devices(mesh))
+    if spans_processes(mesh):  # all must run the same programs
         free_bytes = from_first(free_bytes)
     allowed_bytes = math.inf if memory_bytes is None else memory_bytes / MEMORY_MARGIN
     return min(allowed_bytes, math.inf if free_bytes is None else free_bytes)
@@ -454,7 +456,7 @@ class _Step:
 
 def _compile(plan: Plan, state: Any, batch: Arguments, optimizer: Any = None) -> _Step:
     program = lower_step(plan, state, batch, optimizer or OPTIMIZER).compile()
-    memory = program_memory(program, plan.mesh.devices.flat[0].platform)
+    memory = program_memory(program, need_devices("compare", plan.mesh).devices.flat[0].platform)
     return _Step(plan=plan, program=program, memory=memory)
 
 
@@ -527,8 +529,12 @@ def _staying(memories: Sequence[ProgramMemory], free_bytes: float) -> set[int]:
 
 def _free_bytes(plan: Plan) -> float:
     """Bytes of memory per device that a comparison may take."""
-    num_bytes = _free_here(local_devices(plan.mesh))
-    return float(from_first(num_bytes)) if spans_processes(plan.mesh) else num_bytes
+    num_bytes = _free_here(local_devices(need_devices("compare", plan.mesh)))
+    return (
+        float(from_first(num_bytes))
+        if spans_processes(need_devices("compare", plan.mesh))
+        else num_bytes
+    )
 
 
 def _free_here(devices: Sequence[Any]) -> float:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optax
+from jax.sharding import Mesh
 
 from jaxlwp.check._compare import Progress, applicable
 from jaxlwp.check._forecast import Forecast, forecast
-from jaxlwp.check._target import Target, compiled, target_mesh
+from jaxlwp.check._target import Target, compiled, mesh_like, target_mesh
 from jaxlwp.devices import System, preset
 from jaxlwp.plan import OPTIMIZER, Plan, lower_step, plan_for, state_shapes, with_strategy
 from jaxlwp.program import canonical
@@ -198,19 +199,22 @@ def fastest_compiled(
     """Of a plan, the baselines and the function on every device alone, what is forecast fastest.
 
     Args:
-      plan: the plan, on a mesh of GPUs, which need not exist.
+      plan: the plan, on a mesh of GPUs, which need not exist, or of axes alone.
       system: the GPUs and their links.
       optimizer: of the training step; SGD with momentum by default.
       memory_bytes: what a step may take of a device.
       progress: called as `progress(what, done, total)`.
 
     Returns:
-      The plan, with the seconds of all in `checked`, those of plain JAX's data parallelism too.
+      The plan, on the mesh of GPUs that it was compiled for, with the seconds of all in `checked`,
+      those of plain JAX's data parallelism too.
 
     Raises:
-      ValueError: the mesh is of processors.
+      ValueError: the mesh is of processors, or the system's GPUs are not known to the compiler.
     """
-    first = plan.mesh.devices.flat[0]
+    mesh = plan.mesh if isinstance(plan.mesh, Mesh) else mesh_like(plan.mesh, Target.of(system))
+    plan = dataclasses.replace(plan, mesh=mesh)
+    first = mesh.devices.flat[0]
     if first.platform == "cpu":
         raise ValueError(
             f'check: "compile" forecasts programs of GPUs, and the mesh has {plan.mesh.size} x '

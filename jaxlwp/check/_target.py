@@ -27,9 +27,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxlwp.check._hlo import CompiledCollective, bytes_by_kind, compiled_collectives
-from jaxlwp.devices import make_mesh
+from jaxlwp.devices import System, make_mesh
 from jaxlwp.memory import Memory
-from jaxlwp.mesh import auto_mesh
+from jaxlwp.mesh import AnyMesh, auto_mesh
 from jaxlwp.plan import (
     OPTIMIZER,
     Plan,
@@ -80,6 +80,21 @@ class Target:
                 f"{', '.join(GPUS)}; write it as in h200:16 or h200:2x8"
             )
         return cls(gpu=found[1], hosts=int(found[2] or 1), gpus_per_host=int(found[3]))
+
+    @classmethod
+    def of(cls, system: System) -> Target:
+        """The GPUs of a system.
+
+        Raises:
+          ValueError: they are none that can be compiled for.
+        """
+        gpu = system.gpu.name.partition("-")[0].lower()
+        if gpu not in GPUS:
+            raise ValueError(
+                f"system {system.name}: its GPU {system.gpu.name} is none that can be compiled "
+                f"for, of {', '.join(GPUS)}; plan without a check by compiling"
+            )
+        return cls(gpu=gpu, hosts=system.num_hosts, gpus_per_host=system.inside.devices)
 
     @property
     def num_devices(self) -> int:
@@ -141,6 +156,16 @@ def target_mesh(target: str | Target) -> Mesh:
     return make_mesh(_devices(_resolved(target)))
 
 
+def mesh_like(mesh: AnyMesh, target: Target) -> Mesh:
+    """A mesh of the same axes, of a target's GPUs.
+
+    Raises:
+      RuntimeError: the compiler for the target is not installed.
+    """
+    devices = np.array(_devices(target), dtype=object).reshape(mesh.axis_sizes)
+    return auto_mesh(devices, mesh.axis_names)
+
+
 def compile_for(
     plan: Plan,
     target: str | Target,
@@ -168,8 +193,7 @@ def compile_for(
             f"{target.num_devices}; plan for as many: parallelize(..., mesh=target_mesh("
             f"{str(target)!r}), rates=...)"
         )
-    devices = np.array(_devices(target), dtype=object).reshape(plan.mesh.devices.shape)
-    plan = dataclasses.replace(plan, mesh=auto_mesh(devices, plan.mesh.axis_names))
+    plan = dataclasses.replace(plan, mesh=mesh_like(plan.mesh, target))
     state, batch = state_shapes(plan, optimizer), plan.batch_shapes
     program = compiled(lower_step(plan, state, batch, optimizer), target)
     text = program.as_text()

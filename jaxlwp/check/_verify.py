@@ -19,6 +19,7 @@ from jaxlwp.check._target import compile_for
 from jaxlwp.cost import collectives_by_layer
 from jaxlwp.kernels import differentiated
 from jaxlwp.lower import layer_index
+from jaxlwp.mesh import need_devices
 from jaxlwp.plan import OPTIMIZER, Plan, lower_step, plan_memory, program_memory, state_shapes
 from jaxlwp.program import SCAN, Equation, canonical, scan_of
 from jaxlwp.space import Collective
@@ -138,7 +139,8 @@ def verify(
       Print it.
 
     Raises:
-      ValueError: an unknown target, or one of another size, or arguments beside a target.
+      ValueError: an unknown target, or one of another size, or arguments beside a target, or no
+        target for a plan whose devices are not there.
       RuntimeError: the compiler for the target is not installed.
     """
     optimizer = optimizer or OPTIMIZER
@@ -152,10 +154,10 @@ def verify(
         compiled, memory_bytes = step.compiled_bytes_by_kind, step.memory.reserved_bytes
         devices = str(step.target)
     else:
+        first = need_devices("verify", plan.mesh).devices.flat[0]
         lowered = lower_step(plan, state_shapes(plan, optimizer), plan.batch_shapes, optimizer)
         program = lowered.compile()
         compiled = bytes_by_kind(compiled_collectives(program.as_text()))
-        first = plan.mesh.devices.flat[0]
         memory_bytes = program_memory(program, first.platform).reserved_bytes
         devices = f"{plan.mesh.size} x {first.device_kind}"
     predicted: dict[str, int] = {}

@@ -35,6 +35,7 @@ from jaxlwp.cli._options import (
     given_rates,
     model_options,
     pins_option,
+    planning_options,
     positive,
     shared_options,
     target_file,
@@ -160,7 +161,7 @@ def main() -> None:
 
 
 @main.command()
-@shared_options
+@planning_options
 @click.option(
     "--strategy",
     default="search",
@@ -224,7 +225,7 @@ def main() -> None:
 )
 def plan(
     model: str,
-    devices: int | None,
+    devices: int | str | None,
     batch: int | None,
     input_shape: tuple[int, ...] | None,
     strategy: str,
@@ -244,21 +245,27 @@ def plan(
 ) -> None:
     """Find a strategy for MODEL and print it, a row per layer."""
     given = given_rates(rates, by_hand)
-    chosen = _provide_devices(devices)
+    there = None if isinstance(devices, str) else _provide_devices(devices)
     with _one_line_errors(), _progress() as progress:
         wanted = Strategy.load(strategy) if strategy.endswith(".json") else strategy
         work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
-        mesh = make_mesh(chosen)
-        rated = load_profile(profile) if profile else _rated(mesh, given, progress)
+        system = preset(devices) if isinstance(devices, str) else None
+        mesh = None if there is None else make_mesh(there)
+        rated: Any = given
+        if profile:
+            rated = load_profile(profile)
+        elif mesh is not None:
+            rated = _rated(mesh, given, progress)
         progress("tracing, pricing and searching", 0, 1)
         found = parallelize(
             work.loss,
             work.params,
             *work.batch,
+            devices=system,
             mesh=mesh,
             strategy=wanted,
             rates=rated,
-            measure=given is None and profile is None and not analytic,
+            measure=there is not None and given is None and profile is None and not analytic,
             memory_bytes=memory_bytes,
             constraints=_constraints(pin, forbid, replicated),
             objective=objective,
@@ -268,7 +275,8 @@ def plan(
         texts = [] if why is None else [_explained(found, why)]
         if curve:
             texts.append(str(pareto(found.space, progress=progress)))
-    click.echo(f"{model}, batch {batch_size(work.batch)}, on {_describe(chosen)}")
+    where = str(system) if there is None else _describe(there)
+    click.echo(f"{model}, batch {batch_size(work.batch)}, on {where}")
     click.echo(str(found), nl=False)
     for text in texts:
         click.echo(text)

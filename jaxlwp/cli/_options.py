@@ -84,14 +84,26 @@ def target_file(_: click.Context, option: click.Parameter, value: Path | None) -
     raise click.ClickException(f"{option.opts[0]}: cannot write {value}: {problem}")
 
 
-_MODEL_OPTIONS = (
-    click.argument("model"),
-    click.option(
-        "--devices",
-        type=int,
-        callback=at_least_one,
-        help="How many devices; all by default. Without accelerators they are simulated.",
-    ),
+def _count_or_system(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> int | str | None:
+    """A number of devices, or the name of a system."""
+    if value is None or not re.fullmatch(r"[+-]?\d+", value):
+        return value
+    return at_least_one(context, option, int(value))
+
+
+_DEVICES = "How many devices; all by default. Without accelerators they are simulated."
+_MODEL = click.argument("model")
+_COUNT = click.option("--devices", type=int, callback=at_least_one, help=_DEVICES)
+_COUNT_OR_SYSTEM = click.option(
+    "--devices",
+    metavar="COUNT|SYSTEM",
+    callback=_count_or_system,
+    help=f"{_DEVICES} Or a system that need not be there: dgx-h100:4 (four hosts), h200:8 (eight "
+    "GPUs), h200:2x8, cluster.toml:4.",
+)
+_DATA_OPTIONS = (
     click.option(
         "--batch",
         type=int,
@@ -141,14 +153,26 @@ _RATE_OPTIONS = (
 )
 
 
-def model_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_MODEL_OPTIONS):
-        command = option(command)
-    return command
+Command = Callable[..., None]
 
 
-def shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed((*_MODEL_OPTIONS, *_RATE_OPTIONS)):
+def model_options(command: Command) -> Command:
+    """The model, its data, and how many devices."""
+    return _with(command, _MODEL, _COUNT, *_DATA_OPTIONS)
+
+
+def shared_options(command: Command) -> Command:
+    """Those, and rates."""
+    return _with(command, _MODEL, _COUNT, *_DATA_OPTIONS, *_RATE_OPTIONS)
+
+
+def planning_options(command: Command) -> Command:
+    """The same, and devices that need not be there."""
+    return _with(command, _MODEL, _COUNT_OR_SYSTEM, *_DATA_OPTIONS, *_RATE_OPTIONS)
+
+
+def _with(command: Command, *options: Callable[[Command], Command]) -> Command:
+    for option in reversed(options):
         command = option(command)
     return command
 

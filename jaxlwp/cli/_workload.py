@@ -142,17 +142,18 @@ def _from_module(
         logits = apply(params, x, *extra)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    labels = jax.eval_shape(functools.partial(jnp.zeros, images.shape[:1], jnp.int32))
-    classes = _num_classes(name, logits)
-    data = (images, labels) if abstract else _random_data(images.shape, classes)
+    scored = _scored(name, logits)
+    labels = jax.ShapeDtypeStruct(scored.shape[:-1], jnp.int32)
+    data = (images, labels) if abstract else _random_data(images.shape, scored.shape)
     return Workload(name=name, loss=loss, params=params, batch=(*data, *extra))
 
 
-def _random_data(shape: tuple[int, ...], classes: int) -> tuple[jax.Array, jax.Array]:
+def _random_data(shape: tuple[int, ...], scored: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Images, and a label for each of an example's scores."""
     generator = np.random.default_rng(0)
     images = generator.standard_normal(shape, np.float32)
     return jnp.asarray(images), jnp.asarray(
-        generator.integers(classes, size=shape[:1], dtype=np.int32)
+        generator.integers(scored[-1], size=scored[:-1], dtype=np.int32)
     )
 
 
@@ -171,14 +172,16 @@ def _values(make: Callable[[], Any], abstract: bool) -> Any:
     return jax.eval_shape(make) if abstract else jax.jit(make)()
 
 
-def _num_classes(name: str, logits: Any) -> int:
-    shapes = [list(leaf.shape) for leaf in jax.tree.leaves(logits)]
-    if len(shapes) != 1 or len(shapes[0]) != 2:
+def _scored(name: str, logits: Any) -> Any:
+    """The one array of scores: of examples, or of the places in them (segmentation)."""
+    found = jax.tree.leaves(logits)
+    if len(found) != 1 or found[0].ndim < 2:
         raise ValueError(
-            f"MODEL: {name} returns arrays of shapes {shapes}; the built-in loss needs one array "
-            "[batch, classes]: name a function that returns (loss_fn, params, batch) instead"
+            f"MODEL: {name} returns arrays of shapes {[list(leaf.shape) for leaf in found]}; the "
+            "built-in loss needs one array [batch, classes] or [batch, ..., classes]: name a "
+            "function that returns (loss_fn, params, batch) instead"
         )
-    return int(shapes[0][1])
+    return found[0]
 
 
 def _takes(function: Callable[..., Any], argument: str) -> bool:

@@ -8,6 +8,7 @@ the first).
 
 from jaxlwp.devices._calibrate import (
     KIND,
+    GivenDevices,
     GivenRates,
     Rates,
     choose_devices,
@@ -27,6 +28,7 @@ __all__ = [
     "BUCKET_BYTES",
     "DeviceGraph",
     "Environment",
+    "GivenDevices",
     "GivenRates",
     "Gpu",
     "KIND",

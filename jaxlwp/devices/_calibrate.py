@@ -29,12 +29,13 @@ from jaxlwp.devices._device_graph import (
     MeshAxis,
     axis_shape,
 )
-from jaxlwp.devices._links import axis_levels, host_numbers
+from jaxlwp.devices._links import axis_levels, device_kind, host_numbers
 from jaxlwp.devices._presets import system_for
 from jaxlwp.devices._processes import from_first, spans_processes
 from jaxlwp.devices._store import Measurement, Store, environment_of, now
 from jaxlwp.devices._systems import System
 from jaxlwp.mesh import (
+    AnyMesh,
     all_gather,
     all_reduce,
     all_to_all,
@@ -71,6 +72,11 @@ class Rates:
 
 GivenRates = Rates | System | str | os.PathLike[str]
 """Rates by hand; a system; what `preset` takes, for the hosts of a mesh."""
+
+
+GivenDevices = Sequence[Any] | int | System | DeviceGraph | str | os.PathLike[str]
+"""Devices or how many; or a system, what `preset` takes, or a device graph, of any that need not be
+there."""
 
 
 def choose_devices(devices: Sequence[Any] | int | None) -> Sequence[Any]:
@@ -124,7 +130,7 @@ def make_mesh(devices: Sequence[Any]) -> Mesh:
 
 
 def device_graph(
-    mesh: Mesh,
+    mesh: AnyMesh,
     *,
     rates: GivenRates | None = None,
     again: bool = False,
@@ -132,19 +138,25 @@ def device_graph(
     """The device graph of a mesh, with rates given, cached, or measured now.
 
     Args:
-      mesh: any mesh; its axes keep their names and order.
+      mesh: any mesh; its axes keep their names and order. One of axes alone needs rates.
       rates: rates by hand; a system, or what `preset` takes for the mesh's hosts: "h200",
         "dgx-a100", a TOML file; None measures (30 to 60 s) and caches. Several processes use what
         the first one has.
       again: measure even if there are cached rates: they were taken while the machine was busy.
 
     Raises:
-      ValueError: a rate is not allowed, a system is unknown or has other devices than the mesh.
+      ValueError: a rate is not allowed, a system is unknown or has other devices than the mesh, no
+        rates of devices that are not there.
     """
     if isinstance(rates, Rates):
         return _given(mesh, rates, _levels(mesh))
     if rates is not None:
         return system_for(mesh, rates).device_graph(mesh)
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"rates: the {mesh.size} devices are not there to be measured; give their rates: a "
+            "system such as 'dgx-h100', or jaxlwp.Rates"
+        )
     key, environment = rates_key(mesh), environment_of(list(mesh.devices.flat))
     with Store() as store:
         cached = None if again else _cached(store.get(environment, KIND, key))
@@ -170,12 +182,12 @@ def local_devices(mesh: Mesh) -> list[Any]:
     return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
 
 
-def _levels(mesh: Mesh) -> dict[str, int]:
+def _levels(mesh: AnyMesh) -> dict[str, int]:
     """Link level of each axis: 0 where moving along it changes the host, else 1."""
     return axis_levels(mesh.axis_names, host_numbers(mesh))
 
 
-def _given(mesh: Mesh, rates: Rates, levels: dict[str, int]) -> DeviceGraph:
+def _given(mesh: AnyMesh, rates: Rates, levels: dict[str, int]) -> DeviceGraph:
     def at(values: tuple[float, ...], level: int) -> float:
         return values[min(level, len(values) - 1)]
 
@@ -194,14 +206,14 @@ def _given(mesh: Mesh, rates: Rates, levels: dict[str, int]) -> DeviceGraph:
         dense_flops_per_s=rates.flops_per_s,
         memory_bytes_per_s=rates.memory_bytes_per_s,
         **_schedule(mesh),
-        device_kind=mesh.devices.flat[0].device_kind,
+        device_kind=device_kind(mesh),
         source="given",
     )
 
 
-def _schedule(mesh: Mesh) -> dict[str, Any]:
+def _schedule(mesh: AnyMesh) -> dict[str, Any]:
     """What XLA does with collectives on these devices: on processors, one after the other."""
-    if mesh.devices.flat[0].platform == "cpu":
+    if isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu":
         return {}
     return {"bucket_bytes": BUCKET_BYTES, "exposed_share": EXPOSED_SHARE}
 
@@ -598,7 +610,7 @@ def measure(mesh: Mesh) -> DeviceGraph:
 KIND = "rates"
 
 
-def rates_key(mesh: Mesh) -> str:
+def rates_key(mesh: AnyMesh) -> str:
     """Under which the rates of this kind of mesh are kept."""
     levels = _levels(mesh)
     axes = [(str(name), size, levels[name]) for name, size in mesh.shape.items()]

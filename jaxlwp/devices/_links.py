@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlwp.mesh import AnyMesh
 from jaxlwp.space import wire_share
 
 
@@ -65,10 +66,17 @@ def staged(kind: str, levels: Sequence[Crossed]) -> tuple[float, float]:
     return start_s, byte_s
 
 
-def host_numbers(mesh: Mesh) -> np.ndarray:
-    """The host of each device of a mesh, shape of the mesh."""
+def host_numbers(mesh: AnyMesh) -> np.ndarray:
+    """The host of each device of a mesh, shape of the mesh; all 0 where it has axes alone."""
+    if not isinstance(mesh, Mesh):
+        return np.zeros(mesh.axis_sizes, np.int64)
     hosts = np.vectorize(lambda d: getattr(d, "process_index", 0), otypes=[np.int64])
     return np.asarray(hosts(mesh.devices))
+
+
+def device_kind(mesh: AnyMesh) -> str:
+    """What JAX calls the mesh's devices; "unknown" where it has axes alone."""
+    return str(mesh.devices.flat[0].device_kind) if isinstance(mesh, Mesh) else "unknown"
 
 
 def axis_levels(names: Sequence[Any], hosts: np.ndarray) -> dict[Any, int]:

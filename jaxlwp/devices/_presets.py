@@ -9,15 +9,16 @@ import functools
 import importlib.resources
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxlwp.devices._links import host_numbers
+from jaxlwp.devices._links import device_kind, host_numbers
 from jaxlwp.devices._systems import Gpu, Level, System
 from jaxlwp.devices._toml import Table, is_positive, read_toml
+from jaxlwp.mesh import AnyMesh
 
 SYSTEMS = (
     "dgx-1-p100",
@@ -53,15 +54,49 @@ def preset(name: str | os.PathLike[str], *, hosts: int = 1, gpus: int | None = N
     Args:
       name: a system ("dgx-1-p100", "dgx-1-v100", "dgx-2", "dgx-a100", "dgx-h100", "dgx-h200"), a
         GPU ("p100", "v100", "a100", "h100", "h200") for its newest system, or the path of a TOML
-        file; see `load_system`.
+        file; see `load_system`. Numbers may follow: "dgx-h100:4" and "cluster.toml:4" have four
+        hosts, "h100:32" 32 GPUs on as many hosts as they fill, "h100:4x2" four hosts with two each.
       hosts: how many hosts.
       gpus: how many GPUs of each host are used; all by default.
 
     Raises:
       ValueError: an unknown name, a file with a wrong field, more GPUs than a host has, several
-        hosts of a system that has no links between them.
+        hosts of a system that has no links between them, numbers in both ways.
     """
-    return _part(_file(name), hosts, gpus)
+    found = _COUNTED.fullmatch(os.fspath(name))
+    if found is None:
+        return _part(_file(name), hosts, gpus)
+    if (hosts, gpus) != (1, None):
+        raise ValueError(
+            f"system: {os.fspath(name)!r} says how many, and hosts or gpus are given beside it; "
+            "give one of both"
+        )
+    if found["hosts"]:
+        return _part(_file(found["name"]), int(found["hosts"]), int(found["count"]))
+    if found["name"].lower() in NEWEST:
+        return _filled(found["name"], int(found["count"]))
+    return _part(_file(found["name"]), int(found["count"]), None)
+
+
+_COUNTED = re.compile(r"(?P<name>.+):(?:(?P<hosts>\d+)x)?(?P<count>\d+)", re.ASCII)
+"""A system with numbers: of hosts or, for a GPU's name, of GPUs; or of both."""
+
+
+def _filled(name: str | os.PathLike[str], num_devices: int) -> System:
+    """So many devices of a system, on as many hosts as they fill.
+
+    Raises:
+      ValueError: they fill no whole number of hosts.
+    """
+    one = preset(name)
+    hosts = math.ceil(num_devices / one.inside.devices)
+    if hosts < 1 or num_devices % hosts or (hosts > 1 and num_devices % one.inside.devices):
+        raise ValueError(
+            f"rates: {one.name} has {one.inside.devices} GPUs in a host, which {num_devices} "
+            "devices do not fill; use a multiple of them, or give the hosts: "
+            f"jaxlwp.devices.preset({os.fspath(name)!r}, hosts=..., gpus=...)"
+        )
+    return preset(name, hosts=hosts, gpus=num_devices // hosts)
 
 
 def load_system(path: str | os.PathLike[str], *, hosts: int = 1, gpus: int | None = None) -> System:
@@ -85,19 +120,22 @@ def load_system(path: str | os.PathLike[str], *, hosts: int = 1, gpus: int | Non
     return _part(read_toml(Path(path)), hosts, gpus)
 
 
-def system_for(mesh: Mesh, rates: str | os.PathLike[str] | System) -> System:
+def system_for(mesh: AnyMesh, rates: str | os.PathLike[str] | System) -> System:
     """The system of a mesh's devices.
 
     Args:
       mesh: the mesh.
-      rates: a system, which is left as it is, or what `preset` takes. A name has the hosts of the
-        mesh, or as many as its devices fill where the mesh names none, such as simulated devices.
+      rates: a system, which is left as it is, or what `preset` takes. A name without numbers has
+        the hosts of the mesh, or as many as its devices fill where the mesh names none, such as
+        simulated devices.
 
     Raises:
       ValueError: as `preset`; a mesh whose devices fill no whole number of hosts.
     """
     if isinstance(rates, System):
         return rates
+    if _COUNTED.fullmatch(os.fspath(rates)):
+        return preset(rates)
     counts = np.unique(host_numbers(mesh), return_counts=True)[1]
     one = preset(rates)
     if len(counts) > 1:
@@ -108,23 +146,16 @@ def system_for(mesh: Mesh, rates: str | os.PathLike[str] | System) -> System:
                 "a mesh of more hosts with fewer devices each, or a system file of your own"
             )
         return preset(rates, hosts=len(counts), gpus=most)
-    hosts = math.ceil(mesh.size / one.inside.devices)
-    if mesh.size % hosts or (hosts > 1 and mesh.size % one.inside.devices):
-        raise ValueError(
-            f"rates: {one.name} has {one.inside.devices} GPUs in a host, which {mesh.size} devices "
-            "do not fill; use a multiple of them, or give the hosts: "
-            f"jaxlwp.devices.preset({str(rates)!r}, hosts=..., gpus=...)"
-        )
-    return preset(rates, hosts=hosts, gpus=mesh.size // hosts)
+    return _filled(rates, mesh.size)
 
 
-def system_of(mesh: Mesh) -> System:
+def system_of(mesh: AnyMesh) -> System:
     """The newest system that has the GPUs of a mesh.
 
     Raises:
       ValueError: no GPUs, or of a kind that is not known by name.
     """
-    kind = str(mesh.devices.flat[0].device_kind)
+    kind = device_kind(mesh)
     for name in sorted(NEWEST, key=len, reverse=True):
         if name.partition("-")[0] in kind.lower():
             return system_for(mesh, name.partition("-")[0])

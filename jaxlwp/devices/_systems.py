@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxlwp.devices._device_graph import (
     BUCKET_BYTES,
@@ -20,10 +20,12 @@ from jaxlwp.devices._device_graph import (
     DeviceGraph,
     LinkFit,
     MeshAxis,
+    axis_shape,
     check_rate,
     check_seconds,
 )
-from jaxlwp.devices._links import Crossed, axis_levels, host_numbers, staged
+from jaxlwp.devices._links import Crossed, axis_levels, device_kind, host_numbers, staged
+from jaxlwp.mesh import AnyMesh, abstract_mesh
 from jaxlwp.space import COLLECTIVES
 
 TENSOR_DTYPES = ("bfloat16", "float16", "tensorfloat32")
@@ -166,6 +168,12 @@ class System:
     inside: Level
     across: Level | None = None
 
+    def __str__(self) -> str:
+        """Such as "4 x dgx-h100 with 8 x h100 each"."""
+        hosts = f"{self.num_hosts} x {self.name} with " if self.across else f"{self.name} with "
+        each = " each" if self.across else ""
+        return f"{hosts}{self.inside.devices} x {self.gpu.name}{each}"
+
     @property
     def num_hosts(self) -> int:
         """Hosts in all."""
@@ -175,6 +183,13 @@ class System:
     def num_devices(self) -> int:
         """GPUs in all."""
         return self.inside.devices * self.num_hosts
+
+    @property
+    def mesh(self) -> AbstractMesh:
+        """Axes of prime size, hosts first, as `make_mesh` has them where the devices are there."""
+        levels = (self.num_hosts, self.inside.devices) if self.across else (self.inside.devices,)
+        sizes = {name: size for name, size, _ in axis_shape(levels)}
+        return abstract_mesh(sizes or {"device0": 1})
 
     def collective_s(self, kind: str, num_bytes: float, group: Sequence[int]) -> float:
         """Seconds of one collective among some devices, while all like groups do the same.
@@ -210,8 +225,8 @@ class System:
             for parts, level in levels
         ]
 
-    def device_graph(self, mesh: Mesh) -> DeviceGraph:
-        """What the cost model needs, for a mesh of the system's devices.
+    def device_graph(self, mesh: AnyMesh | None = None) -> DeviceGraph:
+        """What the cost model needs, for a mesh of the system's devices; its own by default.
 
         A mesh of several hosts must have those of the system. One that names no hosts, such as one
         of simulated devices, has the system's: its devices are counted in the order of the mesh.
@@ -219,6 +234,7 @@ class System:
         Raises:
           ValueError: the mesh has another number of devices, or its hosts others than the system.
         """
+        mesh = self.mesh if mesh is None else mesh
         hosts = self._hosts(mesh)
         levels = axis_levels(mesh.axis_names, hosts)
         one = [self._along("all-reduce", mesh, hosts, (axis,)) for axis in mesh.axis_names]
@@ -244,12 +260,12 @@ class System:
             bucket_bytes=BUCKET_BYTES,
             exposed_share=EXPOSED_SHARE,
             fuses=True,
-            device_kind=mesh.devices.flat[0].device_kind,
+            device_kind=device_kind(mesh) if isinstance(mesh, Mesh) else self.gpu.name,
             source=f"system {self.name}",
         )
         return replace(graph, links=self._links(mesh, hosts, graph))
 
-    def _hosts(self, mesh: Mesh) -> np.ndarray:
+    def _hosts(self, mesh: AnyMesh) -> np.ndarray:
         """The host of each device of a mesh: the mesh's own, or the system's in its order."""
         hosts = host_numbers(mesh)
         found, counts = np.unique(hosts, return_counts=True)
@@ -262,10 +278,10 @@ class System:
             )
         if len(found) > 1:
             return hosts
-        return (np.arange(mesh.size) // self.inside.devices).reshape(mesh.devices.shape)
+        return (np.arange(mesh.size) // self.inside.devices).reshape(hosts.shape)
 
     def _along(
-        self, kind: str, mesh: Mesh, hosts: np.ndarray, axes: Sequence[object]
+        self, kind: str, mesh: AnyMesh, hosts: np.ndarray, axes: Sequence[object]
     ) -> list[Crossed]:
         """The levels that a collective over some axes of a mesh crosses, inside first."""
         place = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
@@ -275,7 +291,7 @@ class System:
         group = [first + n for first in firsts for n in range(int(counts.max()))]
         return self._crossed(kind, group)
 
-    def _links(self, mesh: Mesh, hosts: np.ndarray, graph: DeviceGraph) -> tuple[LinkFit, ...]:
+    def _links(self, mesh: AnyMesh, hosts: np.ndarray, graph: DeviceGraph) -> tuple[LinkFit, ...]:
         """The collectives that are not what the rates of the axes say.
 
         Groups of some sizes have rates of their own in a mesh of links, and an axis may lead

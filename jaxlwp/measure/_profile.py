@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jax.sharding import Mesh
-
 from jaxlwp.devices import KIND, DeviceGraph, Environment, Measurement, rates_key, read_export
 from jaxlwp.graph import ComputationGraph, Layer
 from jaxlwp.measure._timer import LayerTimes, TimingCache
+from jaxlwp.mesh import AnyMesh
 from jaxlwp.space import Config
 
 
@@ -28,7 +27,7 @@ class Profile:
     rates: dict[str, DeviceGraph] = field(repr=False)
     layers: dict[str, Measurement] = field(repr=False)
 
-    def device_graph(self, mesh: Mesh) -> DeviceGraph:
+    def device_graph(self, mesh: AnyMesh) -> DeviceGraph:
         """The rates of a mesh.
 
         Raises:

@@ -16,9 +16,12 @@ from jaxlwp.mesh._collectives import (
     vary,
 )
 from jaxlwp.mesh._meshes import (
+    AnyMesh,
     OnBlocks,
+    abstract_mesh,
     auto_mesh,
     check_set_mesh,
+    need_devices,
     no_mesh,
     on_mesh,
     partition_spec,
@@ -28,7 +31,9 @@ from jaxlwp.mesh._meshes import (
 )
 
 __all__ = [
+    "AnyMesh",
     "OnBlocks",
+    "abstract_mesh",
     "all_gather",
     "all_reduce",
     "all_reduce_max",
@@ -37,6 +42,7 @@ __all__ = [
     "auto_mesh",
     "check_set_mesh",
     "device_index",
+    "need_devices",
     "no_mesh",
     "on_mesh",
     "partition_spec",

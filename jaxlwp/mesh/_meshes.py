@@ -18,6 +18,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxlwp.mesh._collectives import Axes
 
+AnyMesh = Mesh | AbstractMesh
+"""A mesh of devices, or of axes alone: what is planned for devices that are not there."""
+
 
 def no_mesh() -> contextlib.AbstractContextManager[Any]:
     """Context in which no mesh is set: what is traced in it can be evaluated on any mesh."""
@@ -63,11 +66,9 @@ def trace_on_blocks(
       out_layouts: layout of each result.
       axis_sizes: devices along each mesh axis.
     """
-    sizes = tuple(axis_sizes.values())
-    mesh = AbstractMesh(sizes, tuple(axis_sizes), axis_types=(AxisType.Auto,) * len(sizes))
     mapped = jax.shard_map(
         function,
-        mesh=mesh,
+        mesh=abstract_mesh(axis_sizes),
         in_specs=tuple(map(partition_spec, in_layouts)),
         out_specs=tuple(map(partition_spec, out_layouts)),
     )
@@ -101,6 +102,28 @@ def auto_mesh(devices: Any, names: Sequence[str]) -> Mesh:
     return Mesh(grid, tuple(names), axis_types=(AxisType.Auto,) * grid.ndim)
 
 
+def abstract_mesh(axis_sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of axes alone, all of them Auto."""
+    sizes = tuple(axis_sizes.values())
+    return AbstractMesh(sizes, tuple(axis_sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def need_devices(where: str, mesh: AnyMesh) -> Mesh:
+    """The mesh, which must have devices.
+
+    Raises:
+      ValueError: it has axes alone.
+    """
+    if isinstance(mesh, Mesh):
+        return mesh
+    raise ValueError(
+        f"{where}: the plan is for {mesh.size} devices that are not here, so that nothing can run "
+        "on them; plan for devices at hand (parallelize(..., strategy=plan.strategy) runs the same "
+        "strategy on a mesh of the same axes), or compile for a target that need not be there, as "
+        'in mesh=jaxlwp.target_mesh("h200:8")'
+    )
+
+
 def set_mesh_or_none() -> Mesh | None:
     """The mesh that the user has set (`jax.set_mesh`), if there is one."""
     return None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()
@@ -128,7 +151,7 @@ def check_set_mesh(where: str, mesh: Mesh) -> None:
         )
 
 
-def _mesh_text(mesh: Mesh | AbstractMesh) -> str:
+def _mesh_text(mesh: AnyMesh) -> str:
     types = {str(kind) for kind in mesh.axis_types}
     return f"{dict(mesh.shape)} ({', '.join(sorted(types))})"
 

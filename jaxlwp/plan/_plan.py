@@ -14,14 +14,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlwp.cost import SearchSpace, check_mesh, layer_configs, price, strategy_collectives
 from jaxlwp.devices import DeviceGraph
 from jaxlwp.graph import ComputationGraph, trace
 from jaxlwp.lower import Lowered
 from jaxlwp.memory import Memory, strategy_memory
-from jaxlwp.mesh import check_set_mesh, no_mesh, partition_spec, placed
+from jaxlwp.mesh import (
+    AnyMesh,
+    check_set_mesh,
+    need_devices,
+    no_mesh,
+    partition_spec,
+    placed,
+)
 from jaxlwp.optimize import SearchResult, search
 from jaxlwp.program import Arguments, Value, canonical
 from jaxlwp.solver import Cost
@@ -41,7 +48,8 @@ class Plan:
     Attributes:
       space: the priced space that the strategy is from.
       strategy: the strategy.
-      mesh: the device mesh.
+      mesh: the device mesh, or axes alone of devices that are not there: such a plan is looked at,
+        saved and compiled for targets; running it asks for a mesh of devices.
       result: the search result, if the strategy was searched for.
       function: the function that was traced.
       in_tree: structure of ((params, *batch), arguments that are passed by name only).
@@ -54,7 +62,7 @@ class Plan:
 
     space: SearchSpace
     strategy: Strategy
-    mesh: Mesh
+    mesh: AnyMesh
     result: SearchResult | None = None
     function: Callable[..., Any] | None = field(default=None, repr=False)
     in_tree: Any = field(repr=False)
@@ -144,9 +152,9 @@ class Plan:
 
         Raises:
           ValueError: the arguments differ in structure, shape or dtype from the traced ones, or
-            another mesh than the plan's is set.
+            another mesh than the plan's is set, or the plan's devices are not there.
         """
-        check_set_mesh("plan", self.mesh)
+        check_set_mesh("plan", need_devices("plan", self.mesh))
         arguments = canonical("plan", self.function, (params, *batch), keywords)
         flat = self._check_arguments(arguments)
         results = self._function(*flat)
@@ -261,7 +269,11 @@ class Plan:
 
         Returns:
           The same pytree, its leaves placed.
+
+        Raises:
+          ValueError: the plan's devices are not there.
         """
+        need_devices("place", self.mesh)
         leaves, tree = jax.tree_util.tree_flatten_with_path(state)
         # Copies: device_put shares the buffer that is already on its device, even if told not to.
         own = (leaf.copy() if isinstance(leaf, jax.Array) else leaf for _, leaf in leaves)
@@ -283,8 +295,10 @@ class Plan:
           them.
 
         Raises:
-          ValueError: the structure or a shape differs from the traced one.
+          ValueError: the structure or a shape differs from the traced one, or the plan's devices
+            are not there.
         """
+        need_devices("place_batch", self.mesh)
         args, named = canonical(
             "place_batch", self.function, (None, *batch), keywords, partial=True
         )
@@ -409,7 +423,7 @@ def _key(entry: Any) -> str:
 def bind(
     space: SearchSpace,
     strategy: Strategy,
-    mesh: Mesh,
+    mesh: AnyMesh,
     arguments: tuple[Any, ...],
     out_tree: Any,
     result: SearchResult | None = None,
@@ -421,7 +435,8 @@ def bind(
     Args:
       space: the priced space.
       strategy: a strategy of this space.
-      mesh: the mesh; its axes must be the strategy's, in any order, Auto or Explicit.
+      mesh: the mesh; its axes must be the strategy's, in any order, Auto or Explicit. One of axes
+        alone does where nothing is to run (`jaxlwp.mesh.abstract_mesh`).
       arguments: (params, *batch), for their structure.
       out_tree: structure of the function's output.
       result: where the strategy comes from.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,14 +13,17 @@ from jax.sharding import Mesh
 from jaxlwp.cost import SearchSpace, check_mesh, price
 from jaxlwp.devices import (
     DeviceGraph,
+    GivenDevices,
     GivenRates,
+    System,
     choose_devices,
     device_graph,
     make_mesh,
+    preset,
 )
 from jaxlwp.graph import ComputationGraph, trace
 from jaxlwp.measure import Profile, layer_timer
-from jaxlwp.mesh import set_mesh_or_none
+from jaxlwp.mesh import AnyMesh, abstract_mesh, set_mesh_or_none
 from jaxlwp.optimize import (
     ROUNDS,
     Objective,
@@ -40,7 +44,7 @@ def plan_for(
     fn: Callable[..., Any],
     arguments: Arguments,
     *,
-    devices: Sequence[Any] | int | None = None,
+    devices: GivenDevices | None = None,
     mesh: Mesh | None = None,
     strategy: str | Strategy = "search",
     rates: GivenRates | DeviceGraph | Profile | None = None,
@@ -73,15 +77,21 @@ def plan_for(
       ValueError: as `parallelize`, but for arguments of a wrong kind.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
-    mesh = _chosen_mesh(devices, mesh)
+    chosen, known = _chosen_mesh(devices, mesh)
+    rates = known if rates is None else rates
+    if not isinstance(chosen, Mesh) and measure:
+        raise ValueError(
+            f"measure: layers cannot be measured on {chosen.size} devices that are not here; leave "
+            "it out, and they are priced by rates"
+        )
     graph = trace(fn, *arguments[0], keywords=arguments[1], sum_dtype=sum_dtype)
     out_tree = _check_loss(fn, arguments)
     if isinstance(rates, Profile):
-        rated = rates.device_graph(mesh)
+        rated = rates.device_graph(chosen)
     elif isinstance(rates, DeviceGraph):
         rated = rates
     else:
-        rated = _rated(mesh, rates)
+        rated = _rated(chosen, rates)
     if isinstance(strategy, Strategy):
         check_mesh(strategy, rated.axis_sizes)
         strategy.for_graph(graph)
@@ -100,7 +110,8 @@ def plan_for(
     if isinstance(rates, Profile):
         space = measured_space(space, rates.times(graph, rated))
     elif measure or (measure is None and rates is None):
-        timer = layer_timer(graph, rated, mesh)
+        assert isinstance(chosen, Mesh)
+        timer = layer_timer(graph, rated, chosen)
 
     def planned(limit_bytes: float | None, objective: str | Objective = objective) -> Plan:
         result, found = None, space
@@ -114,24 +125,35 @@ def plan_for(
                 result = search_measured(space, timer, progress=on_progress, **options)
             else:
                 result = search(space, **options)
-            found, chosen = result.space, result.strategy
+            found, picked = result.space, result.strategy
         else:
-            chosen = strategy if isinstance(strategy, Strategy) else space.baseline(strategy)
+            picked = strategy if isinstance(strategy, Strategy) else space.baseline(strategy)
             if timer:
-                timer.measure(space.pairs(chosen), on_progress)
+                timer.measure(space.pairs(picked), on_progress)
                 found = measured_space(space, timer)
-        return bind(found, chosen, mesh, arguments[0], out_tree, result, fn, arguments[1])
+        return bind(found, picked, chosen, arguments[0], out_tree, result, fn, arguments[1])
 
     if memory_bytes is None:
         return planned(None)
     return _fitting(planned, memory_bytes, optimizer, slots)
 
 
-def _chosen_mesh(devices: Sequence[Any] | int | None, mesh: Mesh | None) -> Mesh:
-    """The mesh given, that of the devices given, the one that is set, or one of all devices."""
+def _chosen_mesh(
+    devices: GivenDevices | None, mesh: Mesh | None
+) -> tuple[AnyMesh, System | DeviceGraph | None]:
+    """The mesh given, that of the devices given, the one that is set, or one of all devices.
+
+    Beside it is what is known of devices that need not be there: then the mesh has axes alone.
+    """
+    if isinstance(devices, (str, os.PathLike)):
+        devices = preset(devices)
+    if isinstance(devices, System):
+        return devices.mesh, devices
+    if isinstance(devices, DeviceGraph):
+        return abstract_mesh(devices.axis_sizes), devices
     if mesh is None and devices is None:
         mesh = set_mesh_or_none()
-    return mesh if mesh is not None else make_mesh(choose_devices(devices))
+    return mesh if mesh is not None else make_mesh(choose_devices(devices)), None
 
 
 MEMORY_MARGIN = 1.15
@@ -250,12 +272,12 @@ def _slots(optimizer: Any, params: Any) -> float:
     return float(sizes[0] / max(sizes[1], 1))
 
 
-def _rated(mesh: Mesh, rates: GivenRates | None) -> DeviceGraph:
+def _rated(mesh: AnyMesh, rates: GivenRates | None) -> DeviceGraph:
     """The device graph, measured if no rates are given."""
     try:
         return device_graph(mesh, rates=rates)
     except jax.errors.JaxRuntimeError as error:
-        if "compile-only" not in str(error):
+        if "compile-only" not in str(error) or not isinstance(mesh, Mesh):
             raise
         raise ValueError(
             f"rates: {mesh.devices.flat[0].device_kind} is not there to be measured; give its "

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxlwp.mesh import on_mesh
+from jaxlwp.mesh import need_devices, on_mesh
 from jaxlwp.plan._plan import OPTIMIZER, Plan
 from jaxlwp.program import Arguments
 
@@ -64,7 +64,8 @@ def lower_step(
       What `jax.jit(step).lower(...)` returns; `step(state, *batch)` returns (state, (loss, aux)).
 
     Raises:
-      ValueError: a plain step of a plan that does not know its function.
+      ValueError: a plain step of a plan that does not know its function, a plan whose devices are
+        not there, not even to be compiled for.
     """
     function = plan.function if plain else plan
     if function is None:
@@ -91,7 +92,7 @@ def lower_step(
     )
     # Shapes alone: the arrays given may be committed to devices of their own.
     shapes = jax.eval_shape(lambda *arguments: arguments, state, *batch)
-    with on_mesh(plan.mesh):
+    with on_mesh(need_devices("lower_step", plan.mesh)):
         return jitted.lower(*shapes)
 
 
