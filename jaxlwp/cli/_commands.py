@@ -1,21 +1,14 @@
-"""The command line: `jaxlwp plan`, `compare` and `profile MODEL`, and `jaxlwp cache`."""
+"""The commands `jaxlwp plan`, `compare` and `profile MODEL`."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import jax
-import rich.progress
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.table import Table
 
 from jaxlwp._parallelize import parallelize
 from jaxlwp._version import __version__
@@ -28,7 +21,6 @@ from jaxlwp.check import (
     batch_size,
     compare,
     compare_compiled,
-    is_simulated,
 )
 from jaxlwp.cli._options import (
     at_least_one,
@@ -40,11 +32,11 @@ from jaxlwp.cli._options import (
     shared_options,
     target_file,
 )
+from jaxlwp.cli._shell import describe, one_line_errors, progress_bars, provide_devices, write_file
 from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
 from jaxlwp.cost import price
 from jaxlwp.devices import (
     DeviceGraph,
-    Environment,
     GivenRates,
     Rates,
     Store,
@@ -61,9 +53,6 @@ from jaxlwp.plan import Plan
 from jaxlwp.report import alternatives_table, render
 from jaxlwp.space import BASELINES, Constraints, Strategy
 
-_DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
-
-
 _memory_option = click.option(
     "--memory",
     "memory_bytes",
@@ -71,77 +60,6 @@ _memory_option = click.option(
     callback=positive,
     help="Bytes of each device that a training step may take, as in 70e9.",
 )
-
-
-# --- devices, progress, errors, files --------------------------------------------------------
-
-
-def _provide_devices(count: int | None) -> list[Any]:
-    """The devices to use: those that exist, or simulated ones if there are only processors.
-
-    The flag has to be set before JAX starts its backends, and means nothing to accelerators.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    asked = [int(n) for n in re.findall(rf"{_DEVICE_COUNT_FLAG}=(\d+)", flags)]
-    if count is not None and count > max(asked, default=1):
-        others = re.sub(rf"{_DEVICE_COUNT_FLAG}=\S*", "", flags).split()
-        os.environ["XLA_FLAGS"] = " ".join([*others, f"{_DEVICE_COUNT_FLAG}={count}"])
-    present = jax.devices()
-    if count is not None and count > len(present):
-        raise click.ClickException(
-            f"--devices: {count} given, but {len(present)} exist ({present[0].device_kind}); ask "
-            "for fewer, or set JAX_PLATFORMS=cpu to simulate them"
-        )
-    return present[:count]
-
-
-def _describe(devices: list[Any]) -> str:
-    cores = f", simulated on {os.cpu_count()} processor cores" if is_simulated(devices) else ""
-    return f"{len(devices)} x {devices[0].device_kind}{cores}"
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """Progress bars on stderr, none if it is not a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        rich.progress.SpinnerColumn(),
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    tasks: dict[str, rich.progress.TaskID] = {}
-    with rich.progress.Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True
-    ) as bars:
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield report
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Errors that the user can mend are told in one line, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file in one step: it is complete or as it was before."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- commands --------------------------------------------------------------------------------
@@ -228,6 +146,7 @@ def plan(
     devices: int | str | None,
     batch: int | None,
     input_shape: tuple[int, ...] | None,
+    dtype: str | None,
     strategy: str,
     save: Path | None,
     profile: Path | None,
@@ -245,10 +164,12 @@ def plan(
 ) -> None:
     """Find a strategy for MODEL and print it, a row per layer."""
     given = given_rates(rates, by_hand)
-    there = None if isinstance(devices, str) else _provide_devices(devices)
-    with _one_line_errors(), _progress() as progress:
+    there = None if isinstance(devices, str) else provide_devices(devices)
+    with one_line_errors(), progress_bars() as progress:
         wanted = Strategy.load(strategy) if strategy.endswith(".json") else strategy
-        work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
+        work = load_workload(
+            model, batch=batch, input_shape=input_shape, dtype=dtype, abstract=True
+        )
         system = preset(devices) if isinstance(devices, str) else None
         mesh = None if there is None else make_mesh(there)
         rated: Any = given
@@ -275,14 +196,14 @@ def plan(
         texts = [] if why is None else [_explained(found, why)]
         if curve:
             texts.append(str(pareto(found.space, progress=progress)))
-    where = str(system) if there is None else _describe(there)
+    where = str(system) if there is None else describe(there)
     click.echo(f"{model}, batch {batch_size(work.batch)}, on {where}")
     click.echo(str(found), nl=False)
     for text in texts:
         click.echo(text)
     if save is not None:
-        with _one_line_errors():
-            _write(save, found.strategy.to_json())
+        with one_line_errors():
+            write_file(save, found.strategy.to_json())
         click.echo(f"wrote {save}")
 
 
@@ -332,6 +253,7 @@ def compare_command(
     devices: int | None,
     batch: int | None,
     input_shape: tuple[int, ...] | None,
+    dtype: str | None,
     memory_bytes: float | None,
     rounds: int,
     json_file: Path | None,
@@ -344,8 +266,10 @@ def compare_command(
     if target is not None:
         _refuse_beside_target(devices, given)
         system = None if rates is None else _system(target, rates)
-        with _one_line_errors(), _progress() as progress:
-            work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
+        with one_line_errors(), progress_bars() as progress:
+            work = load_workload(
+                model, batch=batch, input_shape=input_shape, dtype=dtype, abstract=True
+            )
             compiled = compare_compiled(
                 work.loss,
                 work.params,
@@ -358,11 +282,11 @@ def compare_command(
             )
         _show(compiled, json_file)
         return
-    chosen = _provide_devices(devices)
-    with _one_line_errors(), _progress() as progress:
+    chosen = provide_devices(devices)
+    with one_line_errors(), progress_bars() as progress:
         _check_divides(batch or DEFAULT_BATCH, len(chosen))
         progress("making the model", 0, 1)
-        work = load_workload(model, batch=batch, input_shape=input_shape)
+        work = load_workload(model, batch=batch, input_shape=input_shape, dtype=dtype)
         progress("making the model", 1, 1)
         _check_divides(batch_size(work.batch), len(chosen))
         comparison = compare(
@@ -382,9 +306,19 @@ def compare_command(
 def _show(comparison: Comparison | CompiledComparison, json_file: Path | None) -> None:
     click.echo(str(comparison), nl=False)
     if json_file is not None:
-        with _one_line_errors():
-            _write(json_file, comparison.to_json())
+        with one_line_errors():
+            write_file(json_file, comparison.to_json())
         click.echo(f"wrote {json_file}")
+
+
+def _check_divides(size: int, devices: int) -> None:
+    """Data parallelism, which everything is compared with, splits the batch evenly."""
+    if size % devices:
+        raise click.ClickException(
+            f"--batch: {size} examples cannot be shared evenly by {devices} devices, as data "
+            f"parallelism must; give a multiple of {devices}, or fewer devices (`jaxlwp plan` "
+            "takes any batch)"
+        )
 
 
 def _refuse_beside_target(devices: int | None, given: GivenRates | None) -> None:
@@ -402,7 +336,7 @@ def _refuse_beside_target(devices: int | None, given: GivenRates | None) -> None
 
 def _system(target: str, rates: str) -> System:
     """The system that rates name, with the target's hosts."""
-    with _one_line_errors():
+    with one_line_errors():
         parsed = Target.parse(target)
         return preset(rates, hosts=parsed.hosts, gpus=parsed.gpus_per_host)
 
@@ -423,15 +357,18 @@ def profile_command(
     devices: int | None,
     batch: int | None,
     input_shape: tuple[int, ...] | None,
+    dtype: str | None,
     again: bool,
 ) -> None:
     """Measure every layer of MODEL in every way to split it, and keep the times.
 
     It can be interrupted, and goes on where it was.
     """
-    chosen = _provide_devices(devices)
-    with _one_line_errors(), _progress() as progress:
-        work = load_workload(model, batch=batch, input_shape=input_shape, abstract=True)
+    chosen = provide_devices(devices)
+    with one_line_errors(), progress_bars() as progress:
+        work = load_workload(
+            model, batch=batch, input_shape=input_shape, dtype=dtype, abstract=True
+        )
         mesh = make_mesh(chosen)
         if again:
             device_graph(mesh, again=True)
@@ -451,86 +388,6 @@ def profile_command(
             programs = timer.measure(pairs, progress)
             path = store.path
     click.echo(
-        f"{model}, batch {batch_size(work.batch)}, on {_describe(chosen)}: {len(pairs):,} pairs of "
+        f"{model}, batch {batch_size(work.batch)}, on {describe(chosen)}: {len(pairs):,} pairs of "
         f"layer and config are measured, {programs:,} programs now; kept in {path}"
     )
-
-
-@main.group()
-def cache() -> None:
-    """Show, move and clear what was measured."""
-
-
-@cache.command("list")
-def cache_list() -> None:
-    """What was measured, and where it is kept."""
-    with _one_line_errors(), Store() as store:
-        known, path = store.environments(), store.path
-    table = Table(title=f"measurements in {path}", title_justify="left")
-    for column in ("environment", "devices", "versions", "measured"):
-        table.add_column(column)
-    for environment, kinds in known:
-        host = f" on {environment.host}, {environment.at_once} at once" if environment.host else ""
-        table.add_row(
-            environment.key,
-            environment.device_kind + host,
-            f"JAX {environment.jax}, jaxlib {environment.jaxlib}",
-            ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())),
-        )
-    click.echo(render(table))
-
-
-_ENVIRONMENT = click.option(
-    "--environment", help="One environment only, by its key in `jaxlwp cache list`."
-)
-
-
-@cache.command("export")
-@click.argument("file", type=click.Path(path_type=Path))
-@_ENVIRONMENT
-def cache_export(file: Path, environment: str | None) -> None:
-    """Write measurements to FILE, to plan on another machine (`jaxlwp plan --profile FILE`)."""
-    with _one_line_errors(), Store() as store:
-        count = store.export(file, _chosen_environment(store, environment))
-    click.echo(f"wrote {count:,} measurements to {file}")
-
-
-@cache.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
-def cache_import(file: Path) -> None:
-    """Add the measurements in FILE; of two for the same thing the newer one stays."""
-    with _one_line_errors(), Store() as store:
-        count = store.import_file(file)
-    click.echo(f"added {count:,} measurements")
-
-
-@cache.command("clear")
-@_ENVIRONMENT
-@click.option("--kind", type=click.Choice(["layer", "rates"]), help="One kind only.")
-def cache_clear(environment: str | None, kind: str | None) -> None:
-    """Drop measurements, to take them again."""
-    with _one_line_errors(), Store() as store:
-        count = store.forget(_chosen_environment(store, environment), kind)
-    click.echo(f"dropped {count:,} measurements")
-
-
-def _chosen_environment(store: Store, key: str | None) -> Environment | None:
-    if key is None:
-        return None
-    known = {environment.key: environment for environment, _ in store.environments()}
-    if key not in known:
-        raise click.ClickException(
-            f"--environment: {key!r} is unknown; give one of {', '.join(known) or 'none'}, as "
-            "`jaxlwp cache list` shows"
-        )
-    return known[key]
-
-
-def _check_divides(size: int, devices: int) -> None:
-    """Data parallelism, which everything is compared with, splits the batch evenly."""
-    if size % devices:
-        raise click.ClickException(
-            f"--batch: {size} examples cannot be shared evenly by {devices} devices, as data "
-            f"parallelism must; give a multiple of {devices}, or fewer devices (`jaxlwp plan` "
-            "takes any batch)"
-        )

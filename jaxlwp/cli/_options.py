@@ -51,6 +51,19 @@ def _not_negative(_: click.Context, option: click.Parameter, value: float | None
     return value
 
 
+def sizes_option(
+    _: click.Context, option: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """N,N,... as numbers."""
+    if value is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value, re.ASCII):
+        raise click.ClickException(
+            f"{option.opts[0]}: {value!r} given; give numbers of at least 1, as in 1,2,4"
+        )
+    return tuple(map(int, value.split(",")))
+
+
 def pins_option(
     _: click.Context, option: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, dict[str, int]]:
@@ -117,6 +130,11 @@ _DATA_OPTIONS = (
         callback=_input_shape,
         help="Shape of one example; the model's input_shape by default.",
     ),
+    click.option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Dtype of the computation, such as bfloat16, of a Flax module that takes one.",
+    ),
 )
 _RATE_OPTIONS = (
     click.option(
@@ -154,6 +172,11 @@ _RATE_OPTIONS = (
 
 
 Command = Callable[..., None]
+
+
+def data_options(command: Command) -> Command:
+    """The model and its data."""
+    return _with(command, _MODEL, *_DATA_OPTIONS)
 
 
 def model_options(command: Command) -> Command:

@@ -47,6 +47,7 @@ def load_workload(
     *,
     batch: int | None = None,
     input_shape: tuple[int, ...] | None = None,
+    dtype: str | None = None,
     abstract: bool = False,
 ) -> Workload:
     """Make the workload that a name stands for.
@@ -55,6 +56,7 @@ def load_workload(
       name: `module:attribute`, such as `models.alexnet:AlexNet`.
       batch: examples in the batch; 32 by default.
       input_shape: shape of one example; the module's `input_shape` by default.
+      dtype: of a Flax module's computation, for one that takes it.
       abstract: shapes and dtypes only: nothing is initialised.
 
     Returns:
@@ -62,9 +64,11 @@ def load_workload(
 
     Raises:
       ValueError: the name does not import, or is neither a module nor such a function, or cannot
-        be called on such a batch.
+        be called on such a batch, or takes no dtype or not this one.
     """
     target = resolve(name)
+    if dtype is not None:
+        target = _of_dtype(name, target, dtype)
     if _is_a(target, nn.Module):
         return _from_module(name, _linen, target, batch, input_shape, abstract)
     if _is_a(target, nnx.Module):
@@ -74,6 +78,26 @@ def load_workload(
     raise ValueError(
         f"MODEL: {name} is the {type(target).__name__} {target!r}; it must be a Flax module "
         "(flax.linen or flax.nnx), or a function that returns (loss_fn, params, batch): name one"
+    )
+
+
+def _of_dtype(name: str, target: Any, dtype: str) -> Any:
+    """A Flax module that computes in a dtype."""
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(
+            f"--dtype: {dtype!r} is none; give one such as bfloat16 or float32"
+        ) from error
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise ValueError(f"--dtype: {dtype} is not floating-point; give one such as bfloat16")
+    if isinstance(target, nn.Module) and hasattr(target, "dtype"):
+        return target.clone(dtype=wanted)
+    if isinstance(target, type) and issubclass(target, nn.Module) and _takes(target, "dtype"):
+        return target(dtype=wanted)
+    raise ValueError(
+        f"MODEL: {name} takes no dtype, so --dtype has no effect; leave it out, or name a Flax "
+        "Linen module with a field dtype"
     )
 
 

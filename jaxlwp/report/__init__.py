@@ -1,9 +1,10 @@
 """Text and pictures of what all other folders return.
 
-`_tables` has the tables, `_plot` the pictures. The reprs of plans and results import this folder
-when they are called, and nothing else does but the command line.
+`_tables` has the tables, `_studies` those of systems, `_plot` the pictures. The reprs of plans and
+results import this folder when they are called, and nothing else does but the command line.
 """
 
+from jaxlwp.report._studies import scaling_text, threshold_text
 from jaxlwp.report._tables import (
     alternatives_table,
     comparison_text,
@@ -25,5 +26,7 @@ __all__ = [
     "pareto_table",
     "plan_text",
     "render",
+    "scaling_text",
+    "threshold_text",
     "verification_text",
 ]
