@@ -163,8 +163,11 @@ def _check_kinds(
 
     if not callable(fn):
         refuse("loss function", fn, "a function, called as fn(params, *batch)")
-    if isinstance(devices, (bytes, bool)) or not (
-        devices is None or isinstance(devices, (int, np.integer, Iterable, *_DESCRIBED))
+    counted = isinstance(devices, str) and devices.isdigit()
+    if (
+        counted
+        or isinstance(devices, (bytes, bool))
+        or not (devices is None or isinstance(devices, (int, np.integer, Iterable, *_DESCRIBED)))
     ):
         refuse(
             "devices",

@@ -41,8 +41,7 @@ import pytest  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 import jaxlwp  # noqa: E402
-from jaxlwp.devices import _calibrate  # noqa: E402
-from jaxlwp.devices._store import Measurement  # noqa: E402
+from jaxlwp.devices import Measurement, _rates  # noqa: E402
 from jaxlwp.measure import _timer as _measure  # noqa: E402
 from jaxlwp.measure._local import LocalStep  # noqa: E402
 
@@ -101,7 +100,5 @@ def quick_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return [Measurement(seconds=1e-9 * num_bytes) for num_bytes in sizes]
 
     monkeypatch.setenv("JAXLWP_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        _calibrate, "measure", lambda mesh: _calibrate.device_graph(mesh, rates=rates)
-    )
-    monkeypatch.setattr(_measure, "_time_together", times)
+    monkeypatch.setattr(_rates, "measure", lambda mesh: _rates.device_graph(mesh, rates=rates))
+    monkeypatch.setattr(_measure, "time_together", times)

@@ -143,7 +143,7 @@ def test_numbers_in_names(name: str, hosts: int, gpus: int) -> None:
         (lambda: preset("dgx-h100:1x9"), "1 to 8"),
         (lambda: preset("dgx-h100:4", hosts=2), "one of both"),
         (lambda: preset("dgx-9:4"), "unknown"),
-        (lambda: jaxlwp.parallelize(loss_fn, *shapes(), devices="8"), "unknown"),
+        (lambda: jaxlwp.parallelize(loss_fn, *shapes(), devices="8"), "give a number of devices"),
         (lambda: jaxlwp.parallelize(loss_fn, *shapes(), devices=b"h100:8"), "devices"),
         (lambda: planned(measure=True), "measure"),
         (lambda: planned(check="measure"), "check"),

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from jaxlwp import BASELINES
 from jaxlwp.cli._commands import main
 from jaxlwp.cli._workload import Workload, load_workload
-from jaxlwp.devices._store import Environment, Measurement, Store
+from jaxlwp.devices import Environment, Measurement, Store
 
 LENET = "models.lenet:LeNet5"
 RATES = "--flops 1e9 --memory-bandwidth 1e9 --latency 1e-5 --bandwidth 1e9".split()
@@ -278,8 +278,8 @@ def test_profile_then_cache_then_plan_elsewhere(
     file = tmp_path / "machine.json"
     assert "wrote" in _run("cache", "export", str(file)).output
     monkeypatch.setenv("JAXLWP_CACHE_DIR", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr("jaxlwp.devices._calibrate.measure", None)  # nothing may be measured
-    monkeypatch.setattr("jaxlwp.measure._timer._time_together", None)
+    monkeypatch.setattr("jaxlwp.devices._rates.measure", None)  # nothing may be measured
+    monkeypatch.setattr("jaxlwp.measure._timer.time_together", None)
     plan = _run("plan", LENET, "--devices", "4", "--batch", "16", "--profile", str(file))
     assert plan.exit_code == 0, plan.output
     measured, pairs = re.search(r"measured: (\d+) of (\d+)", " ".join(plan.output.split())).groups()

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from jaxlwp import BASELINES, Rates, parallelize
-from jaxlwp.check import _compare
+from jaxlwp.check import _compare, _steps
 from jaxlwp.check._compare import Comparison, StrategyResult, compare
-from jaxlwp.devices._calibrate import device_graph, make_mesh
+from jaxlwp.devices import device_graph, make_mesh
 from jaxlwp.solver._tables import Cost
 
 RATES = Rates(flops_per_s=1e9, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,))
@@ -35,7 +35,7 @@ def test_every_strategy_is_measured_in_every_round(
 ) -> None:
     if len(jax.devices()) < 4:
         pytest.skip("needs 4 devices")
-    monkeypatch.setattr(_compare, "_free_bytes", lambda plan: free)
+    monkeypatch.setattr(_steps, "_free_bytes", lambda plan: free)
     told: dict[str, list[tuple[int, int]]] = {}
     params, x, labels = _arguments(8)
 
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_not_run_but_told(monkeypatch: pytest.MonkeyPatch) 
     given: dict[str, Any] = {"devices": 4, "rates": RATES}
     plan = parallelize(_loss, *arguments, strategy="data", **given)
     needed_bytes = plan.memory.peak_bytes
-    monkeypatch.setattr(_compare, "_accelerator_bytes", lambda devices: needed_bytes - 1.0)
+    monkeypatch.setattr(_compare, "accelerator_bytes", lambda devices: needed_bytes - 1.0)
 
     result = compare(_loss, *arguments, strategies=("data",), rounds=1, **given)
 
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_not_run_but_told(monkeypatch: pytest.MonkeyPatch) 
     assert told["left_out"] == {"data": needed_bytes}
     assert told["results"][0]["speedup"] is None
 
-    monkeypatch.setattr(_compare, "_accelerator_bytes", lambda devices: float(needed_bytes))
+    monkeypatch.setattr(_compare, "accelerator_bytes", lambda devices: float(needed_bytes))
     result = compare(_loss, *arguments, strategies=("data",), rounds=1, **given)
     assert [each.strategy for each in result.results] == ["search", "data"]
     assert result.left_out == {}
@@ -109,14 +109,14 @@ def test_a_memory_limit_holds_for_all() -> None:
 
 def test_small_states_stay_on_the_devices() -> None:
     memories = [
-        _compare.ProgramMemory(
+        _steps.ProgramMemory(
             argument_bytes=size, temporary_bytes=50, new_bytes=0, peak_bytes=size + 50
         )
         for size in (300, 100, 200)
     ]
-    assert _compare._staying(memories, 350.0 + 100 + 200 + 300) == {0, 1, 2}
-    assert _compare._staying(memories, 350.0 + 100 + 200) == {1, 2}
-    assert _compare._staying(memories, 350.0) == set()
+    assert _steps._staying(memories, 350.0 + 100 + 200 + 300) == {0, 1, 2}
+    assert _steps._staying(memories, 350.0 + 100 + 200) == {1, 2}
+    assert _steps._staying(memories, 350.0) == set()
 
 
 def test_no_rounds() -> None:

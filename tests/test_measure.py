@@ -25,10 +25,10 @@ from jax.sharding import Mesh
 import jaxlwp
 from jaxlwp.cost._collectives import use_source_layout
 from jaxlwp.cost._model import AnalyticCostModel, temporary_bytes
+from jaxlwp.devices import Measurement, Store, environment_of
 from jaxlwp.devices._calibrate import _ring, fit_link, fit_wait
-from jaxlwp.devices._store import Measurement, Store, environment_of
 from jaxlwp.graph._graph import Layer
-from jaxlwp.measure import _pages
+from jaxlwp.measure import _pages, _timing
 from jaxlwp.measure import _timer as _measure
 from jaxlwp.measure._local import LocalStep, local_step
 from jaxlwp.measure._timer import LayerTimer, LayerTimes, TimingCache
@@ -187,7 +187,7 @@ class TestLayerTimer:
         def timed(steps: Sequence[LocalStep], *_: Any) -> list[Measurement]:
             return [Measurement(seconds=next(seconds), samples=4, spread=0.1) for _ in steps]
 
-        monkeypatch.setattr(_measure, "_time_together", timed)
+        monkeypatch.setattr(_measure, "time_together", timed)
         rates, mesh = replace(devices(), step_s=1e-3), jax.devices()[:4]
         environment = environment_of(mesh)
         cache = TimingCache(Store(tmp_path / "store"), environment)
@@ -219,7 +219,7 @@ class TestLayerTimer:
     ) -> None:
         """An older version may have run something else for a layer."""
         monkeypatch.setattr(
-            _measure, "_time_together", lambda steps, *_: [Measurement(seconds=3.0) for _ in steps]
+            _measure, "time_together", lambda steps, *_: [Measurement(seconds=3.0) for _ in steps]
         )
         timer, conv = self.timer(graph), layer(graph, "conv")
         pairs = [(conv, Config((("sample", axes),))) for axes in (("a",), ("a", "b"))]
@@ -235,11 +235,11 @@ class TestLayerTimer:
     def test_large_operands_repeat_few_random_values(
         self, graph: jaxlwp.graph.ComputationGraph, dtype: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_measure, "RANDOM_VALUES", 5)
+        monkeypatch.setattr(_timing, "RANDOM_VALUES", 5)
         mesh = Mesh(np.array(jax.devices()[:2]), ("device",))
         step = local_step(graph, layer(graph, "conv"), Config(), AXES)
         value = Value((3, 4), jax.random.key(0).dtype if dtype == "key" else jnp.dtype(dtype))
-        array = _measure._Runner(step, mesh, devices()).random(value, 1)
+        array = _timing._Runner(step, mesh, devices()).random(value, 1)
         assert (array.shape, array.dtype) == ((2, *value.shape), value.dtype)
         assert {shard.data.shape for shard in array.addressable_shards} == {(1, *value.shape)}
         if dtype == "int32":
@@ -265,9 +265,9 @@ class TestLayerTimer:
         """As many pages as the run took, of the program's own arrays; no layer comes out free."""
         mesh = Mesh(np.array(jax.devices()[:2]), ("device",))
         step = local_step(graph, layer(graph, "conv"), Config(), AXES)
-        monkeypatch.setattr(_measure._pages, "page_bytes", lambda: 4.0)
+        monkeypatch.setattr(_timing._pages, "page_bytes", lambda: 4.0)
         rates = replace(devices(), first_touch_byte_s=((1e6, byte_s),), leaf_s=0.0)
-        runner = _measure._Runner(step, mesh, rates, copies=1, allocated_bytes=400, fixed=[[]])
+        runner = _timing._Runner(step, mesh, rates, copies=1, allocated_bytes=400, fixed=[[]])
         runner.times_s, runner.pages = [1.0, 1.2, 1.4], 3 * [pages]
         assert runner.timing(call_s=0.2).seconds == pytest.approx(seconds)
 

@@ -25,7 +25,7 @@ from jaxlwp.memory._memory import (
     strategy_memory,
 )
 from jaxlwp.plan._plan import plan_memory
-from jaxlwp.program._program import flatten
+from jaxlwp.program import flatten
 from jaxlwp.space._strategy import make_strategy
 
 RATES = Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)

@@ -12,7 +12,7 @@ import pytest
 
 import jaxlwp
 from jaxlwp.check._compare import Comparison, StrategyResult
-from jaxlwp.devices._calibrate import device_graph, make_mesh
+from jaxlwp.devices import device_graph, make_mesh
 from jaxlwp.report._plot import layer_costs, plot_comparison, plot_plan
 from jaxlwp.solver._tables import Cost
 

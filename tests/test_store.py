@@ -21,14 +21,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxlwp.devices._store import Environment, Measurement, Store, read_export
+from jaxlwp.devices import Environment, Measurement, Store, read_export
 
 HERE = Environment(device_kind="test", platform="cpu", driver="1", jax="1", jaxlib="1", host="h")
 
 WRITER = """
 import sys
 from pathlib import Path
-from jaxlwp.devices._store import Environment, Measurement, Store
+from jaxlwp.devices import Environment, Measurement, Store
 here = Environment(device_kind="test", platform="cpu", driver="1", jax="1", jaxlib="1", host="h")
 store = Store(Path(sys.argv[1]))
 for n in range(int(sys.argv[3])):
@@ -225,7 +225,7 @@ def unharmed(path: Path, entries: dict[str, Measurement]) -> None:
 FULL = """
 import resource, sys, warnings
 from pathlib import Path
-from jaxlwp.devices._store import Environment, Measurement, Store
+from jaxlwp.devices import Environment, Measurement, Store
 here = Environment(device_kind="test", platform="cpu", driver="1", jax="1", jaxlib="1", host="h")
 size = Path(sys.argv[1]).stat().st_size + 4096
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -250,7 +250,7 @@ def test_full_disk_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_locked_by_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxlwp.devices._store.BUSY_S", 0.1)
+    monkeypatch.setattr("jaxlwp.devices._sqlite.BUSY_S", 0.1)
     entries = filled(tmp_path / "s", 20)
     with Store(tmp_path / "s") as store:
         other = sqlite3.connect(tmp_path / "s", isolation_level=None)
@@ -323,7 +323,7 @@ class TestExport:
     def test_all_of_a_file_or_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("jaxlwp.devices._store.BUSY_S", 0.1)
+        monkeypatch.setattr("jaxlwp.devices._sqlite.BUSY_S", 0.1)
         filled(tmp_path / "s", 20)
         with Store(tmp_path / "s") as store:
             store.put(HERE, "rates", {"k": Measurement(seconds=1.0)})

@@ -3,19 +3,10 @@
 Read `_verify` first, then `_hlo` (collectives of a compiled program, from its text, which `_module`
 reads), `_target` (compiling for GPUs that are not there), `_forecast` (what such a program takes:
 `_kernels` with `_operations` and `_traffic`, `_schedule`, `_timeline`, `_trace`), `_compiled`
-(strategies side by side by such forecasts) and `_compare` (the same, measured).
+(strategies side by side by such forecasts) and `_compare` (the same, measured by `_steps`).
 """
 
-from jaxlwp.check._compare import (
-    ROUNDS,
-    Comparison,
-    Progress,
-    StrategyResult,
-    batch_size,
-    compare,
-    fastest,
-    is_simulated,
-)
+from jaxlwp.check._compare import Comparison, StrategyResult, compare, fastest
 from jaxlwp.check._compiled import (
     CompiledComparison,
     CompiledStrategy,
@@ -24,6 +15,7 @@ from jaxlwp.check._compiled import (
 )
 from jaxlwp.check._forecast import Forecast, forecast
 from jaxlwp.check._hlo import CompiledCollective, compiled_collectives
+from jaxlwp.check._steps import ROUNDS, Progress, batch_size, is_simulated
 from jaxlwp.check._target import Target, TargetStep, compile_for, target_mesh
 from jaxlwp.check._timeline import Event, KindTotal
 from jaxlwp.check._verify import LayerCheck, Traffic, Verification, verify

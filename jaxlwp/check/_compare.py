@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,17 @@ import jax
 
 from jaxlwp._version import __version__
 from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
+from jaxlwp.check._steps import (
+    ROUNDS,
+    Progress,
+    Step,
+    accelerator_bytes,
+    batch_of,
+    batch_size,
+    compiled_step,
+    is_simulated,
+    measured_steps,
+)
 from jaxlwp.devices import (
     DeviceGraph,
     GivenRates,
@@ -41,11 +51,8 @@ from jaxlwp.plan import (
     MEMORY_MARGIN,
     OPTIMIZER,
     Plan,
-    ProgramMemory,
-    lower_step,
     plan_for,
     plan_memory,
-    program_memory,
     with_strategy,
 )
 from jaxlwp.program import Arguments, canonical
@@ -54,10 +61,6 @@ from jaxlwp.space import BASELINES, Strategy
 
 FORMAT_VERSION = 1
 STRATEGIES = ("search", *BASELINES)
-ROUNDS = 7
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how many parts of it are done, and of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,13 +258,13 @@ def compare(
     progress = on_progress or (lambda what, done, total: None)
     arguments = canonical("compare", fn, (params, *batch), keywords)
     plans, left_out = _make_plans(fn, arguments, devices, strategies, rates, memory_bytes, progress)
-    state, data = (params, OPTIMIZER.init(params)), _batch_of(arguments)
-    steps: list[_Step] = []
+    state, data = (params, OPTIMIZER.init(params)), batch_of(arguments)
+    steps: list[Step] = []
     for plan in plans:
         progress("compiling steps", len(steps), len(plans))
-        steps.append(_compile(plan, state, data))
+        steps.append(compiled_step(plan, state, data))
     progress("compiling steps", len(steps), len(plans))
-    times = _measure(steps, state, data, rounds, progress)
+    times = measured_steps(steps, state, data, rounds, progress)
     mesh_devices = list(need_devices("compare", plans[0].mesh).devices.flat)
     return Comparison(
         model=name or str(getattr(fn, "__qualname__", type(fn).__name__)),
@@ -273,11 +276,6 @@ def compare(
         results=tuple(_result(step, taken) for step, taken in zip(steps, times, strict=True)),
         left_out=left_out,
     )
-
-
-def _batch_of(arguments: Arguments) -> Arguments:
-    """All arguments but the parameters."""
-    return arguments[0][1:], arguments[1]
 
 
 def fastest(
@@ -318,13 +316,13 @@ def fastest(
     others = applicable(plan, against)
     fitting, left_out = _fitting(others, _limit_bytes(plan, memory_bytes), optimizer)
     plans = [plan, *fitting]
-    params, batch = arguments[0][0], _batch_of(arguments)
+    params, batch = arguments[0][0], batch_of(arguments)
     state = (params, optimizer.init(params))
     steps = []
     for number, each in enumerate(plans):
         progress("compiling steps", number, len(plans))
-        steps.append(_compile(each, state, batch, optimizer))
-    taken = _measure(steps, state, batch, rounds, progress)
+        steps.append(compiled_step(each, state, batch, optimizer))
+    taken = measured_steps(steps, state, batch, rounds, progress)
     times = [statistics.median(times_s) for times_s in taken]
     if spans_processes(need_devices("compare", plan.mesh)):  # all must keep the same plan
         times = from_first(times)
@@ -368,35 +366,11 @@ def _limit_bytes(plan: Plan, memory_bytes: float | None) -> float:
     is not what GPUs would.
     """
     mesh = need_devices("compare", plan.mesh)
-    free_bytes = _accelerator_bytes(local_devices(mesh))
+    free_bytes = accelerator_bytes(local_devices(mesh))
     if spans_processes(mesh):  # all must run the same programs
         free_bytes = from_first(free_bytes)
     allowed_bytes = math.inf if memory_bytes is None else memory_bytes / MEMORY_MARGIN
     return min(allowed_bytes, math.inf if free_bytes is None else free_bytes)
-
-
-def step_times(
-    plan: Plan, arguments: Arguments, optimizer: Any = None, rounds: int = ROUNDS
-) -> list[float]:
-    """Measured seconds of a plan's training steps.
-
-    Args:
-      plan: the plan.
-      arguments: (params, *batch), and arguments by name, as arrays.
-      optimizer: optax transformation of the step; SGD with momentum by default.
-      rounds: how many steps, after one to warm up.
-    """
-    params, batch = arguments[0][0], _batch_of(arguments)
-    state = (params, (optimizer or OPTIMIZER).init(params))
-    step = _compile(plan, state, batch, optimizer)
-    taken = _measure([step], state, batch, rounds, lambda what, done, total: None)
-    return taken[0]
-
-
-def batch_size(batch: Any) -> int:
-    """Examples in a batch: the first dimension of its first array that has one."""
-    shapes = (tuple(leaf.shape) for leaf in jax.tree.leaves(batch) if hasattr(leaf, "shape"))
-    return next((shape[0] for shape in shapes if shape), 1)
 
 
 def _make_plans(
@@ -438,29 +412,7 @@ def _make_plans(
     return plans, left_out
 
 
-# --- one training step -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """A compiled training step of one plan."""
-
-    plan: Plan
-    program: Any
-    memory: ProgramMemory
-
-    def place(self, state: Any, batch: Arguments) -> tuple[Any, Arguments]:
-        shardings = (self.plan.batch_shardings, self.plan.keyword_shardings)
-        return self.plan.place(state), jax.device_put(batch, shardings)
-
-
-def _compile(plan: Plan, state: Any, batch: Arguments, optimizer: Any = None) -> _Step:
-    program = lower_step(plan, state, batch, optimizer or OPTIMIZER).compile()
-    memory = program_memory(program, need_devices("compare", plan.mesh).devices.flat[0].platform)
-    return _Step(plan=plan, program=program, memory=memory)
-
-
-def _result(step: _Step, times_s: Sequence[float]) -> StrategyResult:
+def _result(step: Step, times_s: Sequence[float]) -> StrategyResult:
     predicted: dict[str, int] = {}
     for collective in step.plan.collectives:
         predicted[collective.kind] = predicted.get(collective.kind, 0) + collective.num_bytes
@@ -476,86 +428,6 @@ def _result(step: _Step, times_s: Sequence[float]) -> StrategyResult:
     )
 
 
-# --- measuring -------------------------------------------------------------------------------
-
-
-def _measure(
-    steps: Sequence[_Step], state: Any, batch: Arguments, rounds: int, progress: Progress
-) -> list[list[float]]:
-    """Seconds of every step, `rounds` times, in rotating order.
-
-    Every turn is two steps, and the second counts. The states of as many steps as memory allows
-    stay on the devices; the others are placed anew for every turn.
-    """
-    stay = _staying([step.memory for step in steps], _free_bytes(steps[0].plan))
-    placed: dict[int, tuple[Any, Arguments]] = {}
-    times: list[list[float]] = [[] for _ in steps]
-    turns = [(i + shift) % len(steps) for shift in range(rounds) for i in range(len(steps))]
-    for turn, number in enumerate(turns):
-        progress("timing steps", turn, len(turns))
-        program = steps[number].program
-        if number not in placed:
-            placed[number] = steps[number].place(state, batch)
-        current, data = placed.pop(number)
-        # In training a step follows its like: what the others left in caches is gone by then.
-        current, _ = _finished(program(current, *data))
-        start = time.perf_counter()
-        current, _ = _finished(program(current, *data))
-        times[number].append(time.perf_counter() - start)
-        if number in stay:
-            placed[number] = current, data
-        del current, data
-    progress("timing steps", len(turns), len(turns))
-    return times
-
-
-def _finished(results: Any) -> Any:
-    """The results of a program, once it has computed them."""
-    for leaf in jax.tree.leaves(results):
-        leaf.block_until_ready()
-    return results
-
-
-def _staying(memories: Sequence[ProgramMemory], free_bytes: float) -> set[int]:
-    """The steps, smallest state first, whose states fit beside the largest step in progress."""
-    stay: set[int] = set()
-    used_bytes = max(memory.peak_bytes for memory in memories)
-    for number in sorted(range(len(memories)), key=lambda n: memories[n].argument_bytes):
-        used_bytes += memories[number].argument_bytes
-        if used_bytes <= free_bytes:
-            stay.add(number)
-    return stay
-
-
-def _free_bytes(plan: Plan) -> float:
-    """Bytes of memory per device that a comparison may take."""
-    num_bytes = _free_here(local_devices(need_devices("compare", plan.mesh)))
-    return (
-        float(from_first(num_bytes))
-        if spans_processes(need_devices("compare", plan.mesh))
-        else num_bytes
-    )
-
-
-def _free_here(devices: Sequence[Any]) -> float:
-    free_bytes = _accelerator_bytes(devices)
-    if free_bytes is not None:
-        return free_bytes
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        # Simulated devices share the host's memory, and others want some of it.
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return 0.5 * free_bytes / len(devices)
-    return 0.0
-
-
-def _accelerator_bytes(devices: Sequence[Any]) -> float | None:
-    """Bytes that a device with memory of its own has left, but for a tenth; None for others."""
-    stats = devices[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return 0.9 * float(stats["bytes_limit"] - stats["bytes_in_use"])
-    return None
-
-
 def _machine(devices: Sequence[Any]) -> dict[str, Any]:
     return {
         "platform": devices[0].platform,
@@ -566,11 +438,6 @@ def _machine(devices: Sequence[Any]) -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
     }
-
-
-def is_simulated(devices: Sequence[Any]) -> bool:
-    """Whether the devices share one host's processor."""
-    return len(devices) > 1 and devices[0].platform == "cpu"
 
 
 def _versions() -> dict[str, str]:

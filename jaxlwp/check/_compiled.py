@@ -17,8 +17,9 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
-from jaxlwp.check._compare import Progress, applicable
+from jaxlwp.check._compare import applicable
 from jaxlwp.check._forecast import Forecast, forecast
+from jaxlwp.check._steps import Progress
 from jaxlwp.check._target import Target, compiled, mesh_like, target_mesh
 from jaxlwp.devices import System, preset
 from jaxlwp.plan import OPTIMIZER, Plan, lower_step, plan_for, state_shapes, with_strategy

@@ -13,8 +13,8 @@ from typing import Any
 
 import optax
 
-from jaxlwp.check._compare import step_times
 from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
+from jaxlwp.check._steps import step_times
 from jaxlwp.check._target import compile_for
 from jaxlwp.cost import collectives_by_layer
 from jaxlwp.kernels import differentiated

@@ -1,27 +1,28 @@
 """Device graphs: mesh axes and rates, measured or given, and measurements on disk.
 
 Read `_device_graph` first, then `_links` (collectives over several link levels), `_systems` (GPUs
-and their links by published figures) and `_presets` (from files), `_calibrate` (measuring rates),
-`_store` (one SQLite file of measurements) and `_processes` (several processes use the numbers of
-the first).
+and their links by published figures) and `_presets` (from files), `_rates` (the device graph of a
+mesh) and `_calibrate` (measuring it), `_store` (measurements on disk, in a file that `_sqlite`
+opens, for what `_environment` says) and `_processes` (several processes use the numbers of the
+first).
 """
 
-from jaxlwp.devices._calibrate import (
+from jaxlwp.devices._calibrate import measure
+from jaxlwp.devices._device_graph import BUCKET_BYTES, DeviceGraph, LinkFit, MeshAxis
+from jaxlwp.devices._environment import Environment, Measurement, environment_of, now
+from jaxlwp.devices._presets import load_system, preset, system_for, system_of
+from jaxlwp.devices._processes import from_first, local_devices, spans_processes
+from jaxlwp.devices._rates import (
     KIND,
     GivenDevices,
     GivenRates,
     Rates,
     choose_devices,
     device_graph,
-    local_devices,
     make_mesh,
-    measure,
     rates_key,
 )
-from jaxlwp.devices._device_graph import BUCKET_BYTES, DeviceGraph, LinkFit, MeshAxis
-from jaxlwp.devices._presets import load_system, preset, system_for, system_of
-from jaxlwp.devices._processes import from_first, spans_processes
-from jaxlwp.devices._store import Environment, Measurement, Store, environment_of, now, read_export
+from jaxlwp.devices._store import Store, read_export
 from jaxlwp.devices._systems import Gpu, Level, System
 
 __all__ = [

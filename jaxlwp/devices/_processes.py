@@ -20,6 +20,11 @@ def spans_processes(mesh: Mesh) -> bool:
     return len({device.process_index for device in mesh.devices.flat}) > 1
 
 
+def local_devices(mesh: Mesh) -> list[Any]:
+    """The mesh's devices that this process can run programs on."""
+    return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+
+
 @jax.ensure_compile_time_eval()  # a plan may be made while a training step is traced
 def from_first(value: Any) -> Any:
     """The first process's value, in every process; every process must call this.

@@ -13,170 +13,37 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
-import math
 import os
-import platform
 import sqlite3
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import platformdirs
 
-FORMAT_VERSION = 2
-"""In the file's name: an older jaxlwp leaves a newer one's file alone."""
-
-APPLICATION_ID = 0x6A6C7770
-"""Marks the SQLite file as ours ("jlwp")."""
-
-BUSY_S = 60.0
-"""Seconds to wait for another process that is writing."""
-
-_SCHEMA = """
-CREATE TABLE entries (
-  environment TEXT NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, program TEXT NOT NULL,
-  content TEXT NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY (environment, kind, key));
-CREATE TABLE environments (key TEXT PRIMARY KEY, content TEXT NOT NULL);
-"""
-_COLUMNS = {
-    "entries": ["environment", "kind", "key", "program", "content", "checksum"],
-    "environments": ["key", "content"],
-}
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Environment:
-    """What a measurement is true for.
-
-    Attributes:
-      device_kind: as JAX names it.
-      platform: "cpu" or "gpu".
-      driver: version of the platform's runtime and driver, as JAX tells it.
-      jax: version.
-      jaxlib: version.
-      host: for processors, whose kind names no machine: node, processor and number of cores.
-      at_once: simulated devices that shared the cores and ran at once; 1 for accelerators.
-    """
-
-    device_kind: str
-    platform: str
-    driver: str
-    jax: str
-    jaxlib: str
-    host: str = ""
-    at_once: int = 1
-
-    @property
-    def key(self) -> str:
-        """Hash of all of it."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def __str__(self) -> str:
-        """For reports."""
-        host = f" on {self.host}, {self.at_once} at once" if self.host else ""
-        return f"{self.device_kind}{host}, JAX {self.jax}"
-
-
-def environment_of(devices: Sequence[Any]) -> Environment:
-    """The environment of devices that run at once."""
-    import importlib.metadata
-
-    first = devices[0]
-    cpu = first.platform == "cpu"
-    return Environment(
-        device_kind=first.device_kind,
-        platform=first.platform,
-        driver=str(getattr(first.client, "platform_version", "")),
-        jax=importlib.metadata.version("jax"),
-        jaxlib=importlib.metadata.version("jaxlib"),
-        host=f"{platform.node()} ({platform.machine()}, {os.cpu_count()} cores)" if cpu else "",
-        at_once=len(devices) if cpu else 1,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One figure, and how it came about.
-
-    Attributes:
-      seconds: the median.
-      spread: median absolute deviation of the runs, relative to the median.
-      samples: how many runs.
-      date: when, in UTC, ISO 8601.
-      program: hash of the program that was run; "" if there is none.
-      each_s: if it was measured several times, minutes apart, each of them; `seconds` is their
-        median.
-      data: more, as plain JSON data.
-
-    Raises:
-      ValueError: a figure is negative, infinite or NaN.
-    """
-
-    seconds: float
-    spread: float = 0.0
-    samples: int = 1
-    date: str = ""
-    program: str = ""
-    each_s: tuple[float, ...] = ()
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.each_s, (tuple, list)):
-            raise ValueError(f"Measurement: each_s is {self.each_s!r}; it must be a list")
-        object.__setattr__(self, "each_s", tuple(self.each_s))
-        figures = [(name, getattr(self, name)) for name in ("seconds", "spread", "samples")]
-        for name, value in (*figures, *(("each_s", each) for each in self.each_s)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 0 <= value < math.inf):
-                raise ValueError(
-                    f"Measurement: {name} is {value!r}; it must be a finite number of at least 0"
-                )
-        if not all(isinstance(getattr(self, name), str) for name in ("date", "program")):
-            raise ValueError("Measurement: date and program must be text")
-        if not isinstance(self.data, Mapping):
-            raise ValueError(f"Measurement: data is {self.data!r}; it must be a mapping")
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**dataclasses.asdict(self), "data": dict(self.data)}
-
-
-def now() -> str:
-    """The date of a measurement."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+from jaxlwp.devices._environment import Environment, Measurement
+from jaxlwp.devices._sqlite import (
+    FORMAT_VERSION,
+    StoreError,
+    T,
+    as_transaction,
+    connect,
+    in_memory,
+    is_damage,
+    locked,
+    undecodable_is_damage,
+)
 
 
 def default_path() -> Path:
     """Where measurements are kept; JAXLWP_CACHE_DIR overrides the folder."""
     folder = os.environ.get("JAXLWP_CACHE_DIR") or platformdirs.user_cache_dir("jaxlwp")
     return Path(folder) / f"profile-{FORMAT_VERSION}.sqlite3"
-
-
-class StoreError(OSError):
-    """The file cannot be used just now: locked, read-only, a full disk."""
-
-
-class _DamagedError(sqlite3.DatabaseError):
-    """The file is no store, or its content does not hold together."""
-
-
-@contextlib.contextmanager
-def _undecodable_is_damage() -> Iterator[None]:
-    """SQLite's messages quote names in a file; Python cannot tell one that is no UTF-8 any more."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise _DamagedError("a name in it is no UTF-8") from error
 
 
 class Store:
@@ -198,21 +65,21 @@ class Store:
     def _opened(self) -> sqlite3.Connection:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path):
+            with locked(self.path):
                 try:
-                    return _connect(self.path)
+                    return connect(self.path)
                 except sqlite3.Error as error:
-                    if not _is_damage(error):
+                    if not is_damage(error):
                         raise
                     self._set_aside(error)
-                    return _connect(self.path)
+                    return connect(self.path)
         except (OSError, sqlite3.Error) as error:
             warnings.warn(
                 f"measurements cannot be kept in {self.path} ({error}); they are kept in memory: "
                 "set JAXLWP_CACHE_DIR to a folder that can be written to",
                 stacklevel=3,
             )
-            return _in_memory(self.path)
+            return in_memory(self.path)
 
     def _set_aside(self, error: Exception) -> None:
         """Rename a damaged or foreign file, and its journal, to a name that is free."""
@@ -249,15 +116,15 @@ class Store:
         with self._lock:
             try:
                 try:
-                    with _undecodable_is_damage():
+                    with undecodable_is_damage():
                         return work(self._connection)
                 except sqlite3.Error as error:
-                    if not _is_damage(error):
+                    if not is_damage(error):
                         raise
                 # Another process may have set the file aside already: look again before doing so.
                 self._connection.close()
                 self._connection = self._opened()
-                with _undecodable_is_damage():
+                with undecodable_is_damage():
                     return work(self._connection)
             except sqlite3.Error as error:
                 raise StoreError(
@@ -358,7 +225,7 @@ class Store:
                     [_row(environment.key, kind, key, value) for key, value in entries.items()],
                 )
 
-        self._run(_as_transaction(work))
+        self._run(as_transaction(work))
 
     def forget(self, environment: Environment | None = None, kind: str | None = None) -> int:
         """Drop entries of one environment or kind, or all, to measure them again.
@@ -381,7 +248,7 @@ class Store:
         def work(connection: sqlite3.Connection) -> int:
             return connection.execute(f"DELETE FROM entries{clause}", values).rowcount
 
-        return self._run(_as_transaction(work))
+        return self._run(as_transaction(work))
 
     # --- files to take along ---
 
@@ -468,103 +335,6 @@ def _row(environment: str, kind: str, key: str, measurement: Measurement) -> tup
 
 def _checksum(row: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(row).encode()).hexdigest()[:16]
-
-
-def _connect(path: Path | str) -> sqlite3.Connection:
-    """Open a store, or make one.
-
-    Raises:
-      sqlite3.Error: the file is damaged, or cannot be used just now; `_is_damage` tells which.
-    """
-    if path != ":memory:" and Path(path).is_dir():
-        raise _DamagedError("it is a folder")
-    # `Store` has a lock of its own. A flipped bit may leave text that is no UTF-8: its checksum
-    # tells.
-    connection = sqlite3.connect(
-        path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
-    )
-    connection.text_factory = lambda content: content.decode(errors="replace")
-    try:
-        with _undecodable_is_damage():
-            (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-            if tables == 0 and not (path != ":memory:" and Path(path).stat().st_size):
-                connection.executescript(
-                    f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; {_SCHEMA} COMMIT;"
-                )
-            _check(connection)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _check(connection: sqlite3.Connection) -> None:
-    """Raises: sqlite3.Error: what is open is no store, or damaged."""
-    (mark,) = connection.execute("PRAGMA application_id").fetchone()
-    if mark != APPLICATION_ID:
-        raise _DamagedError("it is another program's file")
-    (sound,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-    if sound != "ok":
-        raise _DamagedError(sound)
-    columns = {
-        table: [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
-        for table in _COLUMNS
-    }
-    if columns != _COLUMNS:
-        raise _DamagedError(f"its columns are {columns}")
-
-
-def _in_memory(path: Path) -> sqlite3.Connection:
-    """A store in memory, with what a file holds that can be read though not written."""
-    with contextlib.suppress(sqlite3.Error), _undecodable_is_damage():
-        file = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
-        with contextlib.closing(file):
-            _check(file)
-            memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-            file.backup(memory)
-            return memory
-    return _connect(":memory:")
-
-
-def _as_transaction(
-    work: Callable[[sqlite3.Connection], T],
-) -> Callable[[sqlite3.Connection], T]:
-    """All of the work is done, or nothing."""
-
-    def whole(connection: sqlite3.Connection) -> T:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            result = work(connection)
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:  # some errors have ended it
-                connection.execute("ROLLBACK")
-            raise
-        return result
-
-    return whole
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time looks at a file and sets it aside."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: a damaged file might be set aside twice
-        yield
-        return
-    with open(f"{path}.lock", "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _is_damage(error: sqlite3.Error) -> bool:
-    """Whether the file's content is at fault, not its surroundings."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return isinstance(error, _DamagedError) or (
-        code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-    )
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """Times of layers on the devices at hand.
 
-Read `_timer` first, then `_local` (the work of one layer on one device, alone), `_pages` (memory
-that a run takes anew) and `_profile` (measurements of another machine).
+Read `_timer` first, then `_timing` (programs run in turn), `_local` (the work of one layer on one
+device, alone), `_pages` (memory that a run takes anew) and `_profile` (measurements of another
+machine).
 """
 
 from jaxlwp.measure._profile import Profile, load_profile

@@ -1,11 +1,13 @@
 """The traced function as data: one flat list of equations, and what is known of its arguments.
 
-Read `_program` first (values, equations, `jax.checkpoint` calls, scans), then `_border` (rows that
-stand beyond an array's ends) and `_arguments` (positional and keyword arguments in one form).
+Read `_program` first (values, equations, `jax.checkpoint` calls, scans), then `_flatten` (from a
+jaxpr to such a list), `_border` (rows that stand beyond an array's ends) and `_arguments`
+(positional and keyword arguments in one form).
 """
 
 from jaxlwp.program._arguments import Arguments, argument_name, canonical
 from jaxlwp.program._border import Border, Pieces, extend, join, rows_of, runs
+from jaxlwp.program._flatten import flatten, inner_jaxprs
 from jaxlwp.program._program import (
     CUSTOM,
     CUSTOM_JVP,
@@ -18,8 +20,6 @@ from jaxlwp.program._program import (
     Scan,
     StandIn,
     Value,
-    flatten,
-    inner_jaxprs,
     scan_of,
     without_dead_code,
 )

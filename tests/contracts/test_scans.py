@@ -21,7 +21,7 @@ from jaxlwp.kernels import differentiated
 from jaxlwp.measure._local import local_step
 from jaxlwp.ops import RULES
 from jaxlwp.plan._plan import bind as bind_plan
-from jaxlwp.program._program import LONGEST_UNROLLED, flatten
+from jaxlwp.program._flatten import LONGEST_UNROLLED, flatten
 from jaxlwp.space._config import Config
 
 from .harness import bind, compare, compiler_options, every_config
