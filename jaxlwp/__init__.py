@@ -1,4 +1,4 @@
-"""jaxlwp: layer-wise parallelism for convolutional networks in JAX.
+"""Layer-wise parallelism for convolutional networks in JAX.
 
 `parallelize` traces a loss function, prices every way of splitting every layer over a device mesh,
 finds the best combination exactly, and returns a `Plan` that is called like the loss function:
@@ -16,45 +16,33 @@ On numbers     solve (cost tables alone)
 Errors         ValueError, in one line; MemoryLimitError, which names the least memory
 
 All else is in the folders, each one step of the way: program, mesh, ops, graph, space, devices,
-lower, solver, cost, memory, measure, optimize, plan, check, report. `help(jaxlwp.solver)` says what
-a folder is for and in which order to read it.
+lower, kernels, solver, cost, memory, measure, optimize, plan, check, simulate, report.
+`help(jaxlwp.solver)` says what a folder is for and in which order to read it.
 """
 
-from jaxlwp._parallelize import parallelize
-from jaxlwp._version import __version__
-from jaxlwp.check import compare, target_mesh, verify
-from jaxlwp.cost import price
-from jaxlwp.devices import DeviceGraph, Rates, device_graph, make_mesh
-from jaxlwp.graph import trace
-from jaxlwp.measure import load_profile
-from jaxlwp.optimize import explain, pareto, search, search_measured
-from jaxlwp.plan import Plan, bind
-from jaxlwp.solver import MemoryLimitError, solve
-from jaxlwp.space import BASELINES, Config, Constraints, Strategy
-
-__all__ = [
-    "BASELINES",
-    "Config",
-    "Constraints",
-    "DeviceGraph",
-    "MemoryLimitError",
-    "Plan",
-    "Rates",
-    "Strategy",
-    "__version__",
-    "bind",
-    "compare",
-    "device_graph",
-    "explain",
-    "load_profile",
-    "make_mesh",
-    "parallelize",
-    "pareto",
-    "price",
-    "search",
-    "search_measured",
-    "solve",
-    "target_mesh",
-    "trace",
-    "verify",
-]
+# Names are exported by `as`, not by `__all__`: help(jaxlwp) would print them all, on 20 screens.
+from jaxlwp import simulate as simulate
+from jaxlwp._parallelize import parallelize as parallelize
+from jaxlwp._version import __version__ as __version__
+from jaxlwp.check import compare as compare
+from jaxlwp.check import target_mesh as target_mesh
+from jaxlwp.check import verify as verify
+from jaxlwp.cost import price as price
+from jaxlwp.devices import DeviceGraph as DeviceGraph
+from jaxlwp.devices import Rates as Rates
+from jaxlwp.devices import device_graph as device_graph
+from jaxlwp.devices import make_mesh as make_mesh
+from jaxlwp.graph import trace as trace
+from jaxlwp.measure import load_profile as load_profile
+from jaxlwp.optimize import explain as explain
+from jaxlwp.optimize import pareto as pareto
+from jaxlwp.optimize import search as search
+from jaxlwp.optimize import search_measured as search_measured
+from jaxlwp.plan import Plan as Plan
+from jaxlwp.plan import bind as bind
+from jaxlwp.solver import MemoryLimitError as MemoryLimitError
+from jaxlwp.solver import solve as solve
+from jaxlwp.space import BASELINES as BASELINES
+from jaxlwp.space import Config as Config
+from jaxlwp.space import Constraints as Constraints
+from jaxlwp.space import Strategy as Strategy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pydoc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,11 +111,22 @@ VALUES = """
 
 
 def test_the_public_face() -> None:
-    assert sorted(jaxlwp.__all__) == sorted([*VERBS, *VALUES])
-    assert len(jaxlwp.__all__) <= 24
+    public = {
+        name
+        for name, value in vars(jaxlwp).items()
+        if not (name.startswith("_") or inspect.ismodule(value))
+    }
+    assert sorted({*public, "__version__"}) == sorted([*VERBS, *VALUES])
+    assert len(public) < 24
     for name in VERBS:
         text = getattr(jaxlwp, name).__doc__
         assert "Args:" in text and "Raises:" in text, name
+
+
+def test_help_is_one_screen() -> None:
+    for what in (jaxlwp, jaxlwp.parallelize):
+        text = pydoc.plain(pydoc.render_doc(what))
+        assert len(text.splitlines()) <= 60
 
 
 @pytest.mark.parametrize("name", FOLDERS)
