@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxlwp
@@ -84,6 +87,24 @@ def test_linen_loop_then_the_steps_and_the_contracts() -> None:
     namespace = run(same_bytes, **run(same_numbers, **namespace))
     compiled_bytes = sum(c.count * c.operand_bytes for c in namespace["compiled"])
     assert compiled_bytes == sum(c.num_bytes for c in namespace["plan"].collectives) > 0
+
+
+def test_machines_that_are_not_here() -> None:
+    def loss_fn(params: Any, images: Any, labels: Any) -> Any:
+        logits = images.reshape(images.shape[0], -1) @ params
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    params = jax.ShapeDtypeStruct((144, 10), jnp.float32)
+    batch = jax.ShapeDtypeStruct((64, 12, 12, 1), jnp.float32), jax.ShapeDtypeStruct((64,), int)
+    given = {"loss_fn": loss_fn, "params": params, "batch": batch, "jax": jax, "jnp": jnp}
+    plan, scaling, thresholds = blocks("python", "docs/clusters.md")
+    namespace = run(plan, jaxlwp=jaxlwp, **given)
+    assert namespace["plan"].space.devices.num_devices == 32
+    assert jaxlwp.Strategy.load("plan.json") == namespace["plan"].strategy
+    namespace = run(scaling, **namespace)
+    assert namespace["hours"] > 0
+    namespace = run(thresholds, **namespace)
+    assert [sample.value for sample in namespace["sizes"].samples] == [1, 8, 64]
 
 
 def test_documented_json_keys() -> None:
