@@ -190,3 +190,29 @@ def test_names_are_made_for_memory_alone(graph: jaxlwp.graph.ComputationGraph) -
         for kernels in (fuse(Builder(each.program).root(each.gradients)) for each in made)
     )
     assert first == second
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_what_a_kernel_holds_is_split_with_its_layer(dtype: Any) -> None:
+    """Zeros in memory too: those that relu reads, and that maxima's gradients are scattered into."""
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        x = lax.reduce_window(
+            jnp.maximum(conv(params["k1"], x), 0),
+            *(np.asarray(-np.inf, dtype), lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
+        )
+        return jnp.mean(jnp.maximum(conv(params["k2"], x), 0))
+
+    def conv(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        dims = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims)
+
+    params, x = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), arguments())
+    traced = jaxlwp.trace(loss, params, x)
+    kernels = [kernel for layer in layer_kernels(traced) for kernel in layer]
+    assert any(layer.name.startswith("max") for layer in traced.layers)
+    assert kernels
+    for kernel in kernels:
+        for traffic in kernel.traffic:
+            if num_bytes(traffic) > 9 * OUTPUTS * OUTPUTS * 4:  # more than any filter
+                assert "sample" in traffic.labels, traffic

@@ -37,7 +37,7 @@ from jaxlwp.kernels._node import (
     SUMS,
     Node,
 )
-from jaxlwp.program import SCAN, Equation, Program, scan_of
+from jaxlwp.program import SCAN, Equation, Program, Value, scan_of
 
 
 class Builder:
@@ -74,8 +74,8 @@ class Builder:
     ) -> Node:
         """A node of the equation at hand."""
         origin = more.get("origin", -1)
-        info = self.program.values[origin] if origin >= 0 else None
-        return Node(kind, num_bytes, operands, writes, wants, scope=self.scope, info=info, **more)
+        more.setdefault("info", self.program.values[origin] if origin >= 0 else None)
+        return Node(kind, num_bytes, operands, writes, wants, scope=self.scope, **more)
 
     def size(self, value: int) -> int:
         info = self.program.values[value]
@@ -185,7 +185,9 @@ class Builder:
     def full(self, constant: Node, shape: tuple[int, ...], itemsize: int) -> Node:
         """An array filled with a scalar constant."""
         num_bytes = math.prod(shape) * itemsize
-        return self.once(("full", constant, shape), self.node("full", num_bytes, (constant,)))
+        info = None if constant.info is None else Value(shape, constant.info.dtype)
+        node = self.node("full", num_bytes, (constant,), info=info)
+        return self.once(("full", constant, shape), node)
 
     def padded(self, eqn: Equation, data: Node, kernel: Node) -> Node:
         """A convolution's first operand, padded where the library cannot do that itself.
