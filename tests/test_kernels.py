@@ -194,7 +194,7 @@ def test_names_are_made_for_memory_alone(graph: jaxlwp.graph.ComputationGraph) -
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 def test_what_a_kernel_holds_is_split_with_its_layer(dtype: Any) -> None:
-    """Zeros in memory too: those that relu reads, and that maxima's gradients are scattered into."""
+    """Zeros in memory too: those that relu reads, and into which maxima are scattered back."""
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
         x = lax.reduce_window(
