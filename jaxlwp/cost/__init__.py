@@ -7,9 +7,9 @@ it), `_changes` (all changes of layout between two layers at once), `_paper` (th
 
 A cost model of one's own is a `CostModel`, given to `price(graph, devices, model=...)`. What a
 config does is here as data, in bytes: `layer_collectives` (halos and partial sums of a layer),
-`argument_collectives` (above all sums of its parameters' gradients, with their axes) and
-`use_collectives` (between the layouts of two layers). `AnalyticCostModel` prices all of it at any
-rates, the work too. `PaperCostModel` is a small one made of these.
+`argument_collectives` (parameters and the batch, as JAX stores them; `gradient_sums` are the sums
+of gradients alone) and `use_collectives` (between the layouts of two layers). `AnalyticCostModel`
+prices all of it at any rates, the work too. `PaperCostModel` is a small one made of these.
 """
 
 from jaxlwp.cost._collectives import (
@@ -33,7 +33,7 @@ from jaxlwp.cost._model import (
     start_of_kernel_s,
     work_rate,
 )
-from jaxlwp.cost._paper import SERVERS, PaperCostModel
+from jaxlwp.cost._paper import SERVERS, PaperCostModel, gradient_sums
 from jaxlwp.cost._search_space import SearchSpace, check_mesh, price, restrict
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "layer_collectives",
     "layer_configs",
     "first_of_value",
+    "gradient_sums",
     "layer_key",
     "passes_of",
     "price",

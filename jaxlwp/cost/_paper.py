@@ -16,12 +16,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxlwp.cost._collectives import argument_collectives
 from jaxlwp.cost._model import AnalyticCostModel, LayerCosts
 from jaxlwp.devices import DeviceGraph, LinkFit
 from jaxlwp.graph import ComputationGraph, Layer, Use
 from jaxlwp.solver import FloatArray
-from jaxlwp.space import COLLECTIVES, Collective, Config, wire_share
+from jaxlwp.space import (
+    COLLECTIVES,
+    Collective,
+    Config,
+    layout_axes,
+    local_shape,
+    wire_share,
+)
 
 SERVERS = ("device", "host", "replicas")
 """Where a layer's parameter server is; see `PaperCostModel`."""
@@ -85,10 +91,8 @@ class PaperCostModel:
     def layer(self, layer: Layer, configs: Sequence[Config]) -> LayerCosts:
         """See `CostModel`: t_C, and t_S; halos and partial sums are part of the paper's t_X."""
         plain = self._rates.layer(layer, configs)
-        sync_s = [
-            sum(map(self._sync_s, argument_collectives(layer, config, self.devices.axis_sizes)))
-            for config in configs
-        ]
+        sizes = self.devices.axis_sizes
+        sync_s = [sum(map(self._sync_s, gradient_sums(layer, config, sizes))) for config in configs]
         return LayerCosts(
             plain.compute_s, plain.exchange_s, np.array(sync_s), np.zeros(len(configs))
         )
@@ -100,14 +104,33 @@ class PaperCostModel:
         return self._rates.transfer_s(use, sources, targets)
 
     def _sync_s(self, collective: Collective) -> float:
-        """Seconds of an argument's collective: the sum of a gradient goes by servers."""
-        if collective.kind != "all-reduce" or self.servers == "replicas":
+        """Seconds of synchronising a parameter: gradients to servers, and values back."""
+        if self.servers == "replicas":
             return self._rates.devices.collective_s(collective)
-        # Gradients there and values back, over the one link of the server that is the slowest.
+        # What the slowest of the server's links receives, and then sends.
         return max(
             2 * collective.num_bytes * (beyond if self.servers == "device" else beyond / inside) / b
             for inside, beyond, b in _levels(self.devices, collective.axes)
         )
+
+
+def gradient_sums(layer: Layer, config: Config, axis_sizes: dict[str, int]) -> Iterator[Collective]:
+    """The sums of the gradients of a layer's own parameters, where several devices hold a part.
+
+    Parameters lie where they are used, in parts of any size. (The programs of jaxlwp store them in
+    even parts, as JAX does, and bring them to where they are used: `argument_collectives`.)
+    """
+    for use in layer.uses:
+        if not (use.argument and use.gradient and use.source == layer.index):
+            continue
+        layout = config.layout(use.labels)
+        working = {axis for name in use.active for axis in config.axes(name)}
+        axes = tuple(axis for axis in axis_sizes if axis in working - layout_axes(layout))
+        if axes:
+            num_bytes = use.moved.itemsize * math.prod(
+                local_shape(use.moved.shape, layout, axis_sizes)
+            )
+            yield Collective(kind="all-reduce", axes=axes, num_bytes=num_bytes, backward=True)
 
 
 def _levels(devices: DeviceGraph, axes: Sequence[str]) -> Iterator[tuple[int, int, float]]:
