@@ -158,8 +158,10 @@ def table_5(key: str) -> dict[str, Any]:
     terms = TERMS[key]
     space = space_of("VGG-16", 4, terms, links_of(terms, 4))
     pinned = jaxlwp.cost.restrict(space, jaxlwp.Constraints(pin=published.VGG_PLAN))
-    ours = jaxlwp.search(space, objective=terms.objective, work_limit=WORK_LIMIT)
-    theirs = jaxlwp.search(pinned, objective=terms.objective, work_limit=WORK_LIMIT)
+    ours, theirs = (
+        jaxlwp.search(each, objective=terms.found_by, work_limit=WORK_LIMIT)
+        for each in (space, pinned)
+    )
     sizes = space.devices.axis_sizes
     plans = [
         {layer.name: config.describe(sizes) for layer, config in space.pairs(result.strategy)}
@@ -169,12 +171,16 @@ def table_5(key: str) -> dict[str, Any]:
         moved_bytes(space.graph, result.strategy.for_graph(space.graph), sizes) / 1e9
         for result in (ours, theirs)
     ]
+    ms = [
+        1e3 * step_s("VGG-16", 4, result.strategy.for_graph(space.graph), terms, links_of(terms, 4))
+        for result in (ours, theirs)
+    ]
     return {
         "gb": gb[0],
         "published_plan_gb": gb[1],
-        "ms": 1e3 * ours.value,
-        "published_plan_ms": 1e3 * theirs.value,
-        "published_plan_costs_more": off(theirs.value, ours.value),
+        "ms": ms[0],
+        "published_plan_ms": ms[1],
+        "published_plan_costs_more": off(ms[1], ms[0]),
         "layers": {name: [text, plans[1][name]] for name, text in plans[0].items()},
     }
 
