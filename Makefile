@@ -19,7 +19,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-newest test-gpu-aot lint graph format demo notebook \
-	bench-search bench-space bench-compile bench-compare bench-memory bench-costs bench-gpu bench-truth gpu-check fuzz clean
+	bench-search bench-space bench-compile bench-compare bench-memory bench-costs bench-gpu bench-truth gpu-check paper fuzz clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +118,9 @@ bench-search: $(READY)  ## Time the search on the paper's networks, and against 
 
 bench-costs: $(READY)  ## Predicted against measured steps, lazy against full tables (hours)
 	$(BIN)/python -m tests.benchmarks.costs
+
+paper: $(READY)  ## The paper's tables and figures beside ours, by given rates (minutes, no devices)
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.benchmarks.paper
 
 gpu-check: $(READY)  ## Correctness, ceilings, steps beside plain JAX's, layer times on one GPU (under 8 minutes)
 	$(BIN)/python -m tests.benchmarks.gpu_check

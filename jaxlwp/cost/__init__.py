@@ -2,8 +2,14 @@
 
 Read `_collectives` first (what is communicated, read off the program of one device), then `_model`
 (a `CostModel` turns work and collectives into seconds), `_kernels` (work as XLA for GPUs fuses
-it), `_changes` (all changes of layout between two layers at once) and `_search_space` (a graph, its
-configs and their costs).
+it), `_changes` (all changes of layout between two layers at once), `_paper` (the paper's model) and
+`_search_space` (a graph, its configs and their costs).
+
+A cost model of one's own is a `CostModel`, given to `price(graph, devices, model=...)`. What a
+config does is here as data, in bytes: `layer_collectives` (halos and partial sums of a layer),
+`argument_collectives` (parameters and the batch, as JAX stores them; `gradient_sums` are the sums
+of gradients alone) and `use_collectives` (between the layouts of two layers). `AnalyticCostModel`
+prices all of it at any rates, the work too. `PaperCostModel` is a small one made of these.
 """
 
 from jaxlwp.cost._collectives import (
@@ -18,6 +24,7 @@ from jaxlwp.cost._kernels import Kernel
 from jaxlwp.cost._model import (
     AnalyticCostModel,
     CostModel,
+    LayerCosts,
     build_tables,
     first_of_value,
     layer_configs,
@@ -26,12 +33,16 @@ from jaxlwp.cost._model import (
     start_of_kernel_s,
     work_rate,
 )
+from jaxlwp.cost._paper import SERVERS, PaperCostModel, gradient_sums
 from jaxlwp.cost._search_space import SearchSpace, check_mesh, price, restrict
 
 __all__ = [
     "AnalyticCostModel",
     "CostModel",
     "Kernel",
+    "LayerCosts",
+    "PaperCostModel",
+    "SERVERS",
     "SearchSpace",
     "argument_collectives",
     "build_tables",
@@ -40,6 +51,7 @@ __all__ = [
     "layer_collectives",
     "layer_configs",
     "first_of_value",
+    "gradient_sums",
     "layer_key",
     "passes_of",
     "price",

@@ -54,7 +54,11 @@ class LayerCosts(NamedTuple):
 
 
 class CostModel(Protocol):
-    """A layer under its configs, moving a tensor between layouts, and what every step costs."""
+    """A layer under its configs, moving a tensor between layouts, and what every step costs.
+
+    Layers whose operators, shapes and arguments are alike are asked about once, and so are uses:
+    answers may not depend on names or indices.
+    """
 
     def step_s(self, graph: ComputationGraph) -> float:
         """Seconds of a step that every strategy has."""

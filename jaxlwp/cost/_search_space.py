@@ -118,7 +118,8 @@ def price(
     Args:
       graph: from `trace`.
       devices: mesh axes and rates.
-      model: answers the two cost questions; analytic times from the devices' rates by default.
+      model: answers the two cost questions, `PaperCostModel` or one's own for instance; analytic
+        times from the devices' rates by default.
       interchangeable: mesh axes of one link level are used in one fixed order; False enumerates
         every assignment of axes.
       constraints: what every strategy of the space must keep to.
