@@ -15,20 +15,30 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxlwp.devices import DeviceGraph
-from jaxlwp.simulate._engine import Resource
+from jaxlwp.simulate._engine import Load
 from jaxlwp.simulate._parts import Part
 
-COMPUTE, LINKS, ADAPTER = "compute", "links", "adapter"
-"""The stream of kernels of a device; its links, inside the host if there are several; the adapter
-between hosts that it uses."""
+COMPUTE, COMMUNICATION = "compute", "communication"
+"""Streams of a device: of kernels, and of collectives."""
+
+LINKS, ADAPTER = "links", "adapter"
+"""Of a device its links, inside the host if there are several; the adapter between hosts."""
 
 
 class Stage(NamedTuple):
-    """A collective on one resource: seconds of it, if nothing else is there, and its flows."""
+    """A collective on one link.
 
-    resource: str
-    seconds: float
-    flows: int
+    Attributes:
+      load: what it puts on it.
+      saved_s: seconds less than the price, which counts on all devices to send.
+    """
+
+    load: Load
+    saved_s: float = 0.0
+
+    def half(self) -> Stage:
+        """Half of it."""
+        return Stage(self.load._replace(seconds=self.load.seconds / 2), self.saved_s / 2)
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,8 @@ class Links:
     @property
     def devices_per_host(self) -> int:
         """How many devices the innermost links join."""
-        inside = [axis.size for axis in self.devices.axes if axis.level == self.levels[-1:][0]]
-        return math.prod(inside)
+        inside = self.levels[-1:]
+        return math.prod(axis.size for axis in self.devices.axes if axis.level in inside)
 
     @property
     def senders(self) -> int:
@@ -58,10 +68,10 @@ class Links:
         inside = self.devices_per_host if len(self.levels) > 1 else 1
         return min(self.devices.adapter_sharers, inside)
 
-    def resources(self) -> tuple[Resource, ...]:
-        """What a device has, its adapter last if there is one."""
-        names = (LINKS, ADAPTER)[: len(self.levels)]
-        return (Resource(name=COMPUTE), *(Resource(name=name, shared=True) for name in names))
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The links that there are."""
+        return (LINKS, ADAPTER)[: len(self.levels)]
 
     def stages(self, part: Part) -> tuple[Stage, ...]:
         """The stages of a collective, in the order in which NCCL runs them.
@@ -72,16 +82,17 @@ class Links:
         kind = part.collective.kind if part.collective else ""
         stages = [self._stage(part, level, seconds) for level, seconds in part.stages]
         if kind == "all-reduce" and len(stages) > 1:
-            half = [stage._replace(seconds=stage.seconds / 2) for stage in stages[:-1]]
+            half = [stage.half() for stage in stages[:-1]]
             return (*half, stages[-1], *reversed(half))
         return tuple(reversed(stages) if kind == "all-gather" else stages)
 
     def _stage(self, part: Part, level: int, seconds: float) -> Stage:
         if level == self.levels[-1]:
-            return Stage(LINKS, seconds, 1)
+            return Stage(Load(LINKS, seconds))
         share = self._halo_share(part.collective.axes) if part.halo and part.collective else 1.0
         flows = max(math.ceil(self.senders * share), 1)
-        return Stage(ADAPTER, seconds * flows / self.devices.adapter_sharers, flows)
+        taken_s = seconds * flows / self.devices.adapter_sharers
+        return Stage(Load(ADAPTER, taken_s, flows), seconds - taken_s)
 
     def _halo_share(self, axes: tuple[str, ...]) -> float:
         """Of a host's devices along an exchange of rows, those that send to another host."""

@@ -95,12 +95,17 @@ class Prices:
     def _layer(self, layer: Layer) -> LayerPrices:
         share, tables = forward_share(layer, self._devices), self._space.tables
         compute_s = self._of(tables.compute_s, layer)
+        uses = [use for use in layer.uses if use.argument and use.source == layer.index]
+        inside = self._inside(layer)
+        if not uses:  # a model may charge even layers without arguments
+            sync = parts([], self._of(tables.sync_s, layer), self._devices)
+            inside += tuple(Inside(CHANGE, part) for part in sync)
         return LayerPrices(
             forward_s=share * compute_s,
             backward_s=(1 - share) * compute_s,
             besides_s=self._of(tables.overhead_s, layer),
-            inside=self._inside(layer),
-            arguments=self._arguments(layer),
+            inside=inside,
+            arguments=self._arguments(layer, uses) if uses else (),
         )
 
     def _of(self, table: Sequence[FloatArray], layer: Layer) -> float:
@@ -121,13 +126,12 @@ class Prices:
         causes += [CHANGE] * (len(found) - len(causes))
         return tuple(Inside(c, part) for c, part in zip(causes, found, strict=False))
 
-    def _arguments(self, layer: Layer) -> tuple[Argument, ...]:
+    def _arguments(self, layer: Layer, uses: Sequence[Use]) -> tuple[Argument, ...]:
         """The arguments that a layer stores."""
-        uses = [use for use in layer.uses if use.argument and use.source == layer.index]
         sent = [self._sent(use, layer.index, layer.index) for use in uses]
         price_s = self._of(self._space.tables.sync_s, layer)
         found = parts([one for group in sent for one in group], price_s, self._devices)
-        if uses and len(found) != sum(map(len, sent)):  # nothing, or a price without collectives
+        if len(found) != sum(map(len, sent)):  # nothing, or a price without collectives
             return (Argument(uses[0], found),)
         rest = iter(found)
         return tuple(

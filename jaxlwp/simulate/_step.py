@@ -6,30 +6,25 @@ stream of kernels of a device, on its links, on the adapter of its host, each be
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlwp.check import Span, spans_trace, write_trace
+from jaxlwp.check import write_trace
 from jaxlwp.cost import SearchSpace
 from jaxlwp.plan import Plan
-from jaxlwp.simulate._engine import Event, last_chain, one_by_one, run
-from jaxlwp.simulate._links import ADAPTER, COMPUTE, LINKS, Links
+from jaxlwp.simulate._engine import Event, Span, last_chain, one_by_one, run
+from jaxlwp.simulate._links import COMMUNICATION, COMPUTE
 from jaxlwp.simulate._tasks import StepTasks
+from jaxlwp.simulate._timeline import step_trace
 from jaxlwp.space import BASELINES, Strategy
 
 CONTENTION = "contention"
 """Cause of the seconds that a collective takes longer because others use the same link, or because
 the devices of a host share an adapter."""
 
-WAITING = "waiting"
-"""Thread of a trace: when the stream of kernels waits."""
-
 SUMS = ("behind", "ready")
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +32,11 @@ class ResourceUse:
     """What a resource has done.
 
     Attributes:
-      name: "compute" (the stream of kernels), "links" (of a device, inside its host) or "adapter"
-        (between hosts; devices of a host may share one).
-      busy_s: seconds in which it was in use; of a collective the start counts.
-      exposed_s: those of them in which no kernel ran; 0 for the stream of kernels.
-      contended_s: seconds that collectives took longer for each other, or for other devices that
-        share the adapter.
+      name: "compute" or "communication" (kernels and collectives of a device), "links" (of a
+        device, inside its host) or "adapter" (between hosts; devices of a host may share one).
+      busy_s: seconds in which it was in use. Of collectives the start counts, of links it does not.
+      exposed_s: those of them in which no kernel ran; 0 for kernels.
+      contended_s: seconds that tasks took longer on it than if each flow had had it to itself.
     """
 
     name: str
@@ -63,11 +57,13 @@ class StepSimulation:
       total_s: seconds from the first task to the last.
       plain_s: the plain sum, what `SearchSpace.evaluate` says.
       more_s: what the tasks take more, one after the other, than the plain sum, by reason. Prices
-        of GPU systems count on average what is hidden; here all of it runs, and shows if it is.
-      resources: what each has done.
+        of GPU systems leave out, on average, what is hidden; here all of it runs, and shows if it
+        is. They also count on all devices of a host to send at once, where in an exchange of rows
+        few do.
+      resources: what each has done, kernels first.
       critical_s: by cause, the seconds of the tasks that make the step as long as it is. They add
         up to `total_s`.
-      events: every task, forward, backward, gradient sums and updates.
+      events: every task: forward, backward, gradient sums and updates.
     """
 
     strategy: str
@@ -99,16 +95,13 @@ class StepSimulation:
     def trace(self) -> dict[str, Any]:
         """The timeline in Chrome's trace format, which Perfetto (ui.perfetto.dev) opens.
 
-        A process for a device, with its kernels, what they wait for, and its links; one for a host,
-        if it has adapters. Times are in microseconds.
+        A process for a device, with its kernels, when they wait and for what, its collectives and
+        links; one for a host, if there are adapters. What runs at once on a link is in several
+        threads. Times are in microseconds.
         """
-        names = [use.name for use in self.resources]
-        hosts = f" in {self.num_hosts} hosts" if self.num_hosts > 1 else ""
-        device = f"{self.strategy}: one of {self.num_devices} devices{hosts}"
-        processes = {device: [COMPUTE, WAITING, *(n for n in names if n == LINKS)]}
-        if ADAPTER in names:
-            processes[f"one of {self.num_hosts} hosts"] = [ADAPTER]
-        return spans_trace(itertools.chain(map(_span, self.events), self._waits()), processes)
+        links = [use.name for use in self.resources if use.name not in (COMPUTE, COMMUNICATION)]
+        device = f"{self.strategy}: one of {self.num_devices} devices"
+        return step_trace(self.events, links, device, f"one of {self.num_hosts} hosts")
 
     def save(self, path: str | Path) -> None:
         """Write `trace` as JSON, compressed if the name ends in ".gz"; Perfetto opens both.
@@ -118,19 +111,6 @@ class StepSimulation:
         """
         write_trace(self.trace(), path)
 
-    def _waits(self) -> Iterable[Span]:
-        """When the stream of kernels waits, and for which task's end."""
-        kernels = [event for event in self.events if event.task.resource == COMPUTE]
-        free_s = 0.0
-        for event in sorted(kernels, key=lambda event: event.begin_s):
-            if event.begin_s > free_s:
-                other = self.events[event.behind].task if event.behind is not None else event.task
-                yield Span(WAITING, other.name, other.cause, free_s, event.begin_s, {})
-            free_s = event.end_s
-        if self.total_s > free_s:
-            other = max(self.events, key=lambda event: event.end_s).task
-            yield Span(WAITING, other.name, other.cause, free_s, self.total_s, {})
-
 
 def simulate_step(
     plan: Plan | SearchSpace,
@@ -138,13 +118,14 @@ def simulate_step(
     *,
     overlap: bool = True,
     sums: Literal["behind", "ready"] = "behind",
+    concurrent: bool = False,
 ) -> StepSimulation:
     """Simulate a training step of a strategy, event by event.
 
     The seconds are those of the cost tables. Of a layer's work, forward and backward have the
     shares of its operators' passes (`jaxlwp.cost.forward_share`). A price of communication is
-    handed out to its collectives in proportion to what each takes alone. Collectives of one link
-    that run at once share its rate; kernels run one at a time, in the order of the program.
+    handed out to its collectives in proportion to what each takes alone. Kernels run one at a time,
+    in the order of the program, and so do collectives.
 
     Args:
       plan: a plan, or a priced space, as `jaxlwp.price` returns.
@@ -153,6 +134,8 @@ def simulate_step(
       sums: when the sum of a bucket of gradients starts, of which one runs at a time. "behind": the
         backward pass is over, the smallest first, which is what XLA's schedule for GPUs does.
         "ready": the last of its gradients is there, as in data-parallel frameworks.
+      concurrent: collectives run at once, as soon as what they need is there, and share the rates
+        of links fairly. XLA for GPUs has one in flight at a time.
 
     Raises:
       ValueError: a space without a strategy, a strategy that is not of it or not allowed, a wrong
@@ -161,18 +144,18 @@ def simulate_step(
     space = plan.space if isinstance(plan, Plan) else plan
     if sums not in SUMS:
         raise ValueError(f"simulate_step: sums is {sums!r}; give one of {', '.join(SUMS)}")
-    made = StepTasks(space, _strategy(plan, strategy), wait=sums == "behind")
-    tasks = made.tasks if overlap else one_by_one(made.tasks)
-    events = run(tasks, made.links.resources())
+    chosen = _strategy(plan, strategy)
+    made = StepTasks(space, chosen, wait=sums == "behind", concurrent=concurrent)
+    events = run(made.tasks if overlap else one_by_one(made.tasks))
     return StepSimulation(
-        strategy=_strategy(plan, strategy).name,
+        strategy=chosen.name,
         num_devices=space.devices.num_devices,
         num_hosts=space.devices.num_devices // made.links.devices_per_host,
         overlap=overlap,
         total_s=max((event.end_s for event in events), default=0.0),
         plain_s=made.plain_s,
         more_s=made.more_s,
-        resources=_uses(events, made.links),
+        resources=_uses(events, made.links.names),
         critical_s=_critical(events),
         events=events,
     )
@@ -205,53 +188,51 @@ def _critical(events: Sequence[Event]) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _uses(events: Sequence[Event], links: Links) -> tuple[ResourceUse, ...]:
-    of_resource: dict[str, list[Event]] = {r.name: [] for r in links.resources()}
-    for event in events:
-        of_resource[event.task.resource].append(event)
-    kernels = _union((event.begin_s, event.end_s) for event in of_resource[COMPUTE])
-    uses = []
-    for name, used in of_resource.items():
-        busy = _union((event.begin_s, event.end_s) for event in used)
-        uses.append(
-            ResourceUse(
-                name=name,
-                busy_s=_seconds(busy),
-                exposed_s=_seconds(_union([*busy, *kernels])) - _seconds(kernels),
-                contended_s=sum(event.contended_s for event in used),
-            )
-        )
+def _uses(events: Sequence[Event], links: Sequence[str]) -> tuple[ResourceUse, ...]:
+    """What kernels, collectives and links have done."""
+    kernels = [event for event in events if event.task.stream == COMPUTE]
+    others = [event for event in events if event.task.stream != COMPUTE]
+    work = _union(Span(event.begin_s, event.end_s) for event in kernels)
+    sent = _union(Span(event.begin_s, event.end_s) for event in others)
+    uses = [_use(COMPUTE, work, work, 0.0)]
+    contended_s = sum(event.contended_s for event in others)
+    uses.append(_use(COMMUNICATION, sent, work, contended_s))
+    for link in links:
+        loads = [
+            (load, span)
+            for event in others
+            for load, span in zip(event.task.loads, event.spans, strict=True)
+            if load.link == link
+        ]
+        alone_s = sum(load.seconds / load.flows for load, _ in loads)
+        taken_s = sum(span.end_s - span.begin_s for _, span in loads)
+        more_s = taken_s - alone_s
+        busy = _union(span for _, span in loads)
+        uses.append(_use(link, busy, work, more_s if more_s > 1e-9 * taken_s else 0.0))
     return tuple(uses)
 
 
-def _union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same times as intervals that do not meet, ascending."""
-    found: list[Interval] = []
-    for begin_s, end_s in sorted(intervals):
-        if found and begin_s <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], end_s)
+def _use(name: str, busy: Sequence[Span], work: Sequence[Span], contended_s: float) -> ResourceUse:
+    busy_s = _seconds(busy)
+    exposed_s = _seconds(_union([*busy, *work])) - _seconds(work)
+    return ResourceUse(
+        name=name,
+        busy_s=busy_s,
+        exposed_s=min(max(exposed_s, 0.0), busy_s),  # rounding
+        contended_s=contended_s,
+    )
+
+
+def _union(spans: Iterable[Span]) -> list[Span]:
+    """The same times as spans that do not meet, ascending."""
+    found: list[Span] = []
+    for span in sorted(spans):
+        if found and span.begin_s <= found[-1].end_s:
+            found[-1] = Span(found[-1].begin_s, max(found[-1].end_s, span.end_s))
         else:
-            found.append((begin_s, end_s))
+            found.append(span)
     return found
 
 
-def _seconds(intervals: Iterable[Interval]) -> float:
-    return sum(end_s - begin_s for begin_s, end_s in intervals)
-
-
-def _span(event: Event) -> Span:
-    task = event.task
-    return Span(
-        thread=task.resource,
-        name=f"{task.cause}: {task.name}",
-        kind=task.cause,
-        start_s=event.begin_s,
-        end_s=event.end_s,
-        arguments={
-            "layer": "" if task.layer is None else str(task.layer),
-            "bytes": task.num_bytes,
-            "alone_us": 1e6 * (task.start_s + task.seconds / task.flows),
-            "contended_us": 1e6 * event.contended_s,
-            "flows": task.flows if task.flows > 1 else 0,
-        },
-    )
+def _seconds(spans: Iterable[Span]) -> float:
+    return sum(span.end_s - span.begin_s for span in spans)

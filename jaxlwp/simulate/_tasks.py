@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from jaxlwp.cost import SearchSpace
 from jaxlwp.graph import Layer, Use
-from jaxlwp.simulate._engine import Task
-from jaxlwp.simulate._links import COMPUTE, LINKS, Links
+from jaxlwp.simulate._engine import Load, Task
+from jaxlwp.simulate._links import COMMUNICATION, COMPUTE, Links
 from jaxlwp.simulate._parts import JOINED, Part
 from jaxlwp.simulate._prices import CHANGE, PARTIAL, Inside, Prices
 from jaxlwp.space import Strategy
@@ -49,17 +49,20 @@ class StepTasks:
     Attributes:
       tasks: in the order of a program: forward, backward, sums, updates.
       more_s: seconds that the tasks take more, one after the other, than the plain sum, by reason.
-      links: the resources.
+      links: what collectives load.
       plain_s: the plain sum.
     """
 
-    def __init__(self, space: SearchSpace, strategy: Strategy, *, wait: bool) -> None:
+    def __init__(
+        self, space: SearchSpace, strategy: Strategy, *, wait: bool, concurrent: bool
+    ) -> None:
         """Make the tasks.
 
         Args:
           space: the priced space.
           strategy: a strategy of it.
           wait: whether gradient sums wait for the whole backward pass.
+          concurrent: whether collectives run at once, or on a stream.
 
         Raises:
           ValueError: as `Prices`.
@@ -68,6 +71,7 @@ class StepTasks:
         self.tasks: list[Task] = []
         self.more_s: dict[str, float] = {}
         self._graph, self._prices, self._wait = space.graph, Prices(space, strategy), wait
+        self._stream = "" if concurrent else COMMUNICATION
         self.plain_s = self._prices.plain_s
         self._edges = space.graph.edges
         self._forward_ends: dict[int, Ends] = {}
@@ -77,7 +81,7 @@ class StepTasks:
         arriving: dict[int, list[int]] = {}
         for number, edge in enumerate(self._edges):
             arriving.setdefault(edge.target, []).append(number)
-        begin = self._add("step", STEP, COMPUTE, space.tables.step_s, ())
+        begin = self._work("step", STEP, space.tables.step_s, (), None)
         for layer in space.graph.layers:
             self._forward(layer, arriving.get(layer.index, ()), begin)
         for layer in reversed(space.graph.layers):
@@ -100,10 +104,9 @@ class StepTasks:
             ends += self._move(argument.parts, False, ARGUMENT, begin, index)
         inside = [one for one in prices.inside if not one.part.backward]
         ends = self._exchange(inside, False, ends, index)
-        ends = self._add(layer.name, FORWARD, COMPUTE, prices.forward_s, ends, layer=index)
+        ends = self._work(layer.name, FORWARD, prices.forward_s, ends, index)
         if not _updates(layer):
-            name = f"{layer.name}: besides"
-            ends = self._add(name, STEP, COMPUTE, prices.besides_s, ends, layer=index)
+            ends = self._work(f"{layer.name}: besides", STEP, prices.besides_s, ends, index)
         self._forward_ends[index] = self._exchange(inside, True, ends, index)
 
     def _backward(self, layer: Layer, arriving: Sequence[int]) -> None:
@@ -111,7 +114,7 @@ class StepTasks:
         ends = self._forward_ends[index] + self._returned.get(index, ())
         inside = [one for one in prices.inside if one.part.backward]
         ends = self._exchange(inside, True, ends, index)
-        ends = self._add(layer.name, BACKWARD, COMPUTE, prices.backward_s, ends, layer=index)
+        ends = self._work(layer.name, BACKWARD, prices.backward_s, ends, index)
         for argument in prices.arguments:
             self._summed(argument.use, argument.parts, index, ends)
         ends = self._backward_ends[index] = self._exchange(inside, False, ends, index)
@@ -161,65 +164,57 @@ class StepTasks:
         for layer in filter(_updates, reversed(self._graph.layers)):
             after = summed.get(layer.index, ()) + self._backward_ends[layer.index]
             seconds = self._prices.layers[layer.index].besides_s
-            name = f"{layer.name}: update"
-            self._add(name, UPDATE, COMPUTE, seconds, after, layer=layer.index)
+            self._work(f"{layer.name}: update", UPDATE, seconds, after, layer.index)
 
     # --- tasks -----------------------------------------------------------------------------------
 
     def _send(self, part: Part, cause: str, after: Ends, layer: int) -> Ends:
-        """The tasks of a collective, one behind the other."""
-        one = part.collective
-        name = f"{self._graph.layers[layer].name}: {one.kind if one else 'transfer'}"
-        num_bytes = one.num_bytes if one else 0
-        start_s, bytes_s = part.start_s, 0.0
-        for stage in self.links.stages(part):
-            after = self._add(
-                name,
-                cause,
-                stage.resource,
-                stage.seconds,
-                after,
-                start_s=start_s,
-                flows=stage.flows,
-                layer=layer,
-                num_bytes=num_bytes,
-            )
-            start_s, bytes_s = 0.0, bytes_s + stage.seconds
-        if start_s:  # it has no bytes
-            after = self._add(name, cause, LINKS, 0.0, after, start_s=start_s, layer=layer)
+        """A collective."""
+        one, stages = part.collective, self.links.stages(part)
         hidden = "gradient sums" if cause in (SUM, ARGUMENT) else "exchanges"
         self._more(f"{hidden} that prices hide", (1 - part.counted) * part.seconds)
-        self._more(FEW, bytes_s - sum(seconds for _, seconds in part.stages))
-        return after
+        self._more(FEW, -sum(stage.saved_s for stage in stages))
+        return self._add(
+            f"{self._graph.layers[layer].name}: {one.kind if one else 'transfer'}",
+            cause,
+            self._stream,
+            part.start_s,
+            after,
+            loads=tuple(stage.load for stage in stages),
+            layer=layer,
+            num_bytes=one.num_bytes if one else 0,
+        )
 
     def _more(self, reason: str, seconds: float) -> None:
         if seconds:
             self.more_s[reason] = self.more_s.get(reason, 0.0) + seconds
 
+    def _work(self, name: str, cause: str, seconds: float, after: Ends, layer: int | None) -> Ends:
+        """Kernels."""
+        return self._add(name, cause, COMPUTE, seconds, after, layer=layer)
+
     def _add(
         self,
         name: str,
         cause: str,
-        resource: str,
-        seconds: float,
+        stream: str,
+        own_s: float,
         after: Iterable[int],
         *,
-        start_s: float = 0.0,
-        flows: int = 1,
-        layer: int | None = None,
+        layer: int | None,
+        loads: tuple[Load, ...] = (),
         num_bytes: int = 0,
     ) -> Ends:
         """A task; what takes no time is none."""
         waits = tuple(dict.fromkeys(after))
-        if seconds + start_s == 0:
+        if own_s == 0 and not any(load.seconds for load in loads):
             return waits
         task = Task(
             name=name,
             cause=cause,
-            resource=resource,
-            seconds=seconds,
-            start_s=start_s,
-            flows=flows,
+            stream=stream,
+            own_s=own_s,
+            loads=loads,
             after=waits,
             layer=layer,
             num_bytes=num_bytes,
