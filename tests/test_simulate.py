@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlwp
-from jaxlwp.cost import AnalyticCostModel, SearchSpace, forward_share
+from jaxlwp.cost import AnalyticCostModel, SearchSpace, pass_shares
 from jaxlwp.devices import DeviceGraph, Level, System, preset
 from jaxlwp.simulate import (
     Event,
@@ -369,13 +369,18 @@ def test_overlap_is_between_its_bounds(name: str, sums: Any, spaces: Any) -> Non
             assert simulate_step(space, strategy, **options) == found
 
 
-def test_forward_shares(graphs: Any) -> None:
+def test_shares_of_passes(graphs: Any) -> None:
     """The gradient of the images is not computed: LeNet-5's first convolution has two passes."""
     graph, devices = graphs["lenet"], two_levels()
-    shares = {layer.name: forward_share(layer, devices) for layer in graph.layers}
-    first, second = [shares[layer.name] for layer in graph.layers if layer.kind == "conv"]
-    assert second < first <= 0.5 and second == pytest.approx(1 / 3, abs=0.05)
-    assert all(0 < share <= 1 for share in shares.values())
+    shares = {layer.index: pass_shares(layer, devices) for layer in graph.layers}
+    for each in shares.values():
+        assert sum(each) == pytest.approx(1, rel=1e-12) and min(each) >= 0 and each.forward > 0
+    first, second = [shares[layer.index] for layer in graph.layers if layer.kind == "conv"]
+    assert tuple(second) == pytest.approx((1 / 3,) * 3, abs=0.1)
+    assert first.forward == pytest.approx(1 / 2, abs=0.05)
+    assert 0.15 < first.parameters < second.parameters  # its activation's cotangent is not one
+    pools = [shares[layer.index] for layer in graph.layers if layer.kind == "max_pool"]
+    assert pools and all(each.parameters == 0 for each in pools)
 
 
 # --- gradient sums --------------------------------------------------------------------------------
@@ -455,23 +460,30 @@ def simulated(function: Any, concurrent: bool = False, **across: Any) -> StepSim
     return simulate_step(space, strategy, concurrent=concurrent)
 
 
-def hidden_s(found: StepSimulation, cause: str) -> float:
+def hidden_s(found: StepSimulation, collectives: Sequence[Event]) -> float:
     """Seconds of collectives during which kernels run."""
     kernels = [event for event in found.events if event.task.stream == "compute"]
     return sum(
         max(min(a.end_s, b.end_s) - max(a.begin_s, b.begin_s), 0.0)
-        for a in by_cause(found, cause)
+        for a in collectives
         for b in kernels
     )
 
 
-def test_branches_hide_each_others_exchanges_and_a_chain_hides_none() -> None:
+def test_forward_branches_hide_exchanges_and_a_chain_does_not() -> None:
     for devices in (two_levels(), system().device_graph(mesh_of())):
         found = simulate_step(*by_height(branches, devices))
-        assert by_cause(found, "halo exchange") and hidden_s(found, "halo exchange") > 0
+        turn_s = min(event.begin_s for event in by_cause(found, "backward"))
+        halos = [e for e in by_cause(found, "halo exchange") if e.begin_s < turn_s]
+        assert halos and hidden_s(found, halos) > 0
         assert found.total_s < found.serial_s * (1 - 1e-6)
         found = simulate_step(*by_height(chain, devices))
-        assert by_cause(found, "halo exchange") and hidden_s(found, "halo exchange") == 0
+        turn_s = min(event.begin_s for event in by_cause(found, "backward"))
+        halos = by_cause(found, "halo exchange")
+        forward = [event for event in halos if event.begin_s < turn_s]
+        assert forward and hidden_s(found, forward) == 0
+        # Backward, the gradients of a layer's filters are computed meanwhile.
+        assert len(halos) > len(forward) and hidden_s(found, halos) > 0
 
 
 def test_one_collective_at_a_time_unless_concurrent() -> None:

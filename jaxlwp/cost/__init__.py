@@ -3,7 +3,7 @@
 Read `_collectives` first (what is communicated, read off the program of one device), then `_model`
 (a `CostModel` turns work and collectives into seconds), `_kernels` (work as XLA for GPUs fuses
 it), `_changes` (all changes of layout between two layers at once), `_search_space` (a graph, its
-configs and their costs) and `_shares` (what of a layer's work is the forward pass's).
+configs and their costs) and `_shares` (what of a layer's work is which pass).
 """
 
 from jaxlwp.cost._collectives import (
@@ -27,12 +27,13 @@ from jaxlwp.cost._model import (
     work_rate,
 )
 from jaxlwp.cost._search_space import SearchSpace, check_mesh, price, restrict
-from jaxlwp.cost._shares import forward_share
+from jaxlwp.cost._shares import PassShares, pass_shares
 
 __all__ = [
     "AnalyticCostModel",
     "CostModel",
     "Kernel",
+    "PassShares",
     "SearchSpace",
     "argument_collectives",
     "build_tables",
@@ -41,8 +42,8 @@ __all__ = [
     "layer_collectives",
     "layer_configs",
     "first_of_value",
-    "forward_share",
     "layer_key",
+    "pass_shares",
     "passes_of",
     "price",
     "restrict",

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from jaxlwp.cost import (
     AnalyticCostModel,
     SearchSpace,
-    forward_share,
     layer_collectives,
+    pass_shares,
     use_collectives,
 )
 from jaxlwp.graph import Layer, Use
@@ -40,7 +40,8 @@ class LayerPrices(NamedTuple):
 
     Attributes:
       forward_s: seconds of its operators, forward.
-      backward_s: the same, backward.
+      backward_s: the same, backward, for what other layers wait for.
+      gradients_s: the same, for gradients of parameters.
       besides_s: the update of its parameters, memory taken anew, input.
       inside: its halo exchanges, partial sums and changes of layout.
       arguments: those that it stores.
@@ -48,6 +49,7 @@ class LayerPrices(NamedTuple):
 
     forward_s: float
     backward_s: float
+    gradients_s: float
     besides_s: float
     inside: tuple[Inside, ...]
     arguments: tuple[Argument, ...]
@@ -93,7 +95,7 @@ class Prices:
         )
 
     def _layer(self, layer: Layer) -> LayerPrices:
-        share, tables = forward_share(layer, self._devices), self._space.tables
+        shares, tables = pass_shares(layer, self._devices), self._space.tables
         compute_s = self._of(tables.compute_s, layer)
         uses = [use for use in layer.uses if use.argument and use.source == layer.index]
         inside = self._inside(layer)
@@ -101,8 +103,9 @@ class Prices:
             sync = parts([], self._of(tables.sync_s, layer), self._devices)
             inside += tuple(Inside(CHANGE, part) for part in sync)
         return LayerPrices(
-            forward_s=share * compute_s,
-            backward_s=(1 - share) * compute_s,
+            forward_s=shares.forward * compute_s,
+            backward_s=shares.cotangents * compute_s,
+            gradients_s=shares.parameters * compute_s,
             besides_s=self._of(tables.overhead_s, layer),
             inside=inside,
             arguments=self._arguments(layer, uses) if uses else (),

@@ -122,8 +122,9 @@ def simulate_step(
 ) -> StepSimulation:
     """Simulate a training step of a strategy, event by event.
 
-    The seconds are those of the cost tables. Of a layer's work, forward and backward have the
-    shares of its operators' passes (`jaxlwp.cost.forward_share`). A price of communication is
+    The seconds are those of the cost tables. Of a layer's work, forward pass, cotangents and
+    gradients of parameters have the shares of its operators' passes (`jaxlwp.cost.pass_shares`);
+    the layers before wait for the cotangents alone. A price of communication is
     handed out to its collectives in proportion to what each takes alone. Kernels run one at a time,
     in the order of the program, and so do collectives.
 

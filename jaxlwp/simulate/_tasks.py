@@ -1,7 +1,8 @@
 """The tasks of a training step under a strategy: what runs, on what, and behind what.
 
 Forward, a layer waits for what it reads, exchanges halos, computes, and adds up partial results;
-backward, the same in reverse. Then gradients are added up over devices, and parameters updated.
+backward, the same in reverse, where the layers before wait for its cotangents and not for its
+parameters' gradients. Then these are added up over devices, and parameters updated.
 """
 
 from __future__ import annotations
@@ -114,14 +115,18 @@ class StepTasks:
         ends = self._forward_ends[index] + self._returned.get(index, ())
         inside = [one for one in prices.inside if one.part.backward]
         ends = self._exchange(inside, True, ends, index)
-        ends = self._work(layer.name, BACKWARD, prices.backward_s, ends, index)
+        worked = self._work(layer.name, BACKWARD, prices.backward_s, ends, index)
+        # Nobody but the sums waits for these, so that exchanges run beside them.
+        name = f"{layer.name}: gradients"
+        gradients = worked + self._work(name, BACKWARD, prices.gradients_s, ends, index)
         for argument in prices.arguments:
-            self._summed(argument.use, argument.parts, index, ends)
-        ends = self._backward_ends[index] = self._exchange(inside, False, ends, index)
+            self._summed(argument.use, argument.parts, index, gradients)
+        ends = self._exchange(inside, False, worked, index)
+        self._backward_ends[index] = ends + gradients
         for number in arriving:
             edge, moved = self._edges[number], self._prices.edges[number]
             if edge.use.argument:
-                self._summed(edge.use, moved, edge.source, ends)
+                self._summed(edge.use, moved, edge.source, gradients)
                 continue
             back = self._move(moved, True, CHANGE, ends, index)
             if edge.use.gradient:
