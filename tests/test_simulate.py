@@ -645,6 +645,18 @@ def test_trace(name: str, graphs: Any, tmp_path: Path) -> None:
     assert uses["communication"].busy_s > uses["links"].busy_s + uses["adapter"].busy_s  # starts
 
 
+def test_table(spaces: Any) -> None:
+    found = simulate_step(spaces["lenet", "gpus"], "data")
+    lines = str(found).splitlines()
+    assert f"data on 8 devices, overlapped: {found.total_s * 1e3:.3g} ms a step" in lines[0]
+    cells = [line.replace("│", " ").split() for line in lines]
+    rows = {words[0]: words[1:] for words in cells if words}
+    adapter = next(use for use in found.resources if use.name == "adapter")
+    assert rows["adapter"] == [f"{s * 1e3:.3g}" for s in (adapter.busy_s, adapter.exposed_s)]
+    assert rows["forward"] == [f"{found.critical_s['forward'] * 1e3:.3g}"]
+    assert "gradient sums that prices hide +" in str(found)
+
+
 def test_what_runs_at_once_has_threads_of_its_own() -> None:
     shown = by_thread(simulated(branches, concurrent=True).trace())
     assert "communication #2" in shown

@@ -13,6 +13,7 @@ from jaxlwp.report._tables import (
     pareto_table,
     plan_text,
     render,
+    simulation_text,
     verification_text,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "pareto_table",
     "plan_text",
     "render",
+    "simulation_text",
     "verification_text",
 ]

@@ -111,6 +111,12 @@ class StepSimulation:
         """
         write_trace(self.trace(), path)
 
+    def __str__(self) -> str:
+        """A row per resource, and one per cause of the step's length."""
+        from jaxlwp.report import simulation_text
+
+        return simulation_text(self)
+
 
 def simulate_step(
     plan: Plan | SearchSpace,
