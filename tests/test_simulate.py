@@ -284,13 +284,18 @@ def graph_of(model: Any, shape: tuple[int, ...], batch: int = 16) -> Any:
     return jaxlwp.trace(loss, params, variables, key, x)
 
 
-def mesh_of(hosts: int = 2, inside: Sequence[int] = (2, 2)) -> jax.sharding.Mesh:
-    names = ("host0", *(f"device{n}" for n in range(len(inside))))
-    return jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(hosts, *inside), names)
+def eight() -> list[Any]:
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    return jax.devices()[:8]
+
+
+def mesh_of() -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(eight()).reshape(2, 2, 2), ("host0", "device0", "device1"))
 
 
 def two_levels() -> DeviceGraph:
-    graph = jaxlwp.device_graph(jaxlwp.make_mesh(jax.devices()[:8]), rates=RATES)
+    graph = jaxlwp.device_graph(jaxlwp.make_mesh(eight()), rates=RATES)
     axes = [dataclasses.replace(axis, level=min(n, 1)) for n, axis in enumerate(graph.axes)]
     slow = dataclasses.replace(axes[0], latency_s=4e-5, bytes_per_s=1e9)
     return dataclasses.replace(graph, axes=(slow, *axes[1:]))
@@ -369,6 +374,27 @@ def test_overlap_is_between_its_bounds(name: str, sums: Any, spaces: Any) -> Non
             assert simulate_step(space, strategy, **options) == found
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_layers_wait_for_what_they_read(name: str, spaces: Any) -> None:
+    space = spaces[name, "gpus"]
+    names = {layer.index: layer.name for layer in space.graph.layers}
+    for strategy in strategies(space):
+        found = simulate_step(space, strategy, concurrent=True)
+        at = {(e.task.cause, e.task.name): e for e in found.events if e.task.stream == "compute"}
+        moved = {(e.task.layer, e.end_s) for e in by_cause(found, "change of layout")}
+        for edge in space.graph.edges:
+            if edge.use.argument or edge.source > edge.target:
+                continue
+            made, read = (at.get(("forward", names[n])) for n in (edge.source, edge.target))
+            if made and read:
+                assert made.end_s <= read.begin_s
+                waits = [end for layer, end in moved if layer == edge.target and end < read.end_s]
+                assert all(end <= read.begin_s for end in waits)
+            back, sent = (at.get(("backward", names[n])) for n in (edge.source, edge.target))
+            if edge.use.gradient and back and sent:
+                assert sent.end_s <= back.begin_s
+
+
 def test_shares_of_passes(graphs: Any) -> None:
     """The gradient of the images is not computed: LeNet-5's first convolution has two passes."""
     graph, devices = graphs["lenet"], two_levels()
@@ -391,7 +417,8 @@ def by_cause(found: StepSimulation, cause: str) -> list[Event]:
 
 
 def test_sums_behind_the_backward_pass_or_beside_it(graphs: Any) -> None:
-    space = jaxlwp.price(graphs["lenet"], two_levels())
+    devices = dataclasses.replace(two_levels(), update_pass_byte_s=1e-9)
+    space = jaxlwp.price(graphs["lenet"], devices)
     behind, ready = (simulate_step(space, "data", sums=sums) for sums in ("behind", "ready"))
     passed_s = max(event.end_s for event in by_cause(behind, "backward"))
     assert min(event.begin_s for event in by_cause(behind, "gradient sum")) == passed_s
@@ -405,14 +432,16 @@ def test_sums_behind_the_backward_pass_or_beside_it(graphs: Any) -> None:
         summed = by_cause(found, "gradient sum")
         assert all(a.end_s <= b.begin_s for a, b in itertools.pairwise(summed))
         ends = {event.task.layer: event.end_s for event in summed}
-        assert all(e.begin_s >= ends[e.task.layer] for e in by_cause(found, "update"))
+        updates = by_cause(found, "update")
+        assert len(updates) == len(ends) == 5
+        assert all(event.begin_s >= ends[event.task.layer] for event in updates)
 
 
 @pytest.mark.parametrize(("bucket_bytes", "count"), [(0, 10), (1e3, 8), (1e5, 3), (1e9, 1)])
 def test_buckets(bucket_bytes: float, count: int, graphs: Any) -> None:
     """LeNet-5 has 3360, 40, 40320, 336, 192000, 480, 9600, 64, 600, 24 bytes, from the last."""
     devices = dataclasses.replace(
-        jaxlwp.device_graph(jaxlwp.make_mesh(jax.devices()[:8]), rates=RATES),
+        jaxlwp.device_graph(jaxlwp.make_mesh(eight()), rates=RATES),
         bucket_bytes=bucket_bytes,
     )
     space = jaxlwp.price(graphs["lenet"], devices)
