@@ -12,7 +12,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import jax
@@ -75,12 +75,13 @@ def rows(networks: Sequence[str], names: Sequence[str]) -> Iterator[Row]:
 
 
 def distance(pairs: Sequence[tuple[float, float]], scale: Sequence[float]) -> str:
-    """Mean distance of pairs, in parts of the step."""
-    return f"{fmean(abs(a - b) / s for (a, b), s in zip(pairs, scale, strict=True)):.1%}"
+    """Median and mean distance of pairs, in parts of the step."""
+    apart = [abs(a - b) / s for (a, b), s in zip(pairs, scale, strict=True)]
+    return f"{median(apart):.1%}, {fmean(apart):.1%}"
 
 
 def summary(found: Sequence[Row]) -> str:
-    """Mean distances from the forecast."""
+    """Distances from the forecast."""
     steps = [row.forecast_s for row in found]
 
     def mean(name: str, reference: str) -> str:
@@ -88,7 +89,8 @@ def summary(found: Sequence[Row]) -> str:
         return distance(pairs, steps)
 
     return (
-        f"{len(found)} steps, mean distance from the forecast, in parts of the step: whole "
+        f"{len(found)} steps, distance from the forecast in parts of the step, median and mean: "
+        f"whole "
         f"{mean('plain_s', 'forecast_s')} (plain), {mean('simulated_s', 'forecast_s')} (behind), "
         f"{mean('ready_s', 'forecast_s')} (ready); without a kernel "
         f"{mean('plain_exposed_s', 'forecast_exposed_s')} (plain), "
