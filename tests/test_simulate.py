@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -714,6 +715,21 @@ def test_a_plan_has_its_strategy(quick_measurements: None) -> None:
     assert found.strategy == plan.strategy.name
     assert found.total_s == pytest.approx(plan.cost.total_s, rel=1e-9)
     assert simulate_step(plan, "data").strategy == "data"
+
+
+def test_the_page(
+    quick_measurements: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/simulate.md shows runs."""
+    page = (Path(__file__).parents[1] / "docs" / "simulate.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    params = [jnp.ones((3, 3, 16, 16))] * 2
+    plan = jaxlwp.parallelize(chain, params, jnp.ones((8, 16, 16, 16)), measure=False)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"plan": plan}
+    exec(compile(program, "simulate.md", "exec"), names)
+    assert names["found"].strategy == plan.strategy.name
+    assert (tmp_path / "step.json.gz").exists()
 
 
 def test_errors(graphs: Any) -> None:
