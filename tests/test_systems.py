@@ -500,7 +500,7 @@ def test_what_a_file_says(tmp_path: Path) -> None:
         name="cluster",
         gpu=preset("h200").gpu,
         inside=Level(devices=8, bytes_per_s=3e11, start_s=1.5e-5),
-        across=Level(devices=2, bytes_per_s=1.2e10, start_s=3e-5),
+        across=Level(devices=2, bytes_per_s=1.2e10, start_s=3e-5, shared_by=2),
     )
     four = load_system(user_file(tmp_path, across={"doubling_s": 1e-5}), hosts=4).across
     assert four is not None and four.start_s == pytest.approx(4e-5)

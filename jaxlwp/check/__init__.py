@@ -18,6 +18,7 @@ from jaxlwp.check._hlo import CompiledCollective, compiled_collectives
 from jaxlwp.check._steps import ROUNDS, Progress, batch_size, is_simulated
 from jaxlwp.check._target import Target, TargetStep, compile_for, target_mesh
 from jaxlwp.check._timeline import Event, KindTotal
+from jaxlwp.check._trace import Span, spans_trace, write_trace
 from jaxlwp.check._verify import LayerCheck, Traffic, Verification, verify
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LayerCheck",
     "Progress",
     "ROUNDS",
+    "Span",
     "StrategyResult",
     "Target",
     "TargetStep",
@@ -45,6 +47,8 @@ __all__ = [
     "fastest_compiled",
     "forecast",
     "is_simulated",
+    "spans_trace",
     "target_mesh",
     "verify",
+    "write_trace",
 ]

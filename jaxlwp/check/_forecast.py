@@ -6,8 +6,6 @@ bytes, devices, start and done. What it does not say are rates; those are the sy
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +23,7 @@ from jaxlwp.check._timeline import (
     KindTotal,
     Timeline,
 )
-from jaxlwp.check._trace import chrome_trace
+from jaxlwp.check._trace import chrome_trace, write_trace
 from jaxlwp.devices import System
 from jaxlwp.plan import ProgramMemory, program_memory
 
@@ -117,12 +115,7 @@ class Forecast:
         Raises:
           OSError: the file cannot be written.
         """
-        text = json.dumps(self.trace())
-        if str(path).endswith(".gz"):
-            # without the time of day: the same forecast makes the same file
-            Path(path).write_bytes(gzip.compress(text.encode(), mtime=0))
-        else:
-            Path(path).write_text(text)
+        write_trace(self.trace(), path)
 
     def __str__(self) -> str:
         """A row per kind of kernel and collective."""

@@ -2,8 +2,9 @@
 
 Read `_collectives` first (what is communicated, read off the program of one device), then `_model`
 (a `CostModel` turns work and collectives into seconds), `_kernels` (work as XLA for GPUs fuses
-it), `_changes` (all changes of layout between two layers at once), `_paper` (the paper's model) and
-`_search_space` (a graph, its configs and their costs).
+it), `_changes` (all changes of layout between two layers at once), `_paper` (the paper's model),
+`_search_space` (a graph, its configs and their costs) and `_shares` (what of a layer's work is
+which pass).
 
 A cost model of one's own is a `CostModel`, given to `price(graph, devices, model=...)`. What a
 config does is here as data, in bytes: `layer_collectives` (halos and partial sums of a layer),
@@ -35,6 +36,7 @@ from jaxlwp.cost._model import (
 )
 from jaxlwp.cost._paper import SERVERS, PaperCostModel, gradient_sums
 from jaxlwp.cost._search_space import SearchSpace, check_mesh, price, restrict
+from jaxlwp.cost._shares import PassShares, pass_shares
 
 __all__ = [
     "AnalyticCostModel",
@@ -43,6 +45,7 @@ __all__ = [
     "LayerCosts",
     "PaperCostModel",
     "SERVERS",
+    "PassShares",
     "SearchSpace",
     "argument_collectives",
     "build_tables",
@@ -53,6 +56,7 @@ __all__ = [
     "first_of_value",
     "gradient_sums",
     "layer_key",
+    "pass_shares",
     "passes_of",
     "price",
     "restrict",

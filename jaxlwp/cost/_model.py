@@ -131,11 +131,8 @@ class AnalyticCostModel:
             kernels=layer_kernels(graph) if devices.fuses else (),
             serial_share=serial_share(graph) if devices.fuses else 1.0,
         )
-        blocks = _Blocks([Config()], devices.axis_sizes)
         whole_s = [
-            sum(float(model._operator_s(member, blocks)[0]) for member in layer.members)
-            for layer in graph.layers
-            if not layer.fused
+            sum(map(model.whole_s, layer.members)) for layer in graph.layers if not layer.fused
         ]
         return model.behind([seconds / devices.num_devices for seconds in whole_s])
 
@@ -277,6 +274,10 @@ class AnalyticCostModel:
             self.devices.link_rate("all-reduce", axes)[0] + wait_s if axes else 0.0 for axes in sums
         ]
         return spare.count * np.array(once_s, dtype=np.float64)[sum_of]
+
+    def whole_s(self, member: Member) -> float:
+        """Forward and backward seconds of one operator that is not split."""
+        return float(self._operator_s(member, _Blocks([Config()], {}))[0])
 
     def _kernel_s(self, kernel: Kernel, blocks: _Blocks) -> FloatArray:
         """Seconds of a kernel on local shapes, for each config: the roofline's."""

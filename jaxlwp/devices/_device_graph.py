@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlwp.devices._links import Crossed, staged
+from jaxlwp.devices._links import Crossed, stage_seconds, staged
 from jaxlwp.space import Collective
 
 
@@ -131,6 +131,8 @@ class DeviceGraph:
       bucket_bytes: collectives of parameters and their gradients, of one kind, dtype and set of
         axes, that the compiler joins up to so many bytes start once; 0 where each starts.
       exposed_share: of the time of synchronisation, what nothing else is done beside.
+      adapter_sharers: devices of a host that share an adapter; the rates of links between hosts are
+        each one's part of it while all of them send.
       fuses: work is priced kernel by kernel, as XLA for GPUs fuses it; `overhead_s` is the start of
         a kernel.
       device_kind: as JAX names it, for reports.
@@ -153,6 +155,7 @@ class DeviceGraph:
     input_byte_s: float = 0.0
     bucket_bytes: float = 0.0
     exposed_share: float = 1.0
+    adapter_sharers: int = 1
     fuses: bool = False
     device_kind: str = "unknown"
     source: str = "given"
@@ -192,6 +195,11 @@ class DeviceGraph:
             )
         for _, byte_s in self.first_touch_byte_s:
             check_seconds("DeviceGraph", "first_touch_byte_s", byte_s)
+        if self.adapter_sharers < 1:
+            raise ValueError(
+                f"DeviceGraph: adapter_sharers is {self.adapter_sharers}; give how many devices "
+                "share an adapter, 1 where each has its own"
+            )
 
     @property
     def num_devices(self) -> int:
@@ -243,18 +251,36 @@ class DeviceGraph:
         groups = tuple(sum(name in names for name in group) for group in self.axis_groups)
         if fit := self._fits.get((kind, groups)):
             return fit.latency_s, fit.byte_s
+        return staged(kind, [crossed for _, crossed in self._crossed(names)])
+
+    def link_stages(self, kind: str, names: tuple[str, ...]) -> tuple[tuple[int, float], ...]:
+        """Where a collective spends the time of its bytes.
+
+        Returns:
+          (link level, seconds for each byte of a device's operand), inside first; they add up to
+          `link_rate`'s. Of a time that was measured over several levels, parts as the axes' rates
+          have it.
+        """
+        crossed = self._crossed(names)
+        seconds = stage_seconds(kind, [level for _, level in crossed])
+        scale = self.link_rate(kind, names)[1] / sum(seconds) if seconds else 0.0
+        return tuple(
+            (level, scale * part) for (level, _), part in zip(crossed, seconds, strict=True)
+        )
+
+    def _crossed(self, names: tuple[str, ...]) -> list[tuple[int, Crossed]]:
+        """The link levels that a collective over some axes crosses, inside first."""
         axes = [axis for axis in self.axes if axis.name in names and axis.size > 1]
         levels = []
         for level in sorted({axis.level for axis in axes}, reverse=True):
             among = [axis for axis in axes if axis.level == level]
-            levels.append(
-                Crossed(
-                    parts=math.prod(axis.size for axis in among),
-                    start_s=max(axis.latency_s for axis in among),
-                    bytes_per_s=min(axis.bytes_per_s for axis in among),
-                )
+            crossed = Crossed(
+                parts=math.prod(axis.size for axis in among),
+                start_s=max(axis.latency_s for axis in among),
+                bytes_per_s=min(axis.bytes_per_s for axis in among),
             )
-        return staged(kind, levels)
+            levels.append((level, crossed))
+        return levels
 
     def flops_per_s(self, kind: str, dtype: str) -> float:
         """Operations per second of one device.

@@ -49,10 +49,23 @@ def staged(kind: str, levels: Sequence[Crossed]) -> tuple[float, float]:
     levels = [level for level in levels if level.parts > 1]
     if not levels:
         return 0.0, 0.0
-    start_s = max(level.start_s for level in levels)
+    byte_s = 0.0
+    for seconds in stage_seconds(kind, levels):
+        byte_s += seconds
+    return max(level.start_s for level in levels), byte_s
+
+
+def stage_seconds(kind: str, levels: Sequence[Crossed]) -> list[float]:
+    """Seconds for each byte of a device's operand that a collective is on each level; see `staged`.
+
+    Args:
+      kind: as in `Collective`.
+      levels: what it crosses, inside first, each with several parts.
+    """
     if kind == "collective-permute":
-        return start_s, 1 / min(level.bytes_per_s for level in levels)
-    byte_s, inner, devices = 0.0, 1, math.prod(level.parts for level in levels)
+        slowest = min(range(len(levels)), key=lambda n: levels[n].bytes_per_s, default=0)
+        return [1 / level.bytes_per_s * (n == slowest) for n, level in enumerate(levels)]
+    seconds, inner, devices = [], 1, math.prod(level.parts for level in levels)
     for level in levels:
         outer = devices // (inner * level.parts)
         share = {
@@ -61,9 +74,9 @@ def staged(kind: str, levels: Sequence[Crossed]) -> tuple[float, float]:
             "all-gather": outer,  # what the levels outside have brought to it before
             "all-to-all": 1 / outer,  # what is meant for devices of this level
         }[kind]
-        byte_s += share * wire_share(kind, level.parts) / level.bytes_per_s
+        seconds.append(share * wire_share(kind, level.parts) / level.bytes_per_s)
         inner *= level.parts
-    return start_s, byte_s
+    return seconds
 
 
 def host_numbers(mesh: AnyMesh) -> np.ndarray:

@@ -241,6 +241,7 @@ def _across(table: Table, gpus: int, hosts: int) -> Level:
         devices=hosts,
         bytes_per_s=rate * adapters / gpus,
         start_s=start_s + more_s * max(math.log2(hosts) - 1, 0.0),
+        shared_by=math.ceil(gpus / adapters),
     )
 
 

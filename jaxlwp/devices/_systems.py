@@ -116,11 +116,14 @@ class Level:
       bytes_per_s: bytes per second that each GPU sends in a collective, all at once; by how many
         of the level's devices take part where that matters (a mesh of links; not a switch).
       start_s: seconds of a small all-reduce over the level.
+      shared_by: GPUs of a host that share an adapter, each with `bytes_per_s` of it while all of
+        them send; 1 where each has its own, and for links inside a host.
     """
 
     devices: int
     bytes_per_s: Mapping[int, float] | float
     start_s: float
+    shared_by: int = 1
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -130,6 +133,8 @@ class Level:
         """
         if self.devices < 1:
             raise ValueError(f"Level: devices is {self.devices}; it must be at least 1")
+        if self.shared_by < 1:
+            raise ValueError(f"Level: shared_by is {self.shared_by}; it must be at least 1")
         check_seconds("Level", "start_s", self.start_s)
         if not isinstance(self.bytes_per_s, Mapping):
             check_rate("Level", "bytes_per_s", self.bytes_per_s)
@@ -259,6 +264,7 @@ class System:
             update_pass_byte_s=1 / self.gpu.memory_bytes_per_s,
             bucket_bytes=BUCKET_BYTES,
             exposed_share=EXPOSED_SHARE,
+            adapter_sharers=self.across.shared_by if self.across else 1,
             fuses=True,
             device_kind=device_kind(mesh) if isinstance(mesh, Mesh) else self.gpu.name,
             source=f"system {self.name}",

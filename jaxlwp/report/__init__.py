@@ -14,6 +14,7 @@ from jaxlwp.report._tables import (
     pareto_table,
     plan_text,
     render,
+    simulation_text,
     verification_text,
 )
 
@@ -28,5 +29,6 @@ __all__ = [
     "render",
     "scaling_text",
     "threshold_text",
+    "simulation_text",
     "verification_text",
 ]

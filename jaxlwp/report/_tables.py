@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxlwp.cost import SearchSpace
     from jaxlwp.optimize import Alternative, Explanation, ParetoCurve
     from jaxlwp.plan import Plan
+    from jaxlwp.simulate import StepSimulation
 
 
 def render(table: Table, width: int = 150) -> str:
@@ -488,3 +489,32 @@ def compiled_text(comparison: CompiledComparison) -> str:
 def forecast_text(forecast: Forecast) -> str:
     """`forecast_table` as text."""
     return render(forecast_table(forecast))
+
+
+def simulation_table(simulation: StepSimulation) -> Table:
+    """A row per resource, and one per cause of what makes the step as long as it is."""
+    how = "overlapped" if simulation.overlap else "one after the other"
+    table = _titled_table(
+        title=f"{simulation.strategy} on {simulation.num_devices} devices, {how}: "
+        f"{seconds(simulation.total_s)} ms a step",
+        caption=f"plain sum {seconds(simulation.plain_s)} ms"
+        + "".join(
+            f"; {reason} {'+' if more_s > 0 else '-'}{seconds(abs(more_s))}"
+            for reason, more_s in simulation.more_s.items()
+        ),
+    )
+    for column in ("", "busy\nms", "exposed\nms", "contended\nms", "of the step\nms"):
+        table.add_column(column, justify="right" if column else "left")
+    for use in simulation.resources:
+        exposed = seconds(use.exposed_s) if use.exposed_s else ""
+        contended = seconds(use.contended_s) if use.contended_s else ""
+        table.add_row(use.name, seconds(use.busy_s), exposed, contended, "")
+    table.add_section()
+    for cause, cause_s in simulation.critical_s.items():
+        table.add_row(cause, "", "", "", seconds(cause_s))
+    return table
+
+
+def simulation_text(simulation: StepSimulation) -> str:
+    """`simulation_table` as text."""
+    return render(simulation_table(simulation))
