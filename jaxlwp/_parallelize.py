@@ -40,6 +40,7 @@ def parallelize(
     constraints: Constraints | None = None,
     objective: str | Objective = "sum",
     sum_dtype: Any = None,
+    train: bool = True,
     check: str | Sequence[str] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     **keywords: Any,
@@ -48,7 +49,7 @@ def parallelize(
 
     Args:
       fn: loss function, called as `fn(params, *batch)`; returns a scalar loss, or a tuple whose
-        first element is the loss.
+        first element is the loss. With `train=False` any function of arrays.
       params: pytree of parameters (arrays or `jax.ShapeDtypeStruct`).
       *batch: the other arguments, likewise; their shapes are the plan's shapes.
       devices: devices or how many of `jax.devices()`; by default those of the mesh that is set
@@ -74,6 +75,8 @@ def parallelize(
       sum_dtype: the least dtype in which gradients of parameters are added up over devices. By
         default that in which the layer computes, as XLA's partitioner does: bfloat16 in mixed
         precision. `jnp.float32` makes these sums exact to float32, and sends twice the bytes.
+      train: False plans a function that is only evaluated: no gradients are priced, no optimizer
+        is there, and memory is that of the forward pass.
       check: "measure" runs a few training steps of the plan and of data parallelism and returns
         the faster; names of baselines run those besides, `jaxlwp.BASELINES` all of them. One that
         needs more memory than there is, or than `memory_bytes`, is not run. `params` and `batch`
@@ -98,6 +101,10 @@ def parallelize(
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes)
+    if not train and optimizer is not None:
+        raise ValueError(
+            "optimizer: given with train=False, which evaluates only; leave it out, or train"
+        )
     against = () if check == "compile" else _against(check)
     if against and isinstance(devices, _DESCRIBED):
         raise ValueError(
@@ -118,6 +125,7 @@ def parallelize(
         constraints=constraints,
         objective=objective,
         sum_dtype=sum_dtype,
+        train=train,
         on_progress=on_progress,
     )
     if check == "compile":

@@ -354,6 +354,22 @@ def test_functions(name: str, batch: int | None, size: int) -> None:
 
 
 @pytest.mark.usefixtures("user_models")
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("user_models:Normed", (16, 2)), ("user_models:Graph", None), ("user_models:Wordless", None)],
+)
+def test_modules_that_are_only_evaluated(name: str, shape: tuple[int, ...] | None) -> None:
+    sys.path.insert(0, os.getcwd())
+    work = load_workload(name, batch=6, input_shape=shape, train=False)
+    out = work.loss(work.params, *work.batch)
+    assert out.shape[0] == 6
+    options = ["--input", "x".join(map(str, shape))] if shape else []
+    done = _run("plan", name, "--devices", "h100:2", "--batch", "6", "--forward", *options)
+    assert done.exit_code == 0, done.output
+    assert "momentum" not in done.output
+
+
+@pytest.mark.usefixtures("user_models")
 def test_plan_of_a_users_model() -> None:
     options = ["--devices", "2", "--batch", "4", *RATES] if len(jax.devices()) > 1 else RATES
     linen = _run("plan", "user_models:Normed", "--input", "16x2", *options)

@@ -51,6 +51,7 @@ from jaxlwp.plan import (
     MEMORY_MARGIN,
     OPTIMIZER,
     Plan,
+    initial_state,
     plan_for,
     plan_memory,
     with_strategy,
@@ -223,6 +224,7 @@ def compare(
     rounds: int = ROUNDS,
     rates: GivenRates | DeviceGraph | None = None,
     memory_bytes: float | None = None,
+    train: bool = True,
     name: str | None = None,
     on_progress: Progress | None = None,
     **keywords: Any,
@@ -241,6 +243,7 @@ def compare(
         to 60 s, cached), and the layers too (about a second for each layer and config, cached).
       memory_bytes: what a step may take of each device, as for `parallelize`. A strategy that is
         predicted to take more than that, or than a GPU has left, is not run.
+      train: False for a function that is only evaluated, as for `parallelize`.
       name: of the model, for the report; the function's by default.
       on_progress: called as `on_progress(what, done, total)`.
       **keywords: arguments of `fn` by name, as for `parallelize`.
@@ -257,8 +260,10 @@ def compare(
         raise ValueError(f"compare: rounds is {rounds}; it must be at least 1: 7 give a median")
     progress = on_progress or (lambda what, done, total: None)
     arguments = canonical("compare", fn, (params, *batch), keywords)
-    plans, left_out = _make_plans(fn, arguments, devices, strategies, rates, memory_bytes, progress)
-    state, data = (params, OPTIMIZER.init(params)), batch_of(arguments)
+    plans, left_out = _make_plans(
+        fn, arguments, devices, strategies, rates, memory_bytes, train, progress
+    )
+    state, data = initial_state(plans[0], params), batch_of(arguments)
     steps: list[Step] = []
     for plan in plans:
         progress("compiling steps", len(steps), len(plans))
@@ -317,7 +322,7 @@ def fastest(
     fitting, left_out = _fitting(others, _limit_bytes(plan, memory_bytes), optimizer)
     plans = [plan, *fitting]
     params, batch = arguments[0][0], batch_of(arguments)
-    state = (params, optimizer.init(params))
+    state = initial_state(plan, params, optimizer)
     steps = []
     for number, each in enumerate(plans):
         progress("compiling steps", number, len(plans))
@@ -380,6 +385,7 @@ def _make_plans(
     strategies: Sequence[str | Strategy],
     rates: GivenRates | DeviceGraph | None,
     memory_bytes: float | None,
+    train: bool,
     progress: Progress,
 ) -> tuple[list[Plan], dict[str, int]]:
     """The plan found, those of strategies that fit, all over one space; bytes of the others."""
@@ -396,6 +402,7 @@ def _make_plans(
         rates=rated,
         measure=measured,
         memory_bytes=memory_bytes,
+        train=train,
         on_progress=progress,
     )
     space = found.space

@@ -142,6 +142,7 @@ def compare_compiled(
     optimizer: optax.GradientTransformation = OPTIMIZER,
     memory_bytes: float | None = None,
     sum_dtype: Any = None,
+    train: bool = True,
     name: str | None = None,
     on_progress: Progress | None = None,
     **keywords: Any,
@@ -158,6 +159,7 @@ def compare_compiled(
       optimizer: of the training step; SGD with momentum by default.
       memory_bytes: what a step may take of each device, as for `parallelize`.
       sum_dtype: as for `parallelize`.
+      train: False for a function that is only evaluated, as for `parallelize`.
       name: of the model, for the report; the function's by default.
       on_progress: called as `on_progress(what, done, total)`.
       **keywords: arguments of `fn` by name, as for `parallelize`.
@@ -180,6 +182,7 @@ def compare_compiled(
         optimizer=optimizer,
         memory_bytes=memory_bytes,
         sum_dtype=sum_dtype,
+        train=train,
         on_progress=on_progress,
     )
     compared, _ = _compiled_all(

@@ -20,6 +20,7 @@ from jaxlwp.plan import (
     OPTIMIZER,
     Plan,
     ProgramMemory,
+    initial_state,
     lower_step,
     program_memory,
 )
@@ -49,7 +50,7 @@ def step_times(
       rounds: how many steps, after one to warm up.
     """
     params, batch = arguments[0][0], batch_of(arguments)
-    state = (params, (optimizer or OPTIMIZER).init(params))
+    state = initial_state(plan, params, optimizer or OPTIMIZER)
     step = compiled_step(plan, state, batch, optimizer)
     taken = measured_steps([step], state, batch, rounds, lambda what, done, total: None)
     return taken[0]

@@ -141,6 +141,11 @@ def main() -> None:
     is_flag=True,
     help="Price layers by the devices' rates, without measuring them.",
 )
+@click.option(
+    "--forward",
+    is_flag=True,
+    help="Plan an evaluation: a module's outputs, or whatever a function returns; no gradients.",
+)
 def plan(
     model: str,
     devices: int | str | None,
@@ -151,6 +156,7 @@ def plan(
     save: Path | None,
     profile: Path | None,
     analytic: bool,
+    forward: bool,
     memory_bytes: float | None,
     pin: dict[str, dict[str, int]],
     forbid: tuple[str, ...],
@@ -168,7 +174,12 @@ def plan(
     with one_line_errors(), progress_bars() as progress:
         wanted = Strategy.load(strategy) if strategy.endswith(".json") else strategy
         work = load_workload(
-            model, batch=batch, input_shape=input_shape, dtype=dtype, abstract=True
+            model,
+            batch=batch,
+            input_shape=input_shape,
+            dtype=dtype,
+            train=not forward,
+            abstract=True,
         )
         system = preset(devices) if isinstance(devices, str) else None
         mesh = None if there is None else make_mesh(there)
@@ -191,6 +202,7 @@ def plan(
             constraints=_constraints(pin, forbid, replicated),
             objective=objective,
             sum_dtype=sum_dtype,
+            train=not forward,
             on_progress=progress,
         )
         texts = [] if why is None else [_explained(found, why)]

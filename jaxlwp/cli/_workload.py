@@ -48,6 +48,7 @@ def load_workload(
     batch: int | None = None,
     input_shape: tuple[int, ...] | None = None,
     dtype: str | None = None,
+    train: bool = True,
     abstract: bool = False,
 ) -> Workload:
     """Make the workload that a name stands for.
@@ -57,6 +58,7 @@ def load_workload(
       batch: examples in the batch; 32 by default.
       input_shape: shape of one example; the module's `input_shape` by default.
       dtype: of a Flax module's computation, for one that takes it.
+      train: False evaluates only: a module's outputs for a batch, or whatever a function returns.
       abstract: shapes and dtypes only: nothing is initialised.
 
     Returns:
@@ -70,9 +72,9 @@ def load_workload(
     if dtype is not None:
         target = _of_dtype(name, target, dtype)
     if _is_a(target, nn.Module):
-        return _from_module(name, _linen, target, batch, input_shape, abstract)
+        return _from_module(name, _linen, target, batch, input_shape, train, abstract)
     if _is_a(target, nnx.Module):
-        return _from_module(name, _nnx, target, batch, input_shape, abstract)
+        return _from_module(name, _nnx, target, batch, input_shape, train, abstract)
     if callable(target) and not isinstance(target, type):
         return _from_function(name, target, batch, input_shape)
     raise ValueError(
@@ -150,17 +152,21 @@ Module = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 
 def _from_module(
     name: str,
-    read: Callable[[Any, Any, bool], Module],
+    read: Callable[[Any, Any, bool, bool], Module],
     target: Any,
     batch: int | None,
     input_shape: tuple[int, ...] | None,
+    train: bool,
     abstract: bool,
 ) -> Workload:
     shape = input_shape or _own_input_shape(name, target)
     images = jax.eval_shape(functools.partial(jnp.zeros, (batch or DEFAULT_BATCH, *shape)))
     with _blaming(name, f"fails on input {list(images.shape)}", "check --input and the module"):
-        params, apply, extra = read(target, images, abstract)
+        params, apply, extra = read(target, images, train, abstract)
         logits = jax.eval_shape(apply, params, images, *extra)
+    if not train:
+        data = images if abstract else _random(images.shape)
+        return Workload(name=name, loss=apply, params=params, batch=(data, *extra))
 
     def loss(params: Any, x: jax.Array, labels: jax.Array, *extra: Any) -> Any:
         logits = apply(params, x, *extra)
@@ -174,11 +180,12 @@ def _from_module(
 
 def _random_data(shape: tuple[int, ...], scored: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Images, and a label for each of an example's scores."""
-    generator = np.random.default_rng(0)
-    images = generator.standard_normal(shape, np.float32)
-    return jnp.asarray(images), jnp.asarray(
-        generator.integers(scored[-1], size=scored[:-1], dtype=np.int32)
-    )
+    labels = np.random.default_rng(1).integers(scored[-1], size=scored[:-1], dtype=np.int32)
+    return _random(shape), jnp.asarray(labels)
+
+
+def _random(shape: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
 
 
 def _own_input_shape(name: str, target: Any) -> tuple[int, ...]:
@@ -212,10 +219,10 @@ def _takes(function: Callable[..., Any], argument: str) -> bool:
     return argument in inspect.signature(function).parameters
 
 
-def _linen(target: Any, images: Any, abstract: bool) -> Module:
+def _linen(target: Any, images: Any, train: bool, abstract: bool) -> Module:
     """Extra arguments: the dropout key, and collections that are not parameters."""
     module = target() if isinstance(target, type) else target
-    option = {"train": True} if _takes(type(module).__call__, "train") else {}
+    option = {"train": train} if _takes(type(module).__call__, "train") else {}
 
     def init() -> Any:
         param_key, dropout_key = jax.random.split(jax.random.key(0))
@@ -224,6 +231,8 @@ def _linen(target: Any, images: Any, abstract: bool) -> Module:
 
     def apply(params: Any, x: Any, key: Any, others: Any) -> Any:
         variables = {"params": params, **others}
+        if not train:
+            return module.apply(variables, x, **option)
         rngs = {"dropout": key}
         return module.apply(variables, x, rngs=rngs, mutable=list(others), **option)[0]
 
@@ -232,7 +241,7 @@ def _linen(target: Any, images: Any, abstract: bool) -> Module:
     return variables.get("params", {}), apply, (key, others)
 
 
-def _nnx(target: Any, images: Any, abstract: bool) -> Module:
+def _nnx(target: Any, images: Any, train: bool, abstract: bool) -> Module:
     """Extra argument: the state that is not parameters, such as random counts."""
 
     def init() -> Any:
@@ -243,8 +252,11 @@ def _nnx(target: Any, images: Any, abstract: bool) -> Module:
 
     def apply(params: Any, x: Any, others: Any) -> Any:
         module = nnx.merge(graphdef, params, others)
-        module.train()
-        option = {"train": True} if _takes(module.__call__, "train") else {}
+        if train:
+            module.train()
+        else:
+            module.eval()
+        option = {"train": train} if _takes(module.__call__, "train") else {}
         return module(x, **option)
 
     return params, apply, (others,)

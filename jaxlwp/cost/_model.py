@@ -180,8 +180,9 @@ class AnalyticCostModel:
         stored = [u for u in layer.uses if u.argument and u.source == layer.index]
         for first, use in first_of_value(stored):
             num_bytes = use.info.itemsize * blocks.elements(use.info.shape, use.source_labels)
-            if not use.gradient:
+            if use.fed:
                 total_s += self.devices.input_byte_s * num_bytes
+            if not use.gradient:
                 continue
             # A gradient that is summed over devices is there twice: before and after.
             summed = [
@@ -548,7 +549,7 @@ def layer_key(layer: Layer) -> str:
 
 def _use_key(use: Use) -> tuple[object, ...]:
     active = tuple(sorted(use.active))
-    return use.info, use.moved, use.labels, active, use.gradient, use.recomputed
+    return use.info, use.moved, use.labels, active, use.gradient, use.recomputed, use.fed
 
 
 def _edge_key(edge: Edge, sides: Sequence[tuple[Config, ...]]) -> object:

@@ -50,6 +50,7 @@ class Use:
       argument: the value is an argument of the function (parameter or batch).
       gradient: the value has a cotangent.
       recomputed: it is brought here again in the backward pass (`jax.checkpoint`).
+      fed: it is an argument that is no parameter, and comes anew with every call.
     """
 
     value: int
@@ -62,6 +63,7 @@ class Use:
     argument: bool
     gradient: bool
     recomputed: bool = False
+    fed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class Edge:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputationGraph:
-    """Layers and edges of a traced training function, and the program they stand for.
+    """Layers and edges of a traced function, and the program they stand for.
 
     Attributes:
       layers: in order of their first operator.
@@ -126,7 +128,8 @@ class ComputationGraph:
         and their gradients added up: made where the argument is stored. Each stands beside the
         first of the values that are the same cast.
       owners: argument value -> (layer index, dimension names) of its first use.
-      gradients: values that have a cotangent when the loss is differentiated by the parameters.
+      gradients: values that have a cotangent when the loss is differentiated by the parameters;
+        none if the function is only evaluated.
       argument_names: name of each program input, such as "params['Conv_0']['kernel']".
       num_parameters: how many of the program's inputs are leaves of the first argument.
       changed: positions of the inputs that the function replaces (state of NNX modules); their

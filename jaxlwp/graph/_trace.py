@@ -175,8 +175,10 @@ def build_graph(
     casts = _casts(grouping, sum_dtype)
     owners: dict[int, tuple[int, Labels]] = {}
     awaited = _awaited(program, gradients)
+    parameters = frozenset(program.inputs[:num_parameters])
     found = [
-        _Reader(grouping, casts, gradients, awaited, owners, i) for i in range(len(grouping.drafts))
+        _Reader(grouping, casts, gradients, awaited, owners, parameters, i)
+        for i in range(len(grouping.drafts))
     ]
     # The first reader of an argument says how it is stored: a layer of the network, rather than
     # a weight penalty that happens to come first.
@@ -299,9 +301,11 @@ class _Reader:
         gradients: frozenset[int],
         awaited: frozenset[int],
         owners: dict[int, tuple[int, Labels]],
+        parameters: frozenset[int],
         layer: int,
     ) -> None:
         self.grouping, self.gradients, self.owners, self.layer = grouping, gradients, owners, layer
+        self.parameters = parameters
         self.casts, self.awaited = casts, awaited
         self.recomputed = False  # the operator at hand, and what it pulls
         self.members: list[Member] = []
@@ -377,6 +381,7 @@ class _Reader:
             argument=argument,
             gradient=gradient,
             recomputed=self.recomputed and gradient,
+            fed=argument and value not in self.parameters,
         )
 
 

@@ -55,7 +55,8 @@ def predict(program: Program, gradients: Mapping[int, int], loss: int) -> Buffer
     Args:
       program: loss and gradients on one device's blocks.
       gradients: position of a gradient among the outputs -> position of its parameter among the
-        inputs, which the update that follows overwrites.
+        inputs, which the update that follows overwrites; empty for an evaluation, which keeps
+        nothing.
       loss: position of the loss among the outputs.
 
     Returns:
@@ -71,7 +72,7 @@ def predict(program: Program, gradients: Mapping[int, int], loss: int) -> Buffer
         operand
         for node, reads in kernels.items()
         for operand in reads
-        if operand.number <= end < node.number and not operand.argument
+        if gradients and operand.number <= end < node.number and not operand.argument
     )
     return Buffers(
         live_bytes=sum(node.num_bytes for node in live),

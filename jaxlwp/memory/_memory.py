@@ -263,7 +263,7 @@ def _kept_blocks(
         place, labels = readers.get(int(tag)) or graph.homes[int(tag)]
         size = math.prod(info.shape) * info.itemsize
         result[place].append(_Block(info, labels, node.num_bytes / max(size, 1)))
-    for layer in graph.layers:
+    for layer in graph.layers if local.gradients else ():
         result[layer.index] += [_Block(*filters, 1.0) for filters in _filters(layer)]
     return result, readers
 

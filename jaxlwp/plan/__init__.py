@@ -6,7 +6,13 @@ program).
 
 from jaxlwp.plan._plan import OPTIMIZER, Plan, bind, plan_memory, with_strategy
 from jaxlwp.plan._planning import MEMORY_MARGIN, plan_for
-from jaxlwp.plan._step import ProgramMemory, lower_step, program_memory, state_shapes
+from jaxlwp.plan._step import (
+    ProgramMemory,
+    initial_state,
+    lower_step,
+    program_memory,
+    state_shapes,
+)
 
 __all__ = [
     "MEMORY_MARGIN",
@@ -14,6 +20,7 @@ __all__ = [
     "Plan",
     "ProgramMemory",
     "bind",
+    "initial_state",
     "lower_step",
     "plan_for",
     "plan_memory",

@@ -40,7 +40,7 @@ OPTIMIZER = optax.sgd(1e-4, momentum=0.9)
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Plan:
-    """A training function, split over a mesh by a strategy.
+    """A function, of training or evaluation, split over a mesh by a strategy.
 
     Call it like the function: `plan(params, *batch)`, or with arguments by name. It works under
     `jax.jit`, `jax.grad`, `jax.value_and_grad` (also with `has_aux=True`) and with donated buffers.
@@ -76,8 +76,13 @@ class Plan:
         return self.space.graph
 
     @property
+    def trains(self) -> bool:
+        """The function is a loss whose gradients are taken; else it is only evaluated."""
+        return bool(self.graph.gradients)
+
+    @property
     def cost(self) -> Cost:
-        """Predicted seconds of one training step, decomposed."""
+        """Predicted seconds of one training step, or evaluation, decomposed."""
         return self.space.evaluate(self.strategy)
 
     @functools.cached_property
@@ -88,7 +93,7 @@ class Plan:
 
     @functools.cached_property
     def memory(self) -> Memory:
-        """Predicted bytes per device of a training step with SGD with momentum.
+        """Predicted bytes per device of a training step with SGD with momentum, or an evaluation.
 
         As XLA compiles it for GPUs; see `plan_memory` for other optimizers.
         """
@@ -241,7 +246,7 @@ class Plan:
             fn,
             *arguments[0],
             keywords=arguments[1],
-            differentiated=is_loss(outputs),
+            differentiated=self.trains and is_loss(outputs),
             sum_dtype=self.graph.sum_dtype,
         )
         space = _kept(graph, self.space.devices, self.strategy)
@@ -380,9 +385,10 @@ def plan_memory(plan: Plan, optimizer: optax.GradientTransformation = OPTIMIZER)
 
     Args:
       plan: the plan.
-      optimizer: of the training step; its state is split as `Plan.place` splits it.
+      optimizer: of the training step; its state is split as `Plan.place` splits it. Of a plan that
+        only evaluates nothing is kept.
     """
-    state = jax.eval_shape(optimizer.init, plan.argument_shapes[0])
+    state = jax.eval_shape(optimizer.init, plan.argument_shapes[0]) if plan.trains else ()
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     shards = (
         math.prod(plan.sharding_for(path, leaf).shard_shape(leaf.shape))

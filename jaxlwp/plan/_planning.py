@@ -54,6 +54,7 @@ def plan_for(
     constraints: Constraints | None = None,
     objective: str | Objective = "sum",
     sum_dtype: Any = None,
+    train: bool = True,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """Make a plan: what `parallelize` does, whose options are the same, but for its check.
@@ -71,6 +72,7 @@ def plan_for(
       constraints: on configs.
       objective: what is made least.
       sum_dtype: of the sums of gradients.
+      train: whether the function is a loss that is differentiated.
       on_progress: called as `on_progress(what, done, total)`.
 
     Raises:
@@ -84,8 +86,13 @@ def plan_for(
             f"measure: layers cannot be measured on {chosen.size} devices that are not here; leave "
             "it out, and they are priced by rates"
         )
-    graph = trace(fn, *arguments[0], keywords=arguments[1], sum_dtype=sum_dtype)
-    out_tree = _check_loss(fn, arguments)
+    graph = trace(
+        fn, *arguments[0], keywords=arguments[1], differentiated=train, sum_dtype=sum_dtype
+    )
+    outputs = output_shapes(fn, arguments)
+    if train:
+        _check_loss(outputs)
+    out_tree = jax.tree.structure(outputs)
     if isinstance(rates, Profile):
         rated = rates.device_graph(chosen)
     elif isinstance(rates, DeviceGraph):
@@ -95,7 +102,7 @@ def plan_for(
     if isinstance(strategy, Strategy):
         check_mesh(strategy, rated.axis_sizes)
         strategy.for_graph(graph)
-    slots = _slots(optimizer, arguments[0][0])
+    slots = _slots(optimizer, arguments[0][0]) if train else 0.0
     space = _priced(
         graph,
         rated,
@@ -286,15 +293,14 @@ def _rated(mesh: AnyMesh, rates: GivenRates | None) -> DeviceGraph:
         ) from error
 
 
-def _check_loss(fn: Callable[..., Any], arguments: Arguments) -> Any:
-    """Structure of the output; its first leaf must be a scalar loss."""
-    out = output_shapes(fn, arguments)
+def _check_loss(out: Any) -> None:
+    """Check that the first output is a scalar loss."""
     if not is_loss(out):
         loss = out[0] if isinstance(out, tuple) else out
         raise ValueError(
             f"loss function: its {'first output' if isinstance(out, tuple) else 'output'} is "
             f"{jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', loss)}; a loss must be one "
             "floating-point scalar: reduce it (for instance with .mean()) and return "
-            "anything else as the second element of a tuple"
+            "anything else as the second element of a tuple; or give train=False, for a function "
+            "that is only evaluated"
         )
-    return jax.tree.structure(out)

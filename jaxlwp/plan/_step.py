@@ -35,10 +35,18 @@ class ProgramMemory:
         return self.argument_bytes + self.temporary_bytes + self.new_bytes
 
 
+def initial_state(
+    plan: Plan, params: Any, optimizer: optax.GradientTransformation = OPTIMIZER
+) -> Any:
+    """(parameters, optimizer state); a plan that only evaluates has no optimizer."""
+    return params, optimizer.init(params) if plan.trains else ()
+
+
 def state_shapes(plan: Plan, optimizer: optax.GradientTransformation = OPTIMIZER) -> Any:
     """Shapes and dtypes of (parameters, optimizer state)."""
-    params = plan.argument_shapes[0]
-    return params, jax.eval_shape(optimizer.init, params)
+    return jax.eval_shape(
+        lambda params: initial_state(plan, params, optimizer), plan.argument_shapes[0]
+    )
 
 
 def lower_step(
@@ -49,7 +57,7 @@ def lower_step(
     *,
     plain: bool = False,
 ) -> Any:
-    """Lower a training step; the state is donated.
+    """Lower a training step, or an evaluation; the state is donated, and returned.
 
     Args:
       plan: the plan, bound to the mesh that the step is for.
@@ -61,7 +69,8 @@ def lower_step(
         what plain JAX's users write.
 
     Returns:
-      What `jax.jit(step).lower(...)` returns; `step(state, *batch)` returns (state, (loss, aux)).
+      What `jax.jit(step).lower(...)` returns; `step(state, *batch)` returns (state, (loss, aux)),
+      or (state, outputs) of an evaluation.
 
     Raises:
       ValueError: a plain step of a plan that does not know its function, a plan whose devices are
@@ -79,6 +88,8 @@ def lower_step(
 
     def step(state: Any, batch: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
         params, slots = state
+        if not plan.trains:
+            return state, function(params, *batch, **keywords)
         value, gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, keywords)
         updates, slots = optimizer.update(gradients, slots, params)
         return (optax.apply_updates(params, updates), slots), value

@@ -126,7 +126,7 @@ def _shows_memory(plan: Plan) -> bool:
 
 
 def _memory_note(plan: Plan) -> str:
-    """What a training step takes on each device, and of what."""
+    """What a step takes on each device, and of what."""
     if not _shows_memory(plan):
         return f"memory of a device: not shown for more than {SHOWN} layers; ask plan.memory first"
     memory = plan.memory
