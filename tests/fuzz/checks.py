@@ -433,18 +433,19 @@ def _verdict(
 
 
 def _nudged(written: Written, ties: bool) -> Any:
-    """One device's numbers with its arrays changed by 1e-13.
+    """One device's numbers with its arrays changed by 1e-13, or where it rounds to float32 by 6e-8.
 
     All by one factor, which keeps ties, or each element by its own. Ties that only operators make
     that round (a softmax of equal numbers) are broken by another order of sums as well.
     """
     rng = np.random.default_rng(0)
+    step = 2.0 ** (-24 if written.rounds else -43)
 
     def nudge(x: Any) -> Any:
         if x.dtype.kind != "f":
             return jnp.asarray(x)
         by = 1.0 if ties else rng.uniform(-1, 1, x.shape)
-        return jnp.asarray(x * (1 + by * 2.0**-43), x.dtype)
+        return jnp.asarray(x * (1 + by * step), x.dtype)
 
     arguments = jax.tree.map(nudge, written.arrays())
     with jax.disable_jit():
