@@ -107,6 +107,22 @@ def test_machines_that_are_not_here() -> None:
     assert [sample.value for sample in namespace["sizes"].samples] == [1, 8, 64]
 
 
+def test_plans_that_only_evaluate() -> None:
+    def predict(params: Any, images: Any) -> Any:
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(images, params, (1, 1), "SAME", dimension_numbers=dims)
+
+    params, images = jnp.full((3, 3, 1, 1), 0.1), jnp.ones((1, 16, 16, 1))
+    given = {"predict": predict, "params": params, "images": images, "jax": jax, "jnp": jnp}
+    planned, sampler = blocks("python", "docs/evaluation.md")
+    namespace = run(planned, jaxlwp=jaxlwp, **given)
+    np.testing.assert_allclose(namespace["outputs"], predict(params, images), rtol=1e-5)
+    samples = run(sampler, **namespace)["samples"]
+    for _ in range(20):
+        images = images - 0.1 * predict(params, images)
+    np.testing.assert_allclose(samples, images, rtol=1e-4, atol=1e-5)
+
+
 def test_documented_json_keys() -> None:
     page = PAGES[ROOT / "docs/command-line.md"]
     documented = set(re.findall(r"`([a-z_]+)`", page.split("Its `--json`")[1]))
