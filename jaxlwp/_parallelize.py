@@ -41,6 +41,7 @@ def parallelize(
     objective: str | Objective = "sum",
     sum_dtype: Any = None,
     train: bool = True,
+    outputs: str | None = None,
     check: str | Sequence[str] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     **keywords: Any,
@@ -77,6 +78,8 @@ def parallelize(
         precision. `jnp.float32` makes these sums exact to float32, and sends twice the bytes.
       train: False plans a function that is only evaluated: no gradients are priced, no optimizer
         is there, and memory is that of the forward pass.
+      outputs: "replicated" brings every output whole to every device, at a price; by default they
+        stay as the layers that make them have them.
       check: "measure" runs a few training steps of the plan and of data parallelism and returns
         the faster; names of baselines run those besides, `jaxlwp.BASELINES` all of them. One that
         needs more memory than there is, or than `memory_bytes`, is not run. `params` and `batch`
@@ -95,9 +98,9 @@ def parallelize(
       ValueError: an argument of a wrong kind, more devices than exist, a loss that is not a scalar,
         an unknown strategy or one for another model, a batch that the devices do not divide under
         strategy "data", a rate that is not a positive number, an unknown system or one that the
-        mesh does not fit, an unknown check, a check or measurement that would run on devices that
-        are not there, constraints that nothing keeps to, a
-        `sum_dtype` that is no floating-point dtype, a check by compiling on processors.
+        mesh does not fit, an unknown check or place of outputs, what would run on devices that are
+        not there, constraints that nothing keeps to, a `sum_dtype` that is no floating-point dtype,
+        a check by compiling on processors.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes)
@@ -126,6 +129,7 @@ def parallelize(
         objective=objective,
         sum_dtype=sum_dtype,
         train=train,
+        outputs=outputs,
         on_progress=on_progress,
     )
     if check == "compile":

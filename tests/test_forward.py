@@ -84,6 +84,28 @@ def test_same_numbers_and_bytes_under_every_strategy(sizes: tuple[int, ...]) -> 
         assert not any(collective.backward for collective in plan.collectives)
 
 
+@pytest.mark.parametrize("sizes", [(4,), (2, 2)], ids=str)
+def test_outputs_are_whole_where_that_is_asked_for(sizes: tuple[int, ...]) -> None:
+    params, x = arguments()
+    with jax.enable_x64(True):
+        given = jax.tree.map(jnp.asarray, (params, x))
+        want = network(*given)
+        options: Any = {"mesh": mesh_of(*sizes), "rates": RATES, "measure": False, "train": False}
+        whole = jaxlwp.parallelize(
+            network, *given, strategy="spatial", outputs="replicated", **options
+        )
+        split = jaxlwp.parallelize(network, *given, strategy="spatial", **options)
+        have = jax.jit(whole)(*given)
+        assert not jax.jit(split)(*given)["image"].sharding.is_fully_replicated
+        agree = all(layer.agrees for layer in check_layers(whole))
+        smaller = whole.rebind(given[1][:1])
+        assert jax.jit(smaller)(given[0], given[1][:1])["image"].sharding.is_fully_replicated
+        assert agree and whole.cost.transfer_s > split.cost.transfer_s
+    for name, value in want.items():
+        np.testing.assert_allclose(have[name], value, rtol=1e-9, atol=1e-9)
+        assert have[name].sharding.is_fully_replicated
+
+
 def shapes(batch: int = 8, size: int = 64) -> Any:
     given = arguments(batch, size)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), given)
@@ -190,5 +212,7 @@ def test_checked_compared_and_verified(quick_measurements: None) -> None:
 def test_what_cannot_be_is_said_in_one_line() -> None:
     with pytest.raises(ValueError, match="train=False, which evaluates only"):
         planned(optimizer=optax.sgd(1e-3))
+    with pytest.raises(ValueError, match="outputs: 'left' is unknown"):
+        planned(outputs="left")
     with pytest.raises(ValueError, match="or give train=False"):
         jaxlwp.parallelize(network, *shapes(), devices="h100:4")

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from jaxlwp.ops import RULES, Labels, Signature
 from jaxlwp.program import Equation, Program, Value
 
-FUSED = ("elementwise", "broadcast", "iota", "pad", "random", "reshape", "slice", "transpose")
+FUSED = (
+    "elementwise",
+    "broadcast",
+    "iota",
+    "output",
+    "pad",
+    "random",
+    "reshape",
+    "slice",
+    "transpose",
+)
 """Kinds of operators that compilers merge into other operators' loops."""
 
 

@@ -27,6 +27,7 @@ from jaxlwp.ops import (
     Signature,
     unread_results,
     with_borders,
+    with_whole_outputs,
 )
 from jaxlwp.program import MOVE, Equation, Program, Value, argument_name, flatten, without_dead_code
 
@@ -38,6 +39,7 @@ def trace(
     keywords: Mapping[str, Any] | None = None,
     differentiated: bool = True,
     sum_dtype: Any = None,
+    outputs: str | None = None,
 ) -> ComputationGraph:
     """Trace a training function into its computation graph.
 
@@ -50,16 +52,23 @@ def trace(
       differentiated: gradients of the loss will be taken; False for evaluation.
       sum_dtype: the least dtype in which gradients of parameters are added up over devices; by
         default that in which the layer computes.
+      outputs: "replicated" brings all outputs whole to every device; by default they stay as the
+        layers that make them have them.
 
     Returns:
       The graph; see `ComputationGraph`.
 
     Raises:
-      ValueError: `fn` has side effects, an argument holds something that is no array, or
-        `sum_dtype` is no floating-point dtype.
+      ValueError: `fn` has side effects, an argument holds something that is no array,
+        `sum_dtype` is no floating-point dtype, or `outputs` is none of these.
     """
     given = (params, *args), dict(keywords or {})
     sum_dtype = _float_dtype(sum_dtype)
+    if outputs not in (None, "replicated"):
+        raise ValueError(
+            f"outputs: {outputs!r} is unknown; give 'replicated', or None to leave them as the "
+            "layers that make them have them"
+        )
     _check_leaves(given)
     shapes = jax.tree.map(_shape_of, given)
     leaves, tree = jax.tree.flatten(shapes)
@@ -78,6 +87,8 @@ def trace(
         program = in_parts(recognised(flatten(jax.make_jaxpr(flat_fn)(*leaves))))
     paths = jax.tree_util.tree_flatten_with_path(given)[0]
     names = tuple(argument_name(path) for path, _ in paths)
+    if outputs is not None:
+        program = with_whole_outputs(program, len(program.outputs) - len(changed))
     count = len(jax.tree.leaves(params))
     gradients = values_with_cotangent(program, count) if differentiated else frozenset()
     return build_graph(program, names, count, tuple(changed), gradients, sum_dtype)

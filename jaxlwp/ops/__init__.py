@@ -13,6 +13,7 @@ from jaxlwp.ops import (
     _derivative,
     _elementwise,
     _extend,
+    _output,
     _pool,
     _reduce,
     _resize,
@@ -20,6 +21,7 @@ from jaxlwp.ops import (
     _shape,
 )
 from jaxlwp.ops._derivative import LINEAR, ZERO_DERIVATIVE
+from jaxlwp.ops._output import with_whole_outputs
 from jaxlwp.ops._rule import (
     Labels,
     Local,
@@ -38,6 +40,7 @@ RULES: dict[str, Rule] = {
     **_dense.RULES,
     **_elementwise.RULES,
     **_extend.RULES,
+    **_output.RULES,
     **_pool.RULES,
     **_reduce.RULES,
     **_resize.RULES,
@@ -135,4 +138,5 @@ __all__ = [
     "unread_results",
     "values_needed",
     "with_borders",
+    "with_whole_outputs",
 ]

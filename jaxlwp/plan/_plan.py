@@ -81,6 +81,11 @@ class Plan:
         return bool(self.graph.gradients)
 
     @property
+    def _gathers(self) -> bool:
+        """Outputs are brought whole to every device."""
+        return any(layer.kind == "output" for layer in self.graph.layers)
+
+    @property
     def cost(self) -> Cost:
         """Predicted seconds of one training step, or evaluation, decomposed."""
         return self.space.evaluate(self.strategy)
@@ -248,6 +253,7 @@ class Plan:
             keywords=arguments[1],
             differentiated=self.trains and is_loss(outputs),
             sum_dtype=self.graph.sum_dtype,
+            outputs="replicated" if self._gathers else None,
         )
         space = _kept(graph, self.space.devices, self.strategy)
         return bind(

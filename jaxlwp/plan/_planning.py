@@ -55,6 +55,7 @@ def plan_for(
     objective: str | Objective = "sum",
     sum_dtype: Any = None,
     train: bool = True,
+    outputs: str | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """Make a plan: what `parallelize` does, whose options are the same, but for its check.
@@ -73,6 +74,7 @@ def plan_for(
       objective: what is made least.
       sum_dtype: of the sums of gradients.
       train: whether the function is a loss that is differentiated.
+      outputs: where they go.
       on_progress: called as `on_progress(what, done, total)`.
 
     Raises:
@@ -87,12 +89,17 @@ def plan_for(
             "it out, and they are priced by rates"
         )
     graph = trace(
-        fn, *arguments[0], keywords=arguments[1], differentiated=train, sum_dtype=sum_dtype
+        fn,
+        *arguments[0],
+        keywords=arguments[1],
+        differentiated=train,
+        sum_dtype=sum_dtype,
+        outputs=outputs,
     )
-    outputs = output_shapes(fn, arguments)
+    results = output_shapes(fn, arguments)
     if train:
-        _check_loss(outputs)
-    out_tree = jax.tree.structure(outputs)
+        _check_loss(results)
+    out_tree = jax.tree.structure(results)
     if isinstance(rates, Profile):
         rated = rates.device_graph(chosen)
     elif isinstance(rates, DeviceGraph):
