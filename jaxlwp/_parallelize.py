@@ -119,6 +119,7 @@ def parallelize(
         objective=objective,
         sum_dtype=sum_dtype,
         on_progress=on_progress,
+        check=check,
     )
     if check == "compile":
         named = [given for given in (rates, devices) if isinstance(given, _NAMED)]

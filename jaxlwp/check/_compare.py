@@ -326,8 +326,9 @@ def fastest(
         steps.append(_compile(each, state, batch, optimizer))
     taken = _measure(steps, state, batch, rounds, progress)
     times = [statistics.median(times_s) for times_s in taken]
-    if spans_processes(need_devices("compare", plan.mesh)):  # all must keep the same plan
-        times = from_first(times)
+    mesh = need_devices("compare", plan.mesh)
+    if spans_processes(mesh):  # all must keep the same plan
+        times = from_first(times, mesh)
     checked = {each.strategy.name: s for each, s in zip(plans, times, strict=True)}
     for name in left_out:
         checked.setdefault(name, math.inf)
@@ -370,7 +371,7 @@ def _limit_bytes(plan: Plan, memory_bytes: float | None) -> float:
     mesh = need_devices("compare", plan.mesh)
     free_bytes = _accelerator_bytes(local_devices(mesh))
     if spans_processes(mesh):  # all must run the same programs
-        free_bytes = from_first(free_bytes)
+        free_bytes = from_first(free_bytes, mesh)
     allowed_bytes = math.inf if memory_bytes is None else memory_bytes / MEMORY_MARGIN
     return min(allowed_bytes, math.inf if free_bytes is None else free_bytes)
 
@@ -529,12 +530,9 @@ def _staying(memories: Sequence[ProgramMemory], free_bytes: float) -> set[int]:
 
 def _free_bytes(plan: Plan) -> float:
     """Bytes of memory per device that a comparison may take."""
-    num_bytes = _free_here(local_devices(need_devices("compare", plan.mesh)))
-    return (
-        float(from_first(num_bytes))
-        if spans_processes(need_devices("compare", plan.mesh))
-        else num_bytes
-    )
+    mesh = need_devices("compare", plan.mesh)
+    num_bytes = _free_here(local_devices(mesh))
+    return float(from_first(num_bytes, mesh)) if spans_processes(mesh) else num_bytes
 
 
 def _free_here(devices: Sequence[Any]) -> float:

@@ -3,7 +3,7 @@
 Read `_device_graph` first, then `_links` (collectives over several link levels), `_systems` (GPUs
 and their links by published figures) and `_presets` (from files), `_calibrate` (measuring rates),
 `_store` (one SQLite file of measurements) and `_processes` (several processes use the numbers of
-the first).
+the first, and find out what differs between them).
 """
 
 from jaxlwp.devices._calibrate import (
@@ -20,7 +20,7 @@ from jaxlwp.devices._calibrate import (
 )
 from jaxlwp.devices._device_graph import BUCKET_BYTES, DeviceGraph, LinkFit, MeshAxis
 from jaxlwp.devices._presets import load_system, preset, system_for, system_of
-from jaxlwp.devices._processes import from_first, spans_processes
+from jaxlwp.devices._processes import check_same, check_short, from_first, spans_processes
 from jaxlwp.devices._store import Environment, Measurement, Store, environment_of, now, read_export
 from jaxlwp.devices._systems import Gpu, Level, System
 
@@ -39,6 +39,8 @@ __all__ = [
     "Rates",
     "Store",
     "System",
+    "check_same",
+    "check_short",
     "choose_devices",
     "device_graph",
     "environment_of",
