@@ -15,6 +15,7 @@ import rich.progress
 from rich.console import Console
 
 from jaxlwp.check import Progress, is_simulated
+from jaxlwp.mesh import is_first_process
 
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
@@ -78,7 +79,9 @@ def one_line_errors() -> Iterator[None]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file in one step: it is complete or as it was before."""
+    """Write a file in one step: it is complete or as it was before. The first process does."""
+    if not is_first_process():
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text + "\n")

@@ -101,8 +101,8 @@ def given_parts(
         "rates": ["measured"] if rated is None else _json_lines(rated.to_json()),
         "profiles": [] if profile is None else _profile_lines(profile),
         "traced functions": [
-            *program_lines(graph.program),
             *(f"layer {layer.name}: {layer.kind} {layer.dimensions}" for layer in graph.layers),
+            *program_lines(graph.program),
         ],
     }
 
@@ -115,11 +115,16 @@ def check_strategy(mesh: Mesh, strategy: Strategy) -> None:
     """
     check_same(
         _WHERE,
-        {"strategies found": _json_lines(json.loads(strategy.to_json()))},
+        {"strategies found": _strategy_lines(strategy)},
         mesh,
         "save the strategy of one process (plan.strategy.save), and give it to all "
         "(strategy=jaxlwp.Strategy.load(...))",
     )
+
+
+def _strategy_lines(strategy: Strategy) -> list[str]:
+    configs = {name: dict(config.splits) for name, config in strategy.configs.items()}
+    return _json_lines({"mesh": strategy.axis_sizes, "layer": configs})
 
 
 def _option_text(value: Any) -> str:

@@ -33,9 +33,7 @@ def array_text(array: Any) -> str:
 
 
 def program_lines(program: Program) -> Iterator[str]:
-    """A line for each constant and equation; the values of constants count, too."""
-    for index, constant in program.constants.items():
-        yield f"constant %{index} = {array_text(constant)}"
+    """A line for each equation and constant; the values of constants count, too."""
     for eqn in program.equations:
         made, read = (
             ", ".join(f"%{i} {_shape_text(v)}" for i, v in zip(indices, values, strict=True))
@@ -46,6 +44,8 @@ def program_lines(program: Program) -> Iterator[str]:
         )
         params = ", ".join(f"{name}={text_of(p)}" for name, p in sorted(eqn.params.items()))
         yield f"{eqn.scope}: {made} = {eqn.name}({read}) {' '.join(params.split())}"
+    for index, constant in program.constants.items():
+        yield f"constant %{index} = {array_text(constant)}"
     yield f"returns {', '.join(f'%{i}' for i in program.outputs)}"
 
 
