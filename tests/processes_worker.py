@@ -5,7 +5,9 @@ It runs the checks that are named, joined by commas, and prints what came of the
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import sys
@@ -248,6 +250,17 @@ def files() -> dict[str, Any]:
     return {"written": (folder / "saved.json").exists()}
 
 
+def command() -> dict[str, Any]:
+    """The command line uses the devices of all processes; the first one prints and writes."""
+    from jaxlwp.cli import main as jaxlwp_command
+
+    saved = Path(os.environ["JAXLWP_CACHE_DIR"]) / "plan.json"
+    options = "--distributed plan models.lenet:LeNet5 --batch 16 --rates v100 --save".split()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        jaxlwp_command([*options, str(saved)], standalone_mode=False)
+    return {"printed": printed.getvalue(), "written": saved.exists()}
+
+
 def shapes() -> dict[str, Any]:
     """A wrong shape is told beside both that would do."""
     plan = planned(strategy="data")
@@ -256,7 +269,7 @@ def shapes() -> dict[str, Any]:
 
 CHECKS = {
     check.__name__: check
-    for check in (measured, feeding, sharded, differing, strategies, traced, files, shapes)
+    for check in (measured, feeding, sharded, differing, strategies, traced, files, command, shapes)
 }
 
 

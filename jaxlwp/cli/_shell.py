@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,21 @@ def provide_devices(count: int | None) -> list[Any]:
             "for fewer, or set JAX_PLATFORMS=cpu to simulate them"
         )
     return present[:count]
+
+
+def join_processes() -> None:
+    """Become one of several processes, as JAX finds out from what started them."""
+    try:
+        if not jax.distributed.is_initialized():
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise click.ClickException(
+            "--distributed: JAX does not see what started this process (Slurm, Open MPI, "
+            f"Kubernetes): {' '.join(str(error).split())}; start it with srun or mpirun, or leave "
+            "the option out"
+        ) from error
+    if not is_first_process():
+        sys.stdout = open(os.devnull, "w")
 
 
 def describe(devices: list[Any]) -> str:
