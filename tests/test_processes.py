@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def free_port() -> int:
 def results(checks: str, count: int, devices: int, folder: Path) -> list[dict[str, Any]]:
     """What the workers print: each has devices and a cache of its own."""
     coordinator = f"127.0.0.1:{free_port()}"
-    workers = [
+    return gathered(
         subprocess.Popen(
             [*f"{sys.executable} -m tests.processes_worker".split(), checks, coordinator]
             + [str(count), str(rank)],
@@ -43,7 +44,12 @@ def results(checks: str, count: int, devices: int, folder: Path) -> list[dict[st
             text=True,
         )
         for rank in range(count)
-    ]
+    )
+
+
+def gathered(started: Iterable[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+    """What workers print as JSON in the end; fails if one fails."""
+    workers = list(started)
     try:
         outputs = [worker.communicate(timeout=500) for worker in workers]
     finally:

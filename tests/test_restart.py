@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tests.test_processes import ROOT, free_port
 from tests.test_readme import blocks
@@ -22,18 +23,62 @@ KILLED_AT = 4
 RATES = "rates=jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)"
 
 
-def program(start: str) -> str:
-    """The page's program, without measuring, that starts otherwise."""
-    quick = PROGRAM.replace("optimizer=tx)", f"optimizer=tx, {RATES})").replace(START, start)
-    assert RATES in quick and START not in quick.replace(start, "")
-    return quick
+class Page:
+    """The page's program and its data in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        images = np.random.default_rng(0).standard_normal((STEPS * 16, 12, 12, 1))
+        np.save(folder / "images.npy", images.astype(np.float32))
+        np.save(folder / "labels.npy", (np.arange(STEPS * 16) % 10).astype(np.int32))
+
+    def write(self, start: str) -> None:
+        """Write the program, without measuring, that starts otherwise."""
+        quick = PROGRAM.replace("optimizer=tx)", f"optimizer=tx, {RATES})").replace(START, start)
+        assert RATES in quick and start in quick
+        (self.folder / "train.py").write_text(quick)
+
+    def errors(self, rank: int) -> Path:
+        """What a process says on its standard error."""
+        return self.folder / f"errors{rank}"
 
 
-def slurm(port: int, rank: int) -> dict[str, str]:
+def one_process(folder: Path) -> dict[int, float]:
+    """Losses of the page's program as one process."""
+    folder.mkdir()
+    Page(folder).write("pass")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(Path("train.py").read_text(), "train.py", "exec"), {"__name__": "page"})
+    found = losses(printed.getvalue())
+    assert sorted(found) == list(range(STEPS))
+    return found
+
+
+def check_same(found: dict[int, float], expected: dict[int, float]) -> None:
+    """Losses by step are those of one process."""
+    wanted = [expected[step] for step in found]
+    np.testing.assert_allclose(list(found.values()), wanted, rtol=1e-4)
+
+
+def losses(text: str) -> dict[int, float]:
+    return {int(n): float(x) for n, x in re.findall(r"step (\d+): loss (\S+)", text)}
+
+
+def until(process: subprocess.Popen[str], step: int) -> str:
+    """What a process prints, up to a step."""
+    text = ""
+    for line in process.stdout or ():
+        text += line
+        if f"step {step}:" in line:
+            break
+    return text
+
+
+def slurm(coordinator: str, port: int, rank: int) -> dict[str, str]:
     """What Slurm sets for a process of two."""
     return {
         "SLURM_JOB_ID": "7",
-        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NODELIST": coordinator,
         "SLURM_NTASKS": "2",
         "SLURM_PROCID": str(rank),
         "SLURM_LOCALID": "0",
@@ -41,10 +86,10 @@ def slurm(port: int, rank: int) -> dict[str, str]:
     }
 
 
-def open_mpi(port: int, rank: int) -> dict[str, str]:
+def open_mpi(coordinator: str, port: int, rank: int) -> dict[str, str]:
     """What Open MPI's mpirun sets for a process of two."""
     return {
-        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_MCA_orte_hnp_uri": f"1531576320.0;tcp://{coordinator}:34911",
         "OMPI_COMM_WORLD_SIZE": "2",
         "OMPI_COMM_WORLD_RANK": str(rank),
         "OMPI_COMM_WORLD_LOCAL_RANK": "0",
@@ -52,89 +97,49 @@ def open_mpi(port: int, rank: int) -> dict[str, str]:
     }
 
 
-class Pair:
-    """Two processes that run a program in a folder."""
-
-    def __init__(
-        self, folder: Path, text: str, started_by: Callable[[int, int], dict[str, str]]
-    ) -> None:
-        (folder / "train.py").write_text(text)
-        port = free_port()
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-u", "train.py"],
-                env=os.environ
-                | started_by(port, rank)
-                | {
-                    "PYTHONPATH": str(ROOT),
-                    "JAX_PLATFORMS": "cpu",
-                    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-                },
-                cwd=folder,
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stderr=(folder / f"errors{rank}").open("w"),
-                text=True,
-            )
-            for rank in range(2)
-        ]
-
-    def __enter__(self) -> Pair:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
+@contextlib.contextmanager
+def pair(
+    page: Page, launcher: Callable[[str, int, int], dict[str, str]]
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes that run the page's program."""
+    port = free_port()
+    quick = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    quick["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-u", "train.py"],
+            env=os.environ | quick | launcher("127.0.0.1", port, rank),
+            cwd=page.folder,
+            stdout=subprocess.PIPE,
+            stderr=page.errors(rank).open("w"),
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
             process.kill()
             process.wait()
 
-    def until(self, step: int) -> str:
-        """What the first one prints, up to a step."""
-        text = ""
-        for line in self.processes[0].stdout or ():
-            text += line
-            if f"step {step}:" in line:
-                break
-        return text
 
-    def rest(self) -> tuple[str, list[int]]:
-        """What it still prints, and how they end; fails if they do not."""
-        text, _ = self.processes[0].communicate(timeout=240)
-        return text, [process.wait(timeout=240) for process in self.processes]
-
-
-def losses(text: str) -> dict[int, float]:
-    return {int(n): float(x) for n, x in re.findall(r"step (\d+): loss (\S+)", text)}
-
-
-def test_a_killed_process_and_a_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    generator = np.random.default_rng(0)
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        folder.mkdir()
-        images = generator.standard_normal((STEPS * 16, 12, 12, 1)).astype(np.float32)
-        np.save(folder / "images.npy", images)
-        np.save(folder / "labels.npy", (np.arange(STEPS * 16) % 10).astype(np.int32))
-        generator = np.random.default_rng(0)
-    monkeypatch.chdir(tmp_path / "one")
-    exec(compile(program("pass"), "docs/processes.md", "exec"), {"__name__": "page"})
-    expected = losses(capsys.readouterr().out)
-    assert sorted(expected) == list(range(STEPS))
-
-    quick = START.replace("heartbeat_timeout_seconds=30", "heartbeat_timeout_seconds=10")
-    with Pair(tmp_path / "two", program(quick), slurm) as pair:
-        before = losses(pair.until(KILLED_AT))
-        pair.processes[1].kill()
-        more, codes = pair.rest()
-    before |= losses(more)
-    assert all(code != 0 for code in codes)
-    errors = (tmp_path / "two/errors0").read_text()
+def test_a_killed_process_and_a_restart(tmp_path: Path) -> None:
+    expected = one_process(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    page = Page(tmp_path / "two")
+    page.write(START.replace("heartbeat_timeout_seconds=30", "heartbeat_timeout_seconds=10"))
+    with pair(page, slurm) as (first, second):
+        before = losses(until(first, KILLED_AT))
+        second.kill()
+        before |= losses(first.communicate(timeout=240)[0])
+        assert first.returncode != 0
+    errors = page.errors(0).read_text()
     assert "Connection closed by peer" in errors or "another task died" in errors
-
-    with Pair(tmp_path / "two", program(quick), open_mpi) as pair:
-        text, codes = pair.rest()
-    assert codes == [0, 0], (tmp_path / "two/errors0").read_text()[-3000:]
-    after = losses(text)
+    with pair(page, open_mpi) as (first, second):
+        after = losses(first.communicate(timeout=240)[0])
+        codes = first.returncode, second.wait(timeout=240)
+    assert codes == (0, 0), page.errors(0).read_text()[-3000:]
     assert 0 < min(after) <= max(before) + 1 < STEPS and max(after) == STEPS - 1
-    for found in (before, after):
-        wanted = [expected[step] for step in found]
-        np.testing.assert_allclose(list(found.values()), wanted, rtol=1e-4)
+    check_same(before, expected)
+    check_same(after, expected)
