@@ -46,6 +46,8 @@ def parallelize(
 ) -> Plan:
     """Trace, price, search and bind: from a loss function to a sharded one.
 
+    In several processes all must call it, with the same function, shapes and options.
+
     Args:
       fn: loss function, called as `fn(params, *batch)`; returns a scalar loss, or a tuple whose
         first element is the loss.
@@ -93,8 +95,9 @@ def parallelize(
         an unknown strategy or one for another model, a batch that the devices do not divide under
         strategy "data", a rate that is not a positive number, an unknown system or one that the
         mesh does not fit, an unknown check, a check or measurement that would run on devices that
-        are not there, constraints that nothing keeps to, a
-        `sum_dtype` that is no floating-point dtype, a check by compiling on processors.
+        are not there, constraints that nothing keeps to, a `sum_dtype` that is no floating-point
+        dtype, a check by compiling on processors; where the mesh spans processes, anything that
+        differs between them, in all of them.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes)

@@ -261,6 +261,21 @@ def command() -> dict[str, Any]:
     return {"printed": printed.getvalue(), "written": saved.exists()}
 
 
+def compared() -> dict[str, Any]:
+    """Strategies run side by side; the batch has arrays on a device and a random key."""
+    import jaxlwp
+
+    def noisy(params: Any, x: Any, y: Any, key: Any) -> Any:
+        return loss(params, x + jax.random.normal(key, x.shape), y)
+
+    params, batch = jax.tree.map(jnp.asarray, network())
+    rates = jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)
+    found = jaxlwp.compare(
+        noisy, params, *batch, jax.random.key(3), rates=rates, strategies=("data",), rounds=1
+    )
+    return {result.strategy: result.compiled_bytes for result in found.results}
+
+
 def shapes() -> dict[str, Any]:
     """A wrong shape is told beside both that would do."""
     plan = planned(strategy="data")
@@ -269,7 +284,18 @@ def shapes() -> dict[str, Any]:
 
 CHECKS = {
     check.__name__: check
-    for check in (measured, feeding, sharded, differing, strategies, traced, files, command, shapes)
+    for check in (
+        measured,
+        feeding,
+        sharded,
+        differing,
+        strategies,
+        traced,
+        files,
+        command,
+        compared,
+        shapes,
+    )
 }
 
 

@@ -78,7 +78,7 @@ def check_feeding(found: dict[str, Any]) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     """One launch for what needs two processes, since starting them is what takes time."""
-    checks = "measured,feeding,sharded,differing,strategies,traced,files,command,shapes"
+    checks = "measured,feeding,sharded,differing,strategies,traced,files,command,compared,shapes"
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     both = results(checks, 2, 2, tmp_path)
@@ -117,6 +117,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert first["files"]["written"] and not second["files"]["written"]
     assert first["command"]["written"] and not second["command"]["written"]
     assert "batch 16, on 4 x" in first["command"]["printed"] and not second["command"]["printed"]
+    assert first["compared"] == second["compared"] and set(first["compared"]) == {"search", "data"}
     assert "shape (3, 8, 8, 3)" in first["shapes"]["message"]
     assert "(8, 8, 8, 3) and this process holds (4, 8, 8, 3)" in first["shapes"]["message"]
     check_differing(first["differing"], second["differing"])

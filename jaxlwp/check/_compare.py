@@ -43,6 +43,7 @@ from jaxlwp.plan import (
     Plan,
     ProgramMemory,
     lower_step,
+    place_arguments,
     plan_for,
     plan_memory,
     program_memory,
@@ -451,8 +452,7 @@ class _Step:
     memory: ProgramMemory
 
     def place(self, state: Any, batch: Arguments) -> tuple[Any, Arguments]:
-        shardings = (self.plan.batch_shardings, self.plan.keyword_shardings)
-        return self.plan.place(state), jax.device_put(batch, shardings)
+        return self.plan.place(state), place_arguments(self.plan, batch)
 
 
 def _compile(plan: Plan, state: Any, batch: Arguments, optimizer: Any = None) -> _Step:

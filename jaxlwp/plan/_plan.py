@@ -431,6 +431,20 @@ class Plan:
         return plan_text(self)
 
 
+def place_arguments(plan: Plan, batch: Arguments) -> Arguments:
+    """All arguments after the parameters, and those by name only, on the plan's mesh.
+
+    Args:
+      plan: the plan.
+      batch: whole arrays; in several processes each puts its own part.
+    """
+    shardings = (plan.batch_shardings, plan.keyword_shardings)
+    if not spans_processes(need_devices("place_batch", plan.mesh)):
+        placed: Arguments = jax.device_put(batch, shardings)
+        return placed
+    return jax.tree.map(put_share, batch, shardings)  # type: ignore[no-any-return]
+
+
 def plan_memory(plan: Plan, optimizer: optax.GradientTransformation = OPTIMIZER) -> Memory:
     """Memory of a plan's training step; `Plan.memory` is that with SGD with momentum.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def cluster(count: int) -> Iterator[Cluster]:
     )
     bridge = f"lwp{os.getpid()}b"
     _check_tools()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it is removed
     try:
         try:
             _run("ip", "link", "add", bridge, "type", "bridge")
@@ -112,6 +114,7 @@ def cluster(count: int) -> Iterator[Cluster]:
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
             shutil.rmtree(f"/etc/netns/{namespace}", ignore_errors=True)
         subprocess.run(["ip", "link", "del", bridge], capture_output=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_tools() -> None:
