@@ -19,7 +19,8 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-newest test-gpu-aot lint graph format demo notebook \
-	bench-search bench-space bench-compile bench-compare bench-memory bench-costs bench-gpu bench-truth gpu-check paper fuzz clean
+	bench-search bench-space bench-compile bench-compare bench-memory bench-costs bench-gpu \
+	bench-truth bench-cluster cluster-test gpu-check paper fuzz clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -143,6 +144,12 @@ bench-gpu: $(AOT_READY)  ## Plans beside plain JAX, compiled for GPUs that are n
 bench-truth: $(AOT_READY) $(AOT12_READY)  ## Forecasts beside published GPU measurements (an hour; resumes)
 	JAX_PLATFORMS=cpu $(AOT12_VENV)/bin/python -m tests.benchmarks.truth
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.truth
+
+cluster-test: $(READY)  ## Test on hosts made of network namespaces (root; elsewhere it says why not)
+	$(BIN)/python -m tests.cluster
+
+bench-cluster: $(READY)  ## Measure AlexNet and VGG-16 on 4 such hosts, on three link rates (hours; resumes)
+	$(BIN)/python -m tests.cluster.measure
 
 bench-memory: $(AOT_READY)  ## Compare predicted memory with what is compiled for 16 H200s
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.memory

@@ -100,7 +100,8 @@ def parallelize(
         strategy "data", a rate that is not a positive number, an unknown system or one that the
         mesh does not fit, an unknown check or place of outputs, what would run on devices that are
         not there, constraints that nothing keeps to, a `sum_dtype` that is no floating-point dtype,
-        a check by compiling on processors.
+        a check by compiling on processors; in several processes, all of which must call it, what
+        differs between them.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes)
@@ -131,6 +132,7 @@ def parallelize(
         train=train,
         outputs=outputs,
         on_progress=on_progress,
+        check=check,
     )
     if check == "compile":
         named = [given for given in (rates, devices) if isinstance(given, _NAMED)]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
+import jax
 import jaxlwp
 from jaxlwp.devices._device_graph import DeviceGraph, axis_shape
 from jaxlwp.cli._workload import load_workload
@@ -36,6 +37,9 @@ for result in (
     jaxlwp.search(large),
 ):
     print(result.strategy.to_json(), result.value, result.gap)
+print(list(jaxlwp.program.program_lines(graph.program)))  # what processes compare
+again = jaxlwp.trace(jax.checkpoint(work.loss), work.params, *work.batch)
+print(list(jaxlwp.program.program_lines(again.program)))
 for ranked in jaxlwp.optimize.runners_up(space, 5):
     print(ranked.strategy.to_json())
 """

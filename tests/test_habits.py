@@ -267,6 +267,10 @@ def test_arguments_by_name() -> None:
     ):
         assert_same(jax.jit(jax.value_and_grad(call))(W), expected)
     x, y, named = plan.place_batch(X, y=TARGET, mask=MASK, scale=scale)
+    share = jax.tree.map(
+        lambda whole, own: whole[own], (X, TARGET, {"mask": MASK, "scale": scale}), plan.local_batch
+    )
+    assert_same(share, (X, TARGET, {"mask": MASK, "scale": scale}))  # one process feeds all
     assert named["mask"].sharding == plan.keyword_shardings["mask"] != named["scale"].sharding
     assert_same(plan(plan.place(W), x, y, **named), expected[0])
     check = jaxlwp.verify(plan, W, X, TARGET, keywords=named)

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 import jaxlwp
 from jaxlwp.cost._collectives import use_source_layout
 from jaxlwp.cost._model import AnalyticCostModel, temporary_bytes
-from jaxlwp.devices import Measurement, Store, environment_of
+from jaxlwp.devices import Measurement, Store, _calibrate, environment_of
 from jaxlwp.devices._calibrate import _ring, fit_link, fit_wait
 from jaxlwp.graph._graph import Layer
 from jaxlwp.measure import _pages, _timing
@@ -746,3 +746,22 @@ class TestOverhead:
         assert cost.total_s == pytest.approx(
             cost.compute_s + cost.transfer_s + cost.sync_s + cost.overhead_s
         )
+
+
+@pytest.mark.parametrize("bytes_per_s, largest", [(1e12, 1 << 23), (4e6, 1 << 20), (1e5, 1 << 16)])
+def test_slow_links_are_measured_with_smaller_operands(
+    bytes_per_s: float, largest: int, mesh22: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No collective of the sweep is longer than a second, by what smaller ones took."""
+    asked: list[tuple[int, int]] = []
+
+    def in_place_s(mesh: Mesh, body: Any, x: Any, copies: Any, repeats: int) -> float:
+        num_bytes = x.nbytes // mesh.size
+        asked.append((num_bytes, sum(copies) * (repeats + 1)))
+        return 1e-5 + num_bytes / bytes_per_s
+
+    monkeypatch.setattr(_calibrate, "_in_place_s", in_place_s)
+    fit = _calibrate._link_fit(mesh22, "all-gather", ("a",), (1,))
+    assert asked[-1][0] == largest
+    assert all(runs * num_bytes / bytes_per_s <= 10 for num_bytes, runs in asked[2:])
+    np.testing.assert_allclose(fit.byte_s, 1 / bytes_per_s, rtol=1e-6)

@@ -52,6 +52,21 @@ def close(actual: Any, expected: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.max(np.abs(b))))
 
 
+def test_a_state_is_made_in_parts() -> None:
+    plan, tx = make_plan(strategy="model"), optax.adam(1e-3)
+
+    def create(key: Any) -> TrainState:
+        return TrainState.create(apply_fn=MODEL.apply, params=MODEL.init(key, IMAGES), tx=tx)
+
+    shardings = plan.state_shardings(jax.eval_shape(create, jax.random.key(1)))
+    state = jax.jit(create, out_shardings=shardings)(jax.random.key(1))
+    placed = plan.place(create(jax.random.key(1)))
+    for made, want in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+        assert made.sharding == want.sharding
+        np.testing.assert_allclose(made, want, rtol=1e-6, atol=1e-7)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt_state))
+
+
 def test_called_like_the_function() -> None:
     plan = make_plan()
     close(plan(PARAMS, IMAGES, LABELS), loss_fn(PARAMS, IMAGES, LABELS))

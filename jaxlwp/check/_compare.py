@@ -329,8 +329,9 @@ def fastest(
         steps.append(compiled_step(each, state, batch, optimizer))
     taken = measured_steps(steps, state, batch, rounds, progress)
     times = [statistics.median(times_s) for times_s in taken]
-    if spans_processes(need_devices("compare", plan.mesh)):  # all must keep the same plan
-        times = from_first(times)
+    mesh = need_devices("compare", plan.mesh)
+    if spans_processes(mesh):  # all must keep the same plan
+        times = from_first(times, mesh)
     checked = {each.strategy.name: s for each, s in zip(plans, times, strict=True)}
     for name in left_out:
         checked.setdefault(name, math.inf)
@@ -373,7 +374,7 @@ def _limit_bytes(plan: Plan, memory_bytes: float | None) -> float:
     mesh = need_devices("compare", plan.mesh)
     free_bytes = accelerator_bytes(local_devices(mesh))
     if spans_processes(mesh):  # all must run the same programs
-        free_bytes = from_first(free_bytes)
+        free_bytes = from_first(free_bytes, mesh)
     allowed_bytes = math.inf if memory_bytes is None else memory_bytes / MEMORY_MARGIN
     return min(allowed_bytes, math.inf if free_bytes is None else free_bytes)
 

@@ -22,6 +22,7 @@ from jaxlwp.plan import (
     ProgramMemory,
     initial_state,
     lower_step,
+    place_arguments,
     program_memory,
 )
 from jaxlwp.program import Arguments
@@ -71,8 +72,7 @@ class Step:
     memory: ProgramMemory
 
     def place(self, state: Any, batch: Arguments) -> tuple[Any, Arguments]:
-        shardings = (self.plan.batch_shardings, self.plan.keyword_shardings)
-        return self.plan.place(state), jax.device_put(batch, shardings)
+        return self.plan.place(state), place_arguments(self.plan, batch)
 
 
 def compiled_step(plan: Plan, state: Any, batch: Arguments, optimizer: Any = None) -> Step:
@@ -131,12 +131,9 @@ def _staying(memories: Sequence[ProgramMemory], free_bytes: float) -> set[int]:
 
 def _free_bytes(plan: Plan) -> float:
     """Bytes of memory per device that a comparison may take."""
-    num_bytes = _free_here(local_devices(need_devices("compare", plan.mesh)))
-    return (
-        float(from_first(num_bytes))
-        if spans_processes(need_devices("compare", plan.mesh))
-        else num_bytes
-    )
+    mesh = need_devices("compare", plan.mesh)
+    num_bytes = _free_here(local_devices(mesh))
+    return float(from_first(num_bytes, mesh)) if spans_processes(mesh) else num_bytes
 
 
 def _free_here(devices: Sequence[Any]) -> float:

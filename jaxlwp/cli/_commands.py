@@ -32,7 +32,14 @@ from jaxlwp.cli._options import (
     shared_options,
     target_file,
 )
-from jaxlwp.cli._shell import describe, one_line_errors, progress_bars, provide_devices, write_file
+from jaxlwp.cli._shell import (
+    describe,
+    join_processes,
+    one_line_errors,
+    progress_bars,
+    provide_devices,
+    write_file,
+)
 from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
 from jaxlwp.cost import price
 from jaxlwp.devices import (
@@ -43,8 +50,10 @@ from jaxlwp.devices import (
     System,
     device_graph,
     environment_of,
+    local_devices,
     make_mesh,
     preset,
+    spans_processes,
 )
 from jaxlwp.graph import trace
 from jaxlwp.measure import LayerTimer, TimingCache, load_profile
@@ -67,7 +76,13 @@ _memory_option = click.option(
 
 @click.group()
 @click.version_option(__version__, prog_name="jaxlwp")
-def main() -> None:
+@click.option(
+    "--distributed",
+    is_flag=True,
+    help="Be one of several processes that Slurm, Open MPI or Kubernetes has started, and use the "
+    "devices of all. The first one prints and writes.",
+)
+def main(distributed: bool) -> None:
     """Find, show and measure the fastest layer-wise parallelization of a network.
 
     MODEL is module:attribute, such as models.alexnet:AlexNet, and is looked for in the current
@@ -76,6 +91,8 @@ def main() -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    if distributed:
+        join_processes()
 
 
 @main.command()
@@ -393,10 +410,13 @@ def profile_command(
             if not layer.fused
         ]
         with Store() as store:
-            environment = environment_of(chosen)
+            here = local_devices(mesh)
+            environment = environment_of(here)
             if again:
                 store.forget(environment, TimingCache.kind)
-            timer = LayerTimer(space.graph, rated, chosen, TimingCache(store, environment))
+            together = mesh if spans_processes(mesh) else None
+            cache = TimingCache(store, environment, together)
+            timer = LayerTimer(space.graph, rated, here, cache)
             programs = timer.measure(pairs, progress)
             path = store.path
     click.echo(

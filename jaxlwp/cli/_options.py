@@ -12,6 +12,7 @@ import click
 
 from jaxlwp.cli._workload import DEFAULT_BATCH
 from jaxlwp.devices import GivenRates, Rates
+from jaxlwp.mesh import is_first_process
 
 
 def at_least_one(_: click.Context, option: click.Parameter, value: int | None) -> int | None:
@@ -83,8 +84,8 @@ def pins_option(
 
 def target_file(_: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
     """Find out before a long run that its result cannot be written."""
-    if value is None:
-        return None
+    if value is None or not is_first_process():
+        return value
     folder = value.absolute().parent
     if not folder.is_dir():
         problem = f"there is no folder {folder}; make it, or give another path"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import rich.progress
 from rich.console import Console
 
 from jaxlwp.check import Progress, is_simulated
+from jaxlwp.mesh import is_first_process
 
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
@@ -36,6 +38,21 @@ def provide_devices(count: int | None) -> list[Any]:
             "for fewer, or set JAX_PLATFORMS=cpu to simulate them"
         )
     return present[:count]
+
+
+def join_processes() -> None:
+    """Become one of several processes, as JAX finds out from what started them."""
+    try:
+        if not jax.distributed.is_initialized():
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise click.ClickException(
+            "--distributed: JAX does not see what started this process (Slurm, Open MPI, "
+            f"Kubernetes): {' '.join(str(error).split())}; start it with srun or mpirun, or leave "
+            "the option out"
+        ) from error
+    if not is_first_process():
+        sys.stdout = open(os.devnull, "w")
 
 
 def describe(devices: list[Any]) -> str:
@@ -78,7 +95,9 @@ def one_line_errors() -> Iterator[None]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file in one step: it is complete or as it was before."""
+    """Write a file in one step: it is complete or as it was before. The first process does."""
+    if not is_first_process():
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text + "\n")

@@ -4,14 +4,20 @@ Read `_device_graph` first, then `_links` (collectives over several link levels)
 and their links by published figures) and `_presets` (from files), `_rates` (the device graph of a
 mesh) and `_calibrate` (measuring it), `_store` (measurements on disk, in a file that `_sqlite`
 opens, for what `_environment` says) and `_processes` (several processes use the numbers of the
-first).
+first, and find out what differs between them).
 """
 
 from jaxlwp.devices._calibrate import measure
 from jaxlwp.devices._device_graph import BUCKET_BYTES, DeviceGraph, LinkFit, MeshAxis
 from jaxlwp.devices._environment import Environment, Measurement, environment_of, now
 from jaxlwp.devices._presets import load_system, preset, system_for, system_of
-from jaxlwp.devices._processes import from_first, local_devices, spans_processes
+from jaxlwp.devices._processes import (
+    check_same,
+    check_short,
+    from_first,
+    local_devices,
+    spans_processes,
+)
 from jaxlwp.devices._rates import (
     KIND,
     GivenDevices,
@@ -40,6 +46,8 @@ __all__ = [
     "Rates",
     "Store",
     "System",
+    "check_same",
+    "check_short",
     "choose_devices",
     "device_graph",
     "environment_of",

@@ -27,7 +27,7 @@ from jaxlwp.devices._device_graph import (
     MeshAxis,
 )
 from jaxlwp.devices._links import axis_levels, host_numbers
-from jaxlwp.devices._processes import local_devices
+from jaxlwp.devices._processes import from_first, local_devices, spans_processes
 from jaxlwp.mesh import (
     AnyMesh,
     all_gather,
@@ -215,6 +215,10 @@ def _input_rate(mesh: Mesh) -> float:
 LINK_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 23)
 """Bytes of a device's operand in the sweep of collectives, about."""
 
+SLOW_S, LONGEST_S = 0.1, 1.0
+"""Seconds of a collective that is run fewer times, and of one that is not run: where links are so
+slow, their noise is small, and smaller operands show their rate."""
+
 CHANNELS = 64
 """Size of the operand's last dimension, or the next multiple of the devices.
 
@@ -274,14 +278,21 @@ def _link_fit(mesh: Mesh, kind: str, axes: tuple[str, ...], counts: tuple[int, .
 
         return chain
 
-    sizes, seconds = [], []
+    sizes: list[int] = []
+    seconds: list[float] = []
     columns = -(-CHANNELS // parts) * parts
     for num_bytes in LINK_BYTES:
         rows = -(-num_bytes // (4 * columns))
-        copies = (2, 10) if num_bytes <= 1 << 16 else (1, 4)
+        copies, repeats = ((2, 10) if num_bytes <= 1 << 16 else (1, 4)), 2 * REPEATS
+        expected_s = seconds[-1] * num_bytes / sizes[-1] if len(sizes) > 1 else 0.0
+        if expected_s > LONGEST_S:
+            break
+        if expected_s > SLOW_S:
+            copies, repeats = (1, 2), 2
         x = _spread(mesh, (rows, columns))
         sizes.append(4 * rows * columns)
-        seconds.append(_in_place_s(mesh, body, x, copies, 2 * REPEATS))
+        taken_s = _in_place_s(mesh, body, x, copies, repeats)
+        seconds.append(from_first(taken_s, mesh) if spans_processes(mesh) else taken_s)
     return fit_link(kind, counts, sizes, seconds)
 
 
@@ -402,7 +413,8 @@ def _ring(fits: Sequence[LinkFit], number: int, parts: int) -> tuple[float, floa
 def measure(mesh: Mesh) -> DeviceGraph:
     """Measure the rates of a mesh's devices and links now, all devices at once.
 
-    Takes 30 to 60 seconds. Axes of one level and size are measured once.
+    Takes 30 to 60 seconds, some minutes over slow links.
+    Axes of one level and size are measured once.
     """
     levels = link_levels(mesh)
     fits = _link_fits(mesh, levels)

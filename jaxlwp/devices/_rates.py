@@ -142,7 +142,7 @@ def device_graph(
         cached = None if again else _cached(store.get(environment, KIND, key))
         together = spans_processes(mesh)
         if together:  # all measure, or none
-            found = from_first(None if cached is None else cached.to_json())
+            found = from_first(None if cached is None else cached.to_json(), mesh)
             cached = None if found is None else DeviceGraph.from_json(found)
         if cached is not None:
             return cached
@@ -151,7 +151,7 @@ def device_graph(
             measured = measure(mesh)
         taken_s = time.perf_counter() - start
         if together:
-            measured = DeviceGraph.from_json(from_first(measured.to_json()))
+            measured = DeviceGraph.from_json(from_first(measured.to_json(), mesh))
         entry = Measurement(seconds=taken_s, date=now(), data=measured.to_json())
         store.put(environment, KIND, {key: entry})
     return measured

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 from jaxlwp.graph import ComputationGraph, Layer
 from jaxlwp.lower import build_layer, read_elsewhere, run
 from jaxlwp.mesh import OnBlocks, trace_on_blocks
-from jaxlwp.program import SCAN, Equation, Program, Value, flatten, scan_of
+from jaxlwp.program import SCAN, Equation, Program, Value, flatten, scan_of, text_of
 from jaxlwp.space import Config, Layout, degree, local_shape
 
 COLLECTIVES = (
@@ -251,8 +250,3 @@ def _constant(constant: Any) -> str:
     if constant is None:
         return ""
     return f"={constant}" if np.ndim(constant) == 0 else "="
-
-
-def text_of(parameter: Any) -> str:
-    """A parameter of an equation as text that is the same in every process."""
-    return re.sub(r" at 0x[0-9a-f]+|id=\d+", "", str(parameter))

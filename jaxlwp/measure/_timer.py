@@ -30,9 +30,10 @@ from jaxlwp.devices import (
     spans_processes,
 )
 from jaxlwp.graph import ComputationGraph, Layer
-from jaxlwp.measure._local import LocalStep, local_step, text_of
+from jaxlwp.measure._local import LocalStep, local_step
 from jaxlwp.measure._timing import NEGLIGIBLE, chunks, time_together
 from jaxlwp.mesh import auto_mesh, on_mesh
+from jaxlwp.program import text_of
 from jaxlwp.space import Config, degree
 
 Pair = tuple[Layer, Config]
@@ -207,7 +208,8 @@ class TimingCache:
     Args:
       store: where measurements are kept; None for memory alone.
       environment: what they are true for.
-      together: whether several processes measure for one plan: the first one's times count in all.
+      together: the mesh, if several processes measure for one plan: the first one's times count in
+        all.
     """
 
     kind = "layer"
@@ -216,14 +218,14 @@ class TimingCache:
         self,
         store: Store | None = None,
         environment: Environment | None = None,
-        together: bool = False,
+        together: Mesh | None = None,
     ) -> None:
         self.store, self.environment, self.together = store, environment, together
         self.entries: dict[str, Measurement] = {}
         if store is not None and environment is not None:
             self.entries = store.get_all(environment, self.kind)
-        if together:
-            self.entries = _from_first(self.entries)
+        if together is not None:
+            self.entries = _from_first(self.entries, together)
         self.programs = {entry.program: entry for entry in self.entries.values()}
 
     def get(self, key: str) -> Measurement | None:
@@ -240,8 +242,8 @@ class TimingCache:
 
     def put(self, entries: dict[str, Measurement]) -> None:
         """Add measurements by key."""
-        if self.together:
-            entries = _from_first(entries)
+        if self.together is not None:
+            entries = _from_first(entries, self.together)
         self.entries |= entries
         self.programs |= {entry.program: entry for entry in entries.values()}
         if self.store is not None and self.environment is not None:
@@ -251,7 +253,7 @@ class TimingCache:
 def open_cache(mesh: Mesh) -> TimingCache:
     """The layer times of devices of this kind, on disk."""
     environment = environment_of(local_devices(mesh))
-    return TimingCache(Store(), environment, together=spans_processes(mesh))
+    return TimingCache(Store(), environment, together=mesh if spans_processes(mesh) else None)
 
 
 def layer_timer(graph: ComputationGraph, rates: DeviceGraph, mesh: Mesh) -> LayerTimer:
@@ -265,8 +267,8 @@ def layer_timer(graph: ComputationGraph, rates: DeviceGraph, mesh: Mesh) -> Laye
     return LayerTimer(graph, rates, local_devices(mesh), open_cache(mesh))
 
 
-def _from_first(entries: dict[str, Measurement]) -> dict[str, Measurement]:
-    found = from_first({key: entry.to_json() for key, entry in entries.items()})
+def _from_first(entries: dict[str, Measurement], mesh: Mesh) -> dict[str, Measurement]:
+    found = from_first({key: entry.to_json() for key, entry in entries.items()}, mesh)
     return {key: Measurement(**entry) for key, entry in found.items()}
 
 

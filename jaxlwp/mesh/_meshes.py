@@ -124,6 +124,11 @@ def need_devices(where: str, mesh: AnyMesh) -> Mesh:
     )
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes files: the first, or the only one."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def set_mesh_or_none() -> Mesh | None:
     """The mesh that the user has set (`jax.set_mesh`), if there is one."""
     return None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()

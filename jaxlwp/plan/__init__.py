@@ -4,7 +4,14 @@ Read `_plan` first, then `_planning` (all steps in one) and `_step` (a training 
 program).
 """
 
-from jaxlwp.plan._plan import OPTIMIZER, Plan, bind, plan_memory, with_strategy
+from jaxlwp.plan._plan import (
+    OPTIMIZER,
+    Plan,
+    bind,
+    place_arguments,
+    plan_memory,
+    with_strategy,
+)
 from jaxlwp.plan._planning import MEMORY_MARGIN, plan_for
 from jaxlwp.plan._step import (
     ProgramMemory,
@@ -22,6 +29,7 @@ __all__ = [
     "bind",
     "initial_state",
     "lower_step",
+    "place_arguments",
     "plan_for",
     "plan_memory",
     "program_memory",

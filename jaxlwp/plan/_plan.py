@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlwp.cost import SearchSpace, check_mesh, layer_configs, price, strategy_collectives
-from jaxlwp.devices import DeviceGraph
+from jaxlwp.devices import DeviceGraph, spans_processes
 from jaxlwp.graph import ComputationGraph, trace
 from jaxlwp.lower import Lowered
 from jaxlwp.memory import Memory, strategy_memory
@@ -30,6 +30,7 @@ from jaxlwp.mesh import (
     placed,
 )
 from jaxlwp.optimize import SearchResult, search
+from jaxlwp.plan._placing import check_leaves, check_share, local_box, put_share
 from jaxlwp.program import Arguments, Value, canonical
 from jaxlwp.solver import Cost
 from jaxlwp.space import Collective, Layout, Strategy
@@ -275,6 +276,10 @@ class Plan:
         arrays are replicated. Placed arrays share no memory with those given, so a step may donate
         them.
 
+        In several processes an array of one process has to be whole and the same in each: digests
+        are compared, and each process puts its own part of it on its devices. What is too large for
+        one host is initialised in parts (`state_shardings`); such arrays are taken as they are.
+
         Args:
           state: parameters, an optimizer state, a Flax `TrainState`, or any pytree of them.
 
@@ -282,20 +287,63 @@ class Plan:
           The same pytree, its leaves placed.
 
         Raises:
-          ValueError: the plan's devices are not there.
+          ValueError: the plan's devices are not there, or a leaf differs between processes.
         """
-        need_devices("place", self.mesh)
+        mesh = need_devices("place", self.mesh)
         leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+        together = spans_processes(mesh)
+        if together:
+            check_leaves(leaves, mesh)
         # Copies: device_put shares the buffer that is already on its device, even if told not to.
         own = (leaf.copy() if isinstance(leaf, jax.Array) else leaf for _, leaf in leaves)
+        put = put_share if together else jax.device_put
         placed = [
-            jax.device_put(leaf, self.sharding_for(path, leaf))
+            put(leaf, self.sharding_for(path, leaf))
             for (path, _), leaf in zip(leaves, own, strict=True)
         ]
         return jax.tree.unflatten(tree, placed)
 
+    def state_shardings(self, state: Any) -> Any:
+        """Shardings of a training state, as `place` gives them to it.
+
+        With them a state is made in parts, never whole on one host or device:
+
+            shapes = jax.eval_shape(init, key)
+            state = jax.jit(init, out_shardings=plan.state_shardings(shapes))(key)
+
+        Args:
+          state: as for `place`; or its shapes.
+        """
+        return jax.tree_util.tree_map_with_path(self.sharding_for, state)
+
+    @functools.cached_property
+    def local_batch(self) -> tuple[Any, ...]:
+        """Which rows and columns of the batch this process feeds, in several processes.
+
+        For each array of the batch, in the form in which `place_batch` takes it, a tuple of slices,
+        one for each dimension: the part of the global array that the devices of this process hold.
+        `jax.tree.map(lambda x, own: x[own], batch, plan.local_batch)` takes it from a whole batch
+        that is a tuple. What can be passed by name only is a dict behind the others. Processes
+        whose boxes overlap (an array that is not split, or only inside a host) must feed the same
+        values there. In one process every box is the whole array.
+
+        Raises:
+          ValueError: the plan's devices are not there.
+        """
+        need_devices("local_batch", self.mesh)
+        boxes: Arguments = jax.tree.map(
+            lambda shape, sharding: local_box(sharding, shape.shape),
+            self._argument_shapes,
+            self._shardings,
+        )
+        return (*boxes[0][1:], boxes[1]) if boxes[1] else boxes[0][1:]
+
     def place_batch(self, *batch: Any, **keywords: Any) -> Any:
         """Put a batch on the mesh as the first layers want it; returns what it was given.
+
+        In several processes each may pass its own rows and columns alone (`local_batch`), so that
+        none holds the whole batch; each array is either whole or that box. Nothing is compared or
+        sent between processes: those whose boxes overlap must pass the same values there.
 
         Args:
           *batch: the arguments after the parameters, or the first few of them.
@@ -306,10 +354,29 @@ class Plan:
           them.
 
         Raises:
-          ValueError: the structure or a shape differs from the traced one, or the plan's devices
-            are not there.
+          ValueError: the structure or a shape differs from the traced one (and from this process's
+            box), or the plan's devices are not there.
         """
-        need_devices("place_batch", self.mesh)
+        mesh = need_devices("place_batch", self.mesh)
+        given, shapes, shardings = self._batch_parts(batch, keywords)
+        leaves = jax.tree_util.tree_flatten_with_path(given)[0]
+        wanted = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
+        for (path, leaf), (want, sharding) in zip(leaves, wanted, strict=True):
+            check_share(f"args{jax.tree_util.keystr(path)}", leaf, want.shape, sharding)
+        if spans_processes(mesh):
+            flat = [
+                put_share(leaf, sharding, want.shape)
+                for (_, leaf), (want, sharding) in zip(leaves, wanted, strict=True)
+            ]
+            placed = jax.tree.unflatten(jax.tree.structure(given), flat)
+        else:
+            placed = jax.device_put(given, shardings)
+        return placed[0] if len(placed) == 1 else tuple(placed)
+
+    def _batch_parts(
+        self, batch: tuple[Any, ...], keywords: Mapping[str, Any]
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """The arguments of `place_batch` that were given, their shapes, and their shardings."""
         args, named = canonical(
             "place_batch", self.function, (None, *batch), keywords, partial=True
         )
@@ -327,18 +394,7 @@ class Plan:
                 f"place_batch: the batch has the structure {have}, but the "
                 f"plan was made for {expected}; pass the batch as to parallelize"
             )
-        leaves = jax.tree_util.tree_flatten_with_path(given)[0]
-        for (path, leaf), want in zip(leaves, jax.tree.leaves(shapes), strict=True):
-            shape = tuple(jax.typeof(leaf).shape)
-            if shape != want.shape:
-                name = f"args{jax.tree_util.keystr(path)}"
-                raise ValueError(
-                    f"place_batch: {name} has shape {shape}, but the plan was made for "
-                    f"{want.shape}; drop or pad the last incomplete batch, or make a plan for the "
-                    "new shape"
-                )
-        placed = jax.device_put(given, shardings)
-        return placed[0] if len(placed) == 1 else tuple(placed)
+        return given, shapes, shardings
 
     def sharding_for(self, path: Sequence[Any], leaf: Any) -> NamedSharding:
         """Sharding of a leaf of a training state: that of the argument's leaf it stands for."""
@@ -384,6 +440,20 @@ class Plan:
         from jaxlwp.report import plan_text
 
         return plan_text(self)
+
+
+def place_arguments(plan: Plan, batch: Arguments) -> Arguments:
+    """All arguments after the parameters, and those by name only, on the plan's mesh.
+
+    Args:
+      plan: the plan.
+      batch: whole arrays; in several processes each puts its own part.
+    """
+    shardings = (plan.batch_shardings, plan.keyword_shardings)
+    if not spans_processes(need_devices("place_batch", plan.mesh)):
+        placed: Arguments = jax.device_put(batch, shardings)
+        return placed
+    return jax.tree.map(put_share, batch, shardings)  # type: ignore[no-any-return]
 
 
 def plan_memory(plan: Plan, optimizer: optax.GradientTransformation = OPTIMIZER) -> Memory:

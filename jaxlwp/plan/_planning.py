@@ -34,6 +34,13 @@ from jaxlwp.optimize import (
     search,
     search_measured,
 )
+from jaxlwp.plan._agreement import (
+    agreeing,
+    check_strategy,
+    check_versions,
+    given_parts,
+    shared,
+)
 from jaxlwp.plan._plan import Plan, bind, is_loss, output_shapes, plan_memory
 from jaxlwp.program import Arguments
 from jaxlwp.solver import MemoryLimitError
@@ -57,6 +64,7 @@ def plan_for(
     train: bool = True,
     outputs: str | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    check: Any = None,
 ) -> Plan:
     """Make a plan: what `parallelize` does, whose options are the same, but for its check.
 
@@ -76,6 +84,7 @@ def plan_for(
       train: whether the function is a loss that is differentiated.
       outputs: where they go.
       on_progress: called as `on_progress(what, done, total)`.
+      check: what the caller does with the plan: the same in all processes.
 
     Raises:
       ValueError: as `parallelize`, but for arguments of a wrong kind.
@@ -88,28 +97,43 @@ def plan_for(
             f"measure: layers cannot be measured on {chosen.size} devices that are not here; leave "
             "it out, and they are priced by rates"
         )
-    graph = trace(
-        fn,
-        *arguments[0],
-        keywords=arguments[1],
-        differentiated=train,
-        sum_dtype=sum_dtype,
-        outputs=outputs,
-    )
-    results = output_shapes(fn, arguments)
-    if train:
-        _check_loss(results)
+    together = shared(chosen)
+    if together is not None:
+        check_versions(together)
+    with agreeing(together) as parts:
+        graph = trace(
+            fn,
+            *arguments[0],
+            keywords=arguments[1],
+            differentiated=train,
+            sum_dtype=sum_dtype,
+            outputs=outputs,
+        )
+        results = output_shapes(fn, arguments)
+        if train:
+            _check_loss(results)
+        slots = _slots(optimizer, arguments[0][0]) if train else 0.0
+        given = _given_rates(chosen, rates)
+        profile = rates if isinstance(rates, Profile) else None
+        if together is not None:
+            options = {
+                "strategy": strategy,
+                "measure": measure,
+                "optimizer_slots": slots,
+                "memory_bytes": memory_bytes,
+                "constraints": constraints,
+                "objective": objective,
+                "sum_dtype": sum_dtype,
+                "train": train,
+                "outputs": outputs,
+                "check": check,
+            }
+            parts.update(given_parts(together, graph, given, profile, options))
     out_tree = jax.tree.structure(results)
-    if isinstance(rates, Profile):
-        rated = rates.device_graph(chosen)
-    elif isinstance(rates, DeviceGraph):
-        rated = rates
-    else:
-        rated = _rated(chosen, rates)
+    rated = _measured_rates(chosen) if given is None else given
     if isinstance(strategy, Strategy):
         check_mesh(strategy, rated.axis_sizes)
         strategy.for_graph(graph)
-    slots = _slots(optimizer, arguments[0][0]) if train else 0.0
     space = _priced(
         graph,
         rated,
@@ -148,8 +172,12 @@ def plan_for(
         return bind(found, picked, chosen, arguments[0], out_tree, result, fn, arguments[1])
 
     if memory_bytes is None:
-        return planned(None)
-    return _fitting(planned, memory_bytes, optimizer, slots)
+        plan = planned(None)
+    else:
+        plan = _fitting(planned, memory_bytes, optimizer, slots)
+    if together is not None:
+        check_strategy(together, plan.strategy)
+    return plan
 
 
 def _chosen_mesh(
@@ -286,10 +314,21 @@ def _slots(optimizer: Any, params: Any) -> float:
     return float(sizes[0] / max(sizes[1], 1))
 
 
-def _rated(mesh: AnyMesh, rates: GivenRates | None) -> DeviceGraph:
-    """The device graph, measured if no rates are given."""
+def _given_rates(
+    mesh: AnyMesh, rates: GivenRates | DeviceGraph | Profile | None
+) -> DeviceGraph | None:
+    """The device graph by the rates given; None if they are to be measured."""
+    if isinstance(rates, Profile):
+        return rates.device_graph(mesh)
+    if rates is None or isinstance(rates, DeviceGraph):
+        return rates
+    return device_graph(mesh, rates=rates)
+
+
+def _measured_rates(mesh: AnyMesh) -> DeviceGraph:
+    """The device graph, measured."""
     try:
-        return device_graph(mesh, rates=rates)
+        return device_graph(mesh)
     except jax.errors.JaxRuntimeError as error:
         if "compile-only" not in str(error) or not isinstance(mesh, Mesh):
             raise

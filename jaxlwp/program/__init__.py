@@ -1,8 +1,8 @@
 """The traced function as data: one flat list of equations, and what is known of its arguments.
 
 Read `_program` first (values, equations, `jax.checkpoint` calls, scans), then `_flatten` (from a
-jaxpr to such a list), `_border` (rows that stand beyond an array's ends) and `_arguments`
-(positional and keyword arguments in one form).
+jaxpr to such a list), `_border` (rows that stand beyond an array's ends), `_arguments` (positional
+and keyword arguments in one form) and `_text` (the same text in every process).
 """
 
 from jaxlwp.program._arguments import Arguments, argument_name, canonical
@@ -23,6 +23,7 @@ from jaxlwp.program._program import (
     scan_of,
     without_dead_code,
 )
+from jaxlwp.program._text import array_text, program_lines, text_of
 
 __all__ = [
     "Arguments",
@@ -40,13 +41,16 @@ __all__ = [
     "StandIn",
     "Value",
     "argument_name",
+    "array_text",
     "canonical",
     "extend",
     "flatten",
     "inner_jaxprs",
     "join",
+    "program_lines",
     "rows_of",
     "runs",
     "scan_of",
+    "text_of",
     "without_dead_code",
 ]

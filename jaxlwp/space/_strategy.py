@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlwp.graph import ComputationGraph
+from jaxlwp.mesh import is_first_process
 from jaxlwp.space._config import Config
 
 FORMAT_VERSION = 1
@@ -91,7 +92,9 @@ class Strategy:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Write as a JSON file, replacing it in one step."""
+        """Write as a JSON file, replacing it in one step; of several processes, the first does."""
+        if not is_first_process():
+            return
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
         partial.write_text(self.to_json())
