@@ -193,11 +193,21 @@ def sharded() -> dict[str, Any]:
 def differing() -> dict[str, Any]:
     """What processes are given differs: all of them say what."""
     import jaxlwp
+    from jaxlwp import devices
 
     odd = jax.process_index() == 1
 
     def given(**options: Any) -> Callable[[], Any]:
         return lambda: planned(**(options if odd else {}))
+
+    def profile() -> Any:
+        mesh = jaxlwp.make_mesh(jax.devices())
+        rates = jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)
+        return jaxlwp.measure.Profile(
+            environment=devices.environment_of(jax.local_devices()),
+            rates={devices.rates_key(mesh): jaxlwp.device_graph(mesh, rates=rates)},
+            layers={"some layer": devices.Measurement(seconds=0.5 if odd else 0.25)},
+        )
 
     _, batch = network()
     stride = 2 if odd else 1
@@ -206,6 +216,7 @@ def differing() -> dict[str, Any]:
         "batch": refused(given(batch=tuple(array[:4] for array in batch))),
         "function": refused(lambda: planned(fn=lambda p, x, y: loss(p, x, y, stride))),
         "rates": refused(given(rates=jaxlwp.Rates(flops_per_s=2e10, memory_bytes_per_s=1e9))),
+        "profile": refused(lambda: planned(rates=profile())),
         "option": refused(given(constraints=jaxlwp.Constraints(forbid=("height",)))),
         "check": refused(given(check="measure")),
         "mesh": refused(given(mesh=Mesh(np.array(jax.devices()).reshape(2, -1), ("a", "b")))),

@@ -67,6 +67,24 @@ def test_a_state_is_made_in_parts() -> None:
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt_state))
 
 
+def test_an_nnx_state_is_made_in_parts() -> None:
+    tx = optax.adam(1e-3)
+
+    def create() -> tuple[Any, Any]:
+        model = nnx.Linear(12, 16, rngs=nnx.Rngs(1))
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def loss(model: Any, x: Any) -> Any:
+        return jnp.mean(model(x) ** 2)
+
+    shapes, x = nnx.eval_shape(create), jnp.ones((8, 12))
+    plan = jaxlwp.parallelize(loss, shapes[0], x, rates=RATES, devices=4, strategy="model")
+    model, optimizer = jax.jit(create, out_shardings=plan.state_shardings(shapes))()
+    for kernel in (model.kernel, optimizer.opt_state[0].mu["kernel"]):
+        assert kernel[...].sharding.shard_shape((12, 16)) == (12, 4)
+    close(plan(model, x), loss(create()[0], x))
+
+
 def test_called_like_the_function() -> None:
     plan = make_plan()
     close(plan(PARAMS, IMAGES, LABELS), loss_fn(PARAMS, IMAGES, LABELS))

@@ -131,6 +131,7 @@ def check_differing(first: dict[str, str], second: dict[str, str]) -> None:
         "batch": ("arguments", "args[0]: float32[8, 8, 8, 3]", "args[0]: float32[4, 8, 8, 3]"),
         "function": ("traced functions", "in process 0", "in process 1"),
         "rates": ("rates", "10000000000.0", "20000000000.0"),
+        "profile": ("profiles", "some layer: 0.25", "some layer: 0.5"),
         "option": ("options", "constraints=None", "forbid=('height',)"),
         "check": ("options", "check=None", "check=measure"),
         "mesh": ("meshes", "host0=2", "a=2"),

@@ -8,7 +8,7 @@ the step of a host by itself is measured, while all hosts do the same, and the "
 one at which the bytes that a host sends for data parallelism's ring all-reduce take that much
 longer:
 
-    rate = 2 (hosts - 1) / hosts * parameter bytes / (ratio * seconds of the step alone)
+    rate = 2 (devices - 1) / devices * parameter bytes / (ratio * seconds of the step alone)
 
 "slow" is a quarter of it, "fast" four times. Results are written after every comparison, and what
 the file has already is not measured again.
@@ -50,9 +50,9 @@ def paper_ratio(one: float, sixteen: float) -> float:
     return together_s / alone_s - 1
 
 
-def ring_bytes(parameter_bytes: float, hosts: int) -> float:
-    """Bytes that a host sends, and receives, in an all-reduce of all gradients over the hosts."""
-    return 2 * (hosts - 1) / hosts * parameter_bytes
+def ring_bytes(parameter_bytes: float, devices: int) -> float:
+    """Bytes that a host sends in a ring all-reduce of all gradients that enters each host once."""
+    return 2 * (devices - 1) / devices * parameter_bytes
 
 
 def run(hosts: Cluster, job: dict[str, Any], each: int, folder: Path) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def measured(
         entry["alone"] = run(hosts, {**job, "do": "alone"}, given.devices, folder)
         entry["paper_ratio"] = paper_ratio(*settings["paper"])
         entry |= {"image": job["image"], "batch_of_a_device": given.batch}
-    num_bytes = ring_bytes(entry["alone"]["parameter_bytes"], hosts.count)
+    num_bytes = ring_bytes(entry["alone"]["parameter_bytes"], hosts.count * given.devices)
     middle = num_bytes / (entry["paper_ratio"] * entry["alone"]["step_s"])
     entry["ring_bytes"] = num_bytes
     for link in given.links:
