@@ -32,7 +32,7 @@ from jaxlwp.cli._options import (
     shared_options,
     target_file,
 )
-from jaxlwp.cli._shell import describe, one_line_errors, progress_bars, provide_devices, write_file
+from jaxlwp.cli._shell import describe, one_line_errors, progress_bars, provide_devices
 from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
 from jaxlwp.cost import price
 from jaxlwp.devices import (
@@ -50,7 +50,7 @@ from jaxlwp.graph import trace
 from jaxlwp.measure import LayerTimer, TimingCache, load_profile
 from jaxlwp.optimize import OBJECTIVES, explain, pareto
 from jaxlwp.plan import Plan
-from jaxlwp.report import alternatives_table, render
+from jaxlwp.report import alternatives_table, page_html, render, write_file
 from jaxlwp.space import BASELINES, Constraints, Strategy
 
 _memory_option = click.option(
@@ -90,6 +90,12 @@ def main() -> None:
     type=click.Path(path_type=Path),
     callback=target_file,
     help="Write the strategy to this JSON file.",
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    callback=target_file,
+    help="Write the plan to this file as a page: the network as a graph, figures of each layer.",
 )
 @click.option(
     "--profile",
@@ -149,6 +155,7 @@ def plan(
     dtype: str | None,
     strategy: str,
     save: Path | None,
+    html: Path | None,
     profile: Path | None,
     analytic: bool,
     memory_bytes: float | None,
@@ -196,6 +203,7 @@ def plan(
         texts = [] if why is None else [_explained(found, why)]
         if curve:
             texts.append(str(pareto(found.space, progress=progress)))
+        page = None if html is None else page_html(found)
     where = str(system) if there is None else describe(there)
     click.echo(f"{model}, batch {batch_size(work.batch)}, on {where}")
     click.echo(str(found), nl=False)
@@ -205,6 +213,10 @@ def plan(
         with one_line_errors():
             write_file(save, found.strategy.to_json())
         click.echo(f"wrote {save}")
+    if html is not None and page is not None:
+        with one_line_errors():
+            write_file(html, page)
+        click.echo(f"wrote {html}")
 
 
 def _constraints(

@@ -1,4 +1,4 @@
-"""What all commands share: devices, progress, errors, files."""
+"""What all commands share: devices, progress, errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -75,13 +74,3 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         raise click.ClickException(" ".join(str(error).split())) from error
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file in one step: it is complete or as it was before."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

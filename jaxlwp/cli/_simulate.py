@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from jaxlwp.cli._options import at_least_one, data_options, positive, sizes_option, target_file
-from jaxlwp.cli._shell import one_line_errors, progress_bars, write_file
+from jaxlwp.cli._shell import one_line_errors, progress_bars
 from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
 from jaxlwp.devices import System, preset
+from jaxlwp.report import write_file
 from jaxlwp.simulate import Scaling, Workload, batch_threshold, link_threshold, scaling
 
 
