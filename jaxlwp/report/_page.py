@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlwp.cost import strategy_collectives, use_collectives
+from jaxlwp.graph import Layer
 from jaxlwp.mesh import partition_spec
 from jaxlwp.optimize import Alternative, Explanation, explain
 from jaxlwp.report._files import unwritable, write_file
@@ -28,6 +30,9 @@ Data = dict[str, Any]
 
 ALTERNATIVES = 6
 """Configs of a layer that the page has: the best ones, and the plan's own."""
+
+FRAMES = 3
+"""Lines of the user's code that the page has of a layer."""
 
 _DATA = "__DATA__"
 """Where the template wants the data."""
@@ -143,6 +148,7 @@ def _layers(plan: Plan, rows: Sequence[LayerRow]) -> list[Data]:
             "config": row.config.describe(sizes),
             "spec": str(partition_spec(row.output)).replace("PartitionSpec", "P"),
             "shape": _shape(layer.output),
+            "source": _source(layer),
             "cost": _cost(row.cost),
             "measured": bool(measured and measured[layer.index][choices[layer.index]]),
             "collectives": _traffic(row.collectives),
@@ -152,6 +158,13 @@ def _layers(plan: Plan, rows: Sequence[LayerRow]) -> list[Data]:
         }
         for layer, row in zip(plan.graph.layers, rows, strict=True)
     ]
+
+
+def _source(layer: Layer) -> list[str]:
+    """The user's lines that a layer is from, the innermost first; below this folder if there."""
+    sources = (m.equation.source for m in layer.members)
+    lines = next((source.lines for source in sources if source is not None and source.lines), ())
+    return [line.removeprefix(f"{Path.cwd()}{os.sep}") for line in reversed(lines[-FRAMES:])]
 
 
 def _shape(value: Any) -> str:
