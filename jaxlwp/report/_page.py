@@ -82,7 +82,7 @@ def page_data(plan: Plan) -> Data:
         "rates": devices.source,
         "constants": constants_text(plan),
         "cost": _cost(plan.cost),
-        "bytes": sum(collective.num_bytes for collective in plan.collectives),
+        "bytes": sum(row.num_bytes for row in rows),
         "memory": _memory(plan),
         "baselines": _baselines(plan),
         "checked": [[name, _finite(s)] for name, s in plan.checked.items()],
@@ -235,6 +235,7 @@ def _alternatives(plan: Plan, explanation: Explanation | None, row: LayerRow) ->
 def _alternative(plan: Plan, alternative: Alternative, own: bool) -> Data:
     return {
         "config": alternative.config.describe(plan.space.devices.axis_sizes),
+        "axes": "; ".join(f"{name}: {', '.join(axes)}" for name, axes in alternative.config.splits),
         "more": alternative.extra_s,
         "own": own,
     }
