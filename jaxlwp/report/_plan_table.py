@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from jaxlwp.mesh import partition_spec
 from jaxlwp.report._rows import LayerRow, layer_rows
-from jaxlwp.report._tables import num_bytes, render, seconds, titled_table
+from jaxlwp.report._tables import num_bytes, render, seconds
 from jaxlwp.space import Layout
 
 if TYPE_CHECKING:
@@ -47,17 +48,18 @@ def terminal_width() -> int:
 
 
 def plan_text(plan: Plan, width: int | None = None) -> str:
-    """`plan_table` as text.
+    """A plan's title, table and notes as text.
 
     Args:
       plan: the plan.
       width: of the text, in columns; that of the terminal by default.
     """
     width = width or terminal_width()
-    return render(plan_table(plan, width), width)
+    table, notes = plan_table(plan, width)
+    return render(Group(Text(plan_title(plan)), table, Text("\n".join(notes))), width)
 
 
-def plan_table(plan: Plan, width: int) -> Table:
+def plan_table(plan: Plan, width: int) -> tuple[Table, list[str]]:
     """A row per layer: config, PartitionSpec of its output, compute, transfer, sync, bytes.
 
     What depends on no argument is in one row more: the number of arrays, and their bytes.
@@ -65,7 +67,10 @@ def plan_table(plan: Plan, width: int) -> Table:
     Transfer is what happens inside the layer (halo, partial sums) and on its incoming edges; bytes
     are those of its collectives, kept is what it leaves in memory for the backward pass. No cell
     is cut off: where the width does not allow for all columns, PartitionSpecs are shortened and
-    then columns are left out, which the last line names; names take several lines.
+    then columns are left out, which the last of the notes names; names take several lines.
+
+    Returns:
+      The table, and the lines below it.
     """
     rows = layer_rows(plan, memory=shows_memory(plan))
     letters = dict(zip(plan.space.devices.axis_sizes, string.ascii_letters, strict=False))
@@ -80,12 +85,12 @@ def plan_table(plan: Plan, width: int) -> Table:
             legend = ", ".join(f"{letter} is {name}" for name, letter in letters.items())
             notes.append(f"PartitionSpecs: {legend}; - is not split")
         cells = _wrapped(shown, width)
-    table = titled_table(title=plan_title(plan), caption="\n".join(notes))
+    table = Table()
     for name in cells:
         table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
     for row in zip(*cells.values(), strict=True):
         table.add_row(*map(Text, row))
-    return table
+    return table, notes
 
 
 def _cells(plan: Plan, rows: Sequence[LayerRow], letters: Mapping[str, str] | None) -> Cells:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from jaxlwp.optimize import search
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from jaxlwp.optimize import Alternative, Explanation, ParetoCurve
 
 
-def render(table: Table, width: int = 150) -> str:
-    """A table as plain text, in notebooks too (where rich would show it instead)."""
+def render(table: RenderableType, width: int = 150) -> str:
+    """What rich shows as plain text, in notebooks too (where rich would show it instead)."""
     buffer = io.StringIO()
     console = Console(
         file=buffer, width=width, color_system=None, force_terminal=False, force_jupyter=False
