@@ -57,6 +57,9 @@ def test_folders_are_entered_by_their_faces(path: Path) -> None:
             assert parts[1] == folder, module
 
 
+SHOWING = ("__repr__", "__str__", "_repr_html_", "report")
+
+
 @each_module
 def test_reports_are_imported_by_reprs(path: Path) -> None:
     """The one way up: where a repr is called."""
@@ -64,7 +67,7 @@ def test_reports_are_imported_by_reprs(path: Path) -> None:
     if folder in ("report", "cli"):
         return
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    reprs = [node for node in functions if node.name in ("__repr__", "__str__", "_repr_html_")]
+    reprs = [node for node in functions if node.name in SHOWING]
     inside = sum(m.startswith("jaxlwp.report") for node in reprs for m in imports(node))
     checked = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
     typed = sum(m.startswith("jaxlwp.report") for node in checked for m in imports(node))

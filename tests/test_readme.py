@@ -71,13 +71,15 @@ def test_linen_loop_then_the_steps_and_the_contracts() -> None:
     expected, actual = run(version(LINEN, "-")), run(version(LINEN, "+"))
     np.testing.assert_allclose(actual["losses"], expected["losses"], rtol=1e-4)
     assert len(set(expected["losses"])) == len(expected["losses"])
-    rebound, why, constrained, steps, strategies, same_numbers, same_bytes = blocks(
+    rebound, page, why, constrained, steps, strategies, same_numbers, same_bytes = blocks(
         "python", "docs/loops.md", "docs/plans.md", "docs/steps.md", "docs/contracts.md"
     )
     namespace = run(rebound, **actual)
     arguments = (actual["state"].params, namespace["images"], namespace["labels"])
     for new, fn in (("smaller", "loss_fn"), ("evaluate", "accuracy")):
         np.testing.assert_allclose(namespace[new](*arguments), namespace[fn](*arguments), rtol=1e-5)
+    run(page, **actual)
+    assert Path("plan.html").read_text().startswith("<!DOCTYPE html>")
     namespace = run(constrained, **run(why, **actual))
     assert not any(c.axes("height") for c in namespace["plan"].strategy.configs.values())
     namespace = run(steps, **actual)

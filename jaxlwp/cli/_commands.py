@@ -59,7 +59,7 @@ from jaxlwp.graph import trace
 from jaxlwp.measure import LayerTimer, TimingCache, load_profile
 from jaxlwp.optimize import OBJECTIVES, explain, pareto
 from jaxlwp.plan import Plan
-from jaxlwp.report import alternatives_table, render
+from jaxlwp.report import alternatives_table, page_html, render
 from jaxlwp.space import BASELINES, Constraints, Strategy
 
 _memory_option = click.option(
@@ -107,6 +107,12 @@ def main(distributed: bool) -> None:
     type=click.Path(path_type=Path),
     callback=target_file,
     help="Write the strategy to this JSON file.",
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    callback=target_file,
+    help="Write the plan to this file as a page: the network as a graph, figures of each layer.",
 )
 @click.option(
     "--profile",
@@ -171,6 +177,7 @@ def plan(
     dtype: str | None,
     strategy: str,
     save: Path | None,
+    html: Path | None,
     profile: Path | None,
     analytic: bool,
     forward: bool,
@@ -225,6 +232,7 @@ def plan(
         texts = [] if why is None else [_explained(found, why)]
         if curve:
             texts.append(str(pareto(found.space, progress=progress)))
+        page = None if html is None else page_html(found)
     where = str(system) if there is None else describe(there)
     click.echo(f"{model}, batch {batch_size(work.batch)}, on {where}")
     click.echo(str(found), nl=False)
@@ -234,6 +242,10 @@ def plan(
         with one_line_errors():
             write_file(save, found.strategy.to_json())
         click.echo(f"wrote {save}")
+    if html is not None and page is not None:
+        with one_line_errors():
+            write_file(html, page)
+        click.echo(f"wrote {html}")
 
 
 def _constraints(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 from jaxlwp.cli._workload import DEFAULT_BATCH
 from jaxlwp.devices import GivenRates, Rates
 from jaxlwp.mesh import is_first_process
+from jaxlwp.report import unwritable
 
 
 def at_least_one(_: click.Context, option: click.Parameter, value: int | None) -> int | None:
@@ -86,14 +86,8 @@ def target_file(_: click.Context, option: click.Parameter, value: Path | None) -
     """Find out before a long run that its result cannot be written."""
     if value is None or not is_first_process():
         return value
-    folder = value.absolute().parent
-    if not folder.is_dir():
-        problem = f"there is no folder {folder}; make it, or give another path"
-    elif value.is_dir():
-        problem = "it is a folder; give a file in it"
-    elif not os.access(folder, os.W_OK):
-        problem = f"the folder {folder} is read-only; give another path"
-    else:
+    problem = unwritable(value)
+    if problem is None:
         return value
     raise click.ClickException(f"{option.opts[0]}: cannot write {value}: {problem}")
 

@@ -8,6 +8,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -440,6 +441,27 @@ class Plan:
         from jaxlwp.report import plan_text
 
         return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks."""
+        from jaxlwp.report import plan_html
+
+        return plan_html(self)
+
+    def report(self, path: str | Path) -> None:
+        """Write the plan as one page: the network as a graph, and what is known of each layer.
+
+        It is one file that needs no network, and opens in any browser.
+
+        Args:
+          path: of the file, such as "plan.html"; replaced in one step if it is there.
+
+        Raises:
+          OSError: it cannot be written there.
+        """
+        from jaxlwp.report import save_page
+
+        save_page(self, path)
 
 
 def place_arguments(plan: Plan, batch: Arguments) -> Arguments:

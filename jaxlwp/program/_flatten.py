@@ -30,6 +30,7 @@ from jaxlwp.program._program import (
     scan_of,
     without_dead_code,
 )
+from jaxlwp.program._source import Source
 
 INLINED = ("jit", "pjit", "closed_call", "core_call")
 """Primitives whose body is inlined; the body is under the parameter `jaxpr` or `call_jaxpr`."""
@@ -141,6 +142,7 @@ class _Builder:
     checkpoints: tuple[Checkpoint, ...] = ()
     derivatives: bool = True
     unrolls: bool = True
+    call: Source | None = None
 
     @property
     def inlined(self) -> tuple[str, ...]:
@@ -176,7 +178,10 @@ class _Builder:
             if primitive.name in self.inlined:
                 body, consts = _opened(params.get("jaxpr") or params["call_jaxpr"])
                 given = [operands[n] for n in read_by_body]
+                outer = self.call
+                self.call = Source(eqn.source_info, outer, str(params.get("name", "")))
                 results = self.inline(body, consts, given, where)
+                self.call = outer
             elif primitive.name in ("sharding_constraint", "device_put"):
                 results = list(operands)  # where tensors are is for the strategy to say
             elif primitive.name in CHECKPOINTS:
@@ -265,6 +270,7 @@ class _Builder:
             result_values=tuple(Value(tuple(v.aval.shape), v.aval.dtype) for v in eqn.outvars),
             scope=scope,
             checkpoints=self.checkpoints,
+            source=Source(eqn.source_info, self.call),
         )
         if made.name == SCAN:
             made.notes[SCAN] = scan = _scan(made, derivatives=self.derivatives)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxlwp.program._border import Border
+from jaxlwp.program._source import Source
 
 CUSTOM_JVP = ("custom_jvp_call",)
 CUSTOM_VJP = ("custom_vjp_call",)
@@ -118,6 +119,7 @@ class Equation:
       borders: dimension of the first operand -> its rows that stand beyond its ends. The primitive
         and its parameters are those of an operator on the operand with its borders.
       notes: what operator rules found out about this equation, made when asked for.
+      source: where in the user's code it is from, for reports.
     """
 
     primitive: Any
@@ -130,6 +132,7 @@ class Equation:
     checkpoints: tuple[Checkpoint, ...] = ()
     borders: Mapping[int, Border] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    source: Source | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:

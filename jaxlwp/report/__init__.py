@@ -1,9 +1,18 @@
 """Text and pictures of what all other folders return.
 
-`_tables` has the tables, `_studies` those of systems, `_plot` the pictures. The reprs of plans and
-results import this folder when they are called, and nothing else does but the command line.
+`_rows` has what is known of each layer of a plan; `_plan_table` makes a table of it that fits the
+terminal, `_plan_html` one for notebooks, `_page` a page (`page.html`) with the network as a graph.
+`_tables` has all other tables, `_studies` those of systems, `_plot` the pictures. `_files` writes
+files in one step.
+
+The reprs of plans and results, and `Plan.report`, import this folder when they are called, and
+nothing else does but the command line.
 """
 
+from jaxlwp.report._files import unwritable, write_file
+from jaxlwp.report._page import page_data, page_html, save_page
+from jaxlwp.report._plan_html import plan_html
+from jaxlwp.report._plan_table import plan_text
 from jaxlwp.report._studies import scaling_text, threshold_text
 from jaxlwp.report._tables import (
     alternatives_table,
@@ -12,7 +21,6 @@ from jaxlwp.report._tables import (
     explanation_table,
     forecast_text,
     pareto_table,
-    plan_text,
     render,
     simulation_text,
     verification_text,
@@ -24,11 +32,17 @@ __all__ = [
     "compiled_text",
     "explanation_table",
     "forecast_text",
+    "page_data",
+    "page_html",
     "pareto_table",
+    "plan_html",
     "plan_text",
     "render",
+    "save_page",
     "scaling_text",
     "threshold_text",
     "simulation_text",
+    "unwritable",
     "verification_text",
+    "write_file",
 ]

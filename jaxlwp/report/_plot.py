@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from jaxlwp.report._rows import layer_costs
 from jaxlwp.report._tables import seconds
 from jaxlwp.solver import Cost
 from jaxlwp.space import DIMENSIONS
@@ -31,20 +32,6 @@ _DARK = ("#D55E00", "#009E73", "#0072B2")
 _OTHER = "#999999"
 _IDLE = "#EEEEEE"
 _CAUSES = {"compute": "#4C72B0", "transfer": "#DD8452", "sync": "#C44E52"}
-
-
-def layer_costs(plan: Plan) -> list[Cost]:
-    """Predicted seconds of each layer, transfers on its incoming edges included."""
-    tables, choices = plan.space.tables, plan.space.choices(plan.strategy)
-    transfer_s = [float(costs[i]) for costs, i in zip(tables.exchange_s, choices, strict=True)]
-    for (source, target), costs in zip(tables.edges, tables.transfer_s, strict=True):
-        transfer_s[target] += float(costs[choices[source], choices[target]])
-    return [
-        Cost(compute_s=float(compute[i]), transfer_s=moved, sync_s=float(sync[i]))
-        for compute, moved, sync, i in zip(
-            tables.compute_s, transfer_s, tables.sync_s, choices, strict=True
-        )
-    ]
 
 
 def plot_plan(plan: Plan) -> tuple[Figure, tuple[Axes, Axes]]:

@@ -7,23 +7,20 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
-from jaxlwp.cost import argument_collectives, layer_collectives, use_collectives
 from jaxlwp.optimize import search
-from jaxlwp.space import Config
 
 if TYPE_CHECKING:
     from jaxlwp.check import Comparison, CompiledComparison, Forecast, Traffic, Verification
     from jaxlwp.cost import SearchSpace
     from jaxlwp.optimize import Alternative, Explanation, ParetoCurve
-    from jaxlwp.plan import Plan
     from jaxlwp.simulate import StepSimulation
 
 
-def render(table: Table, width: int = 150) -> str:
-    """A table as plain text, in notebooks too (where rich would show it instead)."""
+def render(table: RenderableType, width: int = 150) -> str:
+    """What rich shows as plain text, in notebooks too (where rich would show it instead)."""
     buffer = io.StringIO()
     console = Console(
         file=buffer, width=width, color_system=None, force_terminal=False, force_jupyter=False
@@ -47,168 +44,12 @@ def num_bytes(value: float) -> str:
     return f"{value:.3g} TB"
 
 
-def plan_table(plan: Plan) -> Table:
-    """A row per layer: config, PartitionSpec of its output, compute, transfer, sync, bytes.
-
-    What depends on no argument is in one row more: the number of arrays, and their bytes.
-
-    Transfer is what happens inside the layer (halo, partial sums) and on its incoming edges; bytes
-    are those of its collectives, kept is what it leaves in memory for the backward pass.
-    """
-    space, sizes = plan.space, plan.space.devices.axis_sizes
-    configs = plan.strategy.for_graph(plan.graph)
-    choices = space.choices(plan.strategy)
-    tables = space.tables
-    cost = plan.cost
-    proof = ""
-    if plan.result is not None:
-        proof = ", optimal" if plan.result.optimal else f", within {plan.result.gap:.1%}"
-        if not space.whole and plan.result.gap == 1:
-            proof = ", the best of the configs looked at"
-    if space.constraints is not None:
-        proof += " under the constraints given"
-    table = _titled_table(
-        title=(
-            f"strategy {plan.strategy.name} on {space.devices.num_devices} x "
-            f"{space.devices.device_kind} {sizes}: predicted {seconds(cost.total_s)} ms a step"
-            f"{proof}"
-        ),
-        caption=(
-            f"compute {seconds(cost.compute_s)} ms, transfer {seconds(cost.transfer_s)} ms, sync "
-            f"{seconds(cost.sync_s)} ms, besides (update, new memory, input, dispatch) "
-            f"{seconds(cost.overhead_s)} ms; rates: {space.devices.source}"
-            f"\n{_memory_note(plan)}" + _measured_notes(plan) + _replication_notes(plan)
-        ),
-    )
-    for column in ("layer", "kind", "config", "output PartitionSpec"):
-        table.add_column(column)
-    for column in ("compute ms", "transfer ms", "sync ms", "bytes/device", "kept/device"):
-        table.add_column(column, justify="right")
-    kept = plan.memory.layer_kept_bytes if _shows_memory(plan) else None
-    moved_s = dict.fromkeys(range(len(plan.graph.layers)), 0.0)
-    for (source, target), table_s in zip(tables.edges, tables.transfer_s, strict=True):
-        moved_s[target] += float(table_s[choices[source], choices[target]])
-    for layer, config in zip(plan.graph.layers, configs, strict=True):
-        i = choices[layer.index]
-        transfer_s = tables.exchange_s[layer.index][i] + moved_s[layer.index]
-        table.add_row(
-            layer.name,
-            layer.kind if layer.has_rule else f"{layer.kind} (no rule)",
-            config.describe(sizes),
-            _output_spec(plan, layer.index, config),
-            seconds(tables.compute_s[layer.index][i]),
-            seconds(transfer_s),
-            seconds(tables.sync_s[layer.index][i]),
-            num_bytes(_layer_bytes(plan, layer.index, configs)),
-            num_bytes(kept[layer.index]) if kept else "",
-        )
-    _add_constants(table, plan)
-    return table
-
-
-def _add_constants(table: Table, plan: Plan) -> None:
-    """One row for what depends on no argument, if there is any: whole on every device."""
-    constants = plan.graph.constants
-    if constants:
-        size = sum(math.prod(value.shape) * value.itemsize for value in constants)
-        arrays = "1 array" if len(constants) == 1 else f"{len(constants):,} arrays"
-        text = f"{arrays}, {num_bytes(size)}"
-        table.add_row("(constants)", "constant", text, "P()", "0", "0", "0", "0 B", "0 B")
-
-
-SHOWN = 300
-"""Layers up to which a table has the memory: its prediction takes as long as tracing the step."""
-
-
-def _shows_memory(plan: Plan) -> bool:
-    """Whether the table has the memory: of few layers, or if it has been asked for already."""
-    return len(plan.graph.layers) <= SHOWN or "memory" in vars(plan)
-
-
-def _memory_note(plan: Plan) -> str:
-    """What a step takes on each device, and of what."""
-    if not _shows_memory(plan):
-        return f"memory of a device: not shown for more than {SHOWN} layers; ask plan.memory first"
-    memory = plan.memory
-    parts = (
-        ("parameters", memory.parameter_bytes),
-        ("momentum", memory.optimizer_bytes),
-        ("batch", memory.batch_bytes),
-        ("kept for the backward pass", memory.kept_bytes),
-        ("temporary", memory.temporary_bytes),
-    )
-    listed = ", ".join(f"{name} {num_bytes(value)}" for name, value in parts if value)
-    return f"memory of a device: {num_bytes(memory.peak_bytes)} as compiled for GPUs ({listed})"
-
-
-def _measured_notes(plan: Plan) -> str:
-    """What of the costs was measured, and what a check of whole steps gave."""
-    space = plan.space
-    notes = ""
-    if space.measured:
-        notes += f"; layers measured: {space.num_measured:,} of {space.num_pairs:,} (layer, config)"
-    if plan.checked:
-        steps = ", ".join(
-            f"{name} {seconds(s)} ms" if math.isfinite(s) else f"{name} needs more memory"
-            for name, s in plan.checked.items()
-        )
-        notes += f"\n{plan.checked_by} steps: {steps}; kept: {plan.strategy.name}"
-    return notes
-
-
-def _replication_notes(plan: Plan) -> str:
-    """A line for each operator without a rule: what it costs to run it whole on every device."""
-    choices, tables = plan.space.choices(plan.strategy), plan.space.tables
-    devices = plan.space.devices.num_devices
-    lines = []
-    for layer in plan.graph.unknown():
-        compute_s = tables.compute_s[layer.index][choices[layer.index]]
-        moved_s = sum(
-            table_s[choices[source], choices[target]]
-            for (source, target), table_s in zip(tables.edges, tables.transfer_s, strict=True)
-            if layer.index in (source, target)
-        )
-        lines.append(
-            f"\nno rule for {layer.kind} ({layer.name}): it runs whole on each of {devices} "
-            f"devices, {seconds(compute_s)} ms of compute in place of "
-            f"{seconds(compute_s / devices)} ms if it were split, and {seconds(moved_s)} ms to "
-            "bring its tensors together and apart"
-        )
-    return "".join(lines)
-
-
-def _layer_bytes(plan: Plan, index: int, configs: tuple[Config, ...]) -> int:
-    layer, sizes = plan.graph.layers[index], plan.space.devices.axis_sizes
-    collectives = [
-        *layer_collectives(layer, configs[index], sizes),
-        *argument_collectives(layer, configs[index], sizes),
-    ]
-    for use in layer.uses:
-        if use.source != index:
-            collectives += use_collectives(use, configs[use.source], configs[index], sizes)
-    return sum(c.num_bytes for c in collectives)
-
-
-def _output_spec(plan: Plan, index: int, config: Config) -> str:
-    from jaxlwp.mesh import partition_spec
-
-    member = plan.graph.layers[index].members[-1]
-    return str(partition_spec(config.layout(member.signature.results[0]))).replace(
-        "PartitionSpec", "P"
-    )
-
-
-def plan_text(plan: Plan) -> str:
-    """`plan_table` as text."""
-    return render(plan_table(plan))
-
-
 def comparison_table(comparison: Comparison) -> Table:
     """A row per strategy: step time, collective bytes and memory, predicted and measured."""
     rounds = len(comparison.results[0].times_s)
     cores = f", simulated on {comparison.machine['cpu_count']} processor cores"
     simulated = cores if comparison.machine["simulated"] else ""
-    table = _titled_table(
+    table = titled_table(
         title=(
             f"{comparison.model}, batch {comparison.batch}, training step on "
             f"{comparison.devices.num_devices} x {comparison.devices.device_kind}{simulated}"
@@ -273,7 +114,7 @@ def comparison_text(comparison: Comparison) -> str:
 def explanation_table(explanation: Explanation) -> Table:
     """A row per layer: the configs of the cheapest strategies, and what the next cost more."""
     space = explanation.space
-    table = _titled_table(
+    table = titled_table(
         title=f"best strategy: {seconds(explanation.optimum_s)} ms; with another config of a layer",
         caption="every figure is the best strategy with that config, all other layers adapted",
     )
@@ -310,7 +151,7 @@ def alternatives_table(
     space = explanation.space
     ranked = explanation.alternatives(layer, containing)
     asked = f" with {', '.join(containing)} split" if containing else ""
-    table = _titled_table(
+    table = titled_table(
         title=f"layer {layer}{asked}: the best strategy with each config",
         caption=f"{min(rows, len(ranked))} of {len(ranked)} configs; the optimum takes "
         f"{seconds(explanation.optimum_s)} ms; differences to it in ms",
@@ -343,7 +184,7 @@ def alternatives_table(
 def pareto_table(curve: ParetoCurve) -> Table:
     """A row per strategy: memory, time, and what the time goes to."""
     fastest_s = curve.points[0].seconds
-    table = _titled_table(
+    table = titled_table(
         title="fastest strategies for less and less memory of a device",
         caption="limit, layers: the sum of the layers' bytes, which the search keeps below the "
         "limit; program: predicted as compiled for GPUs",
@@ -363,7 +204,7 @@ def pareto_table(curve: ParetoCurve) -> Table:
     return table
 
 
-def _titled_table(title: str, caption: str) -> Table:
+def titled_table(title: str, caption: str) -> Table:
     return Table(title=title, caption=caption, title_justify="left", caption_justify="left")
 
 
@@ -383,7 +224,7 @@ def verification_table(check: Verification) -> Table:
     if check.disagreeing:
         names = ", ".join(layer.name for layer in check.disagreeing)
         notes.append(f"* the program of these layers differs from what was priced: {names}")
-    table = _titled_table(
+    table = titled_table(
         title=f"strategy {check.strategy}, step compiled for {check.compiled_for}",
         caption="\n".join(notes),
     )
@@ -426,7 +267,7 @@ def forecast_table(forecast: Forecast) -> Table:
             f"{num_bytes(memory.temporary_bytes)}"
         )
     notes += forecast.notes
-    table = _titled_table(
+    table = titled_table(
         title=f"forecast: {step}, {forecast.num_devices} devices", caption="\n".join(notes)
     )
     table.add_column("kernels and collectives")
@@ -448,7 +289,7 @@ def forecast_table(forecast: Forecast) -> Table:
 def compiled_table(comparison: CompiledComparison) -> Table:
     """A row per strategy: time by the compiled program, what it moves, sends and takes."""
     plain = {r.strategy: r.forecast_s for r in comparison.results}.get("plain JAX")
-    table = _titled_table(
+    table = titled_table(
         title=f"{comparison.model or 'strategies'} on {comparison.num_devices} devices of "
         f"{comparison.system}: forecast of the compiled steps",
         caption=f"fastest plan that fits: {comparison.best.strategy}",
@@ -494,7 +335,7 @@ def forecast_text(forecast: Forecast) -> str:
 def simulation_table(simulation: StepSimulation) -> Table:
     """A row per resource, and one per cause of what makes the step as long as it is."""
     how = "overlapped" if simulation.overlap else "one after the other"
-    table = _titled_table(
+    table = titled_table(
         title=f"{simulation.strategy} on {simulation.num_devices} devices, {how}: "
         f"{seconds(simulation.total_s)} ms a step",
         caption=f"plain sum {seconds(simulation.plain_s)} ms"
