@@ -43,7 +43,7 @@ def plan_html(plan: Plan) -> str:
         notes = f"constants, whole on every device: {text}\n{notes}"
     return (
         f"<div><p><b>{escape(plan_title(plan))}</b></p>"
-        '<div style="max-height:32em;overflow:auto"><table style="border-collapse:collapse">'
+        '<div style="max-height:32em;overflow:auto"><table style="border-collapse:collapse;color:inherit;font:inherit">'
         f"<thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
         f'<p style="opacity:.8">{"<br>".join(escape(notes).splitlines())}</p></div>'
     )
