@@ -162,8 +162,7 @@ def running(folder: Path) -> Iterator[Page]:
         finally:
             os.close(ask)
             os.close(answers)
-            process.terminate()
             try:
-                process.wait(20)
+                process.wait(20)  # a browser that nobody can ask any more ends by itself
             except subprocess.TimeoutExpired:
                 process.kill()

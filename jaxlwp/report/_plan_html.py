@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours. Only edges are coloured: text is the theme's, on the theme's paper.
 _COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442")
+_TABLE = "border-collapse:collapse;color:inherit;font:inherit"
 _RULE = "border-bottom:1px solid rgba(128,128,128,.3)"
 _WORD = f"text-align:left;padding:1px 10px;{_RULE}"
 _NUMBER = f"text-align:right;padding:1px 10px;white-space:nowrap;{_RULE}"
@@ -43,7 +44,7 @@ def plan_html(plan: Plan) -> str:
         notes = f"constants, whole on every device: {text}\n{notes}"
     return (
         f"<div><p><b>{escape(plan_title(plan))}</b></p>"
-        '<div style="max-height:32em;overflow:auto"><table style="border-collapse:collapse">'
+        f'<div style="max-height:32em;overflow:auto"><table style="{_TABLE}">'
         f"<thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
         f'<p style="opacity:.8">{"<br>".join(escape(notes).splitlines())}</p></div>'
     )
