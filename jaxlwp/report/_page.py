@@ -69,12 +69,13 @@ def embedded(data: Data) -> str:
 
 
 def page_data(plan: Plan) -> Data:
-    """All that the page shows, in seconds and bytes of one device and one training step."""
+    """All that the page shows, in seconds and bytes of one device and one step."""
     devices = plan.space.devices
     rows = layer_rows(plan, memory=shows_memory(plan))
     layers = [row for row in rows if row.name != OUTPUTS]
     return {
         "strategy": plan.strategy.name,
+        "what": "A training step" if plan.trains else "An evaluation",
         "devices": f"{devices.num_devices} x {devices.device_kind}",
         "mesh": [[name, size] for name, size in devices.axis_sizes.items()],
         "proof": plan_proof(plan),
