@@ -101,7 +101,7 @@ class TestCheck:
         from jaxlwp.check import _compare
 
         for times, kept in (([[3.0], [1.0]], "data"), ([[1.0], [3.0]], "search")):
-            monkeypatch.setattr(_compare, "_measure", lambda *_, t=times: t)
+            monkeypatch.setattr(_compare, "measured_steps", lambda *_, t=times: t)
             made = jaxlwp.parallelize(loss, *arguments, devices=8, rates=RATES, check="measure")
             assert made.strategy.name == kept
             assert made.checked == {"search": times[0][0], "data": times[1][0]}
@@ -124,7 +124,9 @@ class TestCheck:
         """Data parallelism would be faster, and needs more than is allowed."""
         from jaxlwp.check import _compare
 
-        monkeypatch.setattr(_compare, "_measure", lambda steps, *_: [[3.0], [1.0]][: len(steps)])
+        monkeypatch.setattr(
+            _compare, "measured_steps", lambda steps, *_: [[3.0], [1.0]][: len(steps)]
+        )
         given = {"devices": 8, "rates": RATES, "check": "measure"}
         needed_bytes = 1.15 * plan(arguments, "data").memory.peak_bytes
         made = jaxlwp.parallelize(loss, *arguments, memory_bytes=needed_bytes - 1, **given)
@@ -141,7 +143,7 @@ class TestCheck:
 
         needed_bytes = plan(arguments, "data").memory.peak_bytes
         for free_bytes in (needed_bytes - 1, needed_bytes):
-            monkeypatch.setattr(_compare, "_accelerator_bytes", lambda devices, b=free_bytes: b)
+            monkeypatch.setattr(_compare, "accelerator_bytes", lambda devices, b=free_bytes: b)
             made = jaxlwp.parallelize(loss, *arguments, devices=8, rates=RATES, check="measure")
             assert math.isfinite(made.checked["data"]) == (free_bytes == needed_bytes)
             assert math.isfinite(made.checked["search"])

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import jaxlwp
-from jaxlwp.check._compare import step_times
+from jaxlwp.check._steps import step_times
 from jaxlwp.cli._workload import load_workload
 from jaxlwp.devices import local_devices
 from jaxlwp.program import canonical
