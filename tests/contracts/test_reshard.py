@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
+import jaxlwp
 from jaxlwp.lower._reshard import move_block
-from jaxlwp.space import _moves
+from jaxlwp.space import _moves, make_strategy
 from jaxlwp.space._config import Layout
 from jaxlwp.space._layout import Move, degree, layout_axes, local_shape
 from jaxlwp.space._moves import plan_moves
@@ -186,3 +188,37 @@ def test_nothing_to_do_is_no_move() -> None:
     assert not plan_moves(
         shape=(7, 9), source=layout, target=layout, active=frozenset("ab"), axis_sizes=AXES
     )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6])
+def test_pieces_of_an_exchange_that_are_padding_alone(rows: int) -> None:
+    """A product, its result laid out anew over more devices than it has rows; compiled as JAX does.
+
+    In the gradient the other dimension is padded.
+    """
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("z", "y"))
+
+    def loss(params: Any, x: Any) -> Any:
+        product = jnp.einsum("abcd,ae->ebcd", x @ jnp.swapaxes(x, -1, -2), params["w"])
+        return jnp.mean(jnp.moveaxis(product, -1, 0) ** 2)
+
+    draw = np.random.default_rng(0)
+    params = {"w": jnp.asarray(draw.normal(size=(6, 6)), jnp.float32)}
+    x = jnp.asarray(draw.normal(size=(6, 2, rows, 2)), jnp.float32)
+    graph = jaxlwp.trace(loss, params, x)
+    rates = jaxlwp.Rates(flops_per_s=1e12, memory_bytes_per_s=1e11)
+    space = jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=rates))
+    first = [max(configs, key=lambda c: len(c.axes("sample"))) for configs in space.configs]
+    rng = random.Random(rows)
+    plans = []
+    for n in range(6):
+        configs = first if n == 0 else [rng.choice(known) for known in space.configs]
+        strategy = make_strategy(f"{n}", graph, configs, space.devices.axis_sizes)
+        out = jax.tree.structure(0.0)
+        plans.append(jaxlwp.bind(space, strategy, mesh, (params, x), out))
+    want = jax.value_and_grad(loss)(params, x)
+    steps = [jax.value_and_grad(plan) for plan in plans]
+    have = jax.jit(lambda *given: [step(*given) for step in steps])(params, x)
+    for result in have:
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(result), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
