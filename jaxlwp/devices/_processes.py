@@ -35,8 +35,11 @@ def processes_of(mesh: Mesh) -> list[int]:
 
 
 def spans_processes(mesh: Mesh) -> bool:
-    """Whether the devices of a mesh belong to several processes."""
-    return len(processes_of(mesh)) > 1
+    """Whether the devices of a mesh belong to several processes that run.
+
+    Those of devices that are there to be compiled for alone do not.
+    """
+    return jax.process_count() > 1 and len(processes_of(mesh)) > 1
 
 
 def local_devices(mesh: Mesh) -> list[Any]:
