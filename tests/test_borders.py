@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import jaxlwp
 from jaxlwp.check._verify import check_layers
@@ -334,3 +334,29 @@ def test_outputs_that_are_the_array() -> None:
     actual = jax.jit(jax.value_and_grad(plan, has_aux=True))(weight, x)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["log", "reciprocal"])
+def test_gradients_of_the_batch_do_not_see_padding(name: str) -> None:
+    """What padding turns into infinity meets a cotangent that no parameter has part in."""
+
+    def loss(params: Any, x: Any) -> Any:
+        t = x.sum(0)  # padding is zero
+        t = jnp.log(t) if name == "log" else 1 / t
+        scaled = t * jax.lax.rsqrt((t * t).mean((0, 1)) + 1e-2)
+        return jnp.sum(scaled * jnp.arange(1.0, 14)[:, None] * params)
+
+    x = np.random.default_rng(0).uniform(1, 2, (2, 5, 13, 1)).astype(np.float32)
+    params = np.ones((1,), np.float32)
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
+    graph = jaxlwp.trace(loss, params, x)
+    rates = jaxlwp.Rates(flops_per_s=1e12, memory_bytes_per_s=1e11)
+    split = jaxlwp.Config.of({"height": ("a",), "width": ("b",)})
+    configs = [[split.within(n.dimensions, n.even, {"a": 2, "b": 4})] for n in graph.layers]
+    space = jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=rates), configs=configs)
+    strategy = space.strategy("split", [0] * len(configs))
+    plan = jaxlwp.bind(space, strategy, mesh, (params, x), jax.tree.structure(0.0))
+    want = jax.grad(loss, argnums=(0, 1))(params, x)
+    have = jax.jit(jax.grad(plan, argnums=(0, 1)))(params, x)
+    for a, b in zip(want, have, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)

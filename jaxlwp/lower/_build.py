@@ -509,7 +509,7 @@ class Builder:
     def pads(
         self, eqn: Equation, signature: Signature, labels: Labels, info: Value, layout: Layout
     ) -> bool:
-        """Whether an operator broadcasts an operand with a cotangent into a result's padding."""
+        """Whether an operator broadcasts an operand into a result's padding; see `broadcasts`."""
         return any(
             self.broadcasts(operand, operand_labels, labels, info.shape, layout)
             for operand, operand_labels in zip(eqn.operands, signature.operands, strict=True)
@@ -523,8 +523,12 @@ class Builder:
         shape: Sequence[int],
         layout: Layout,
     ) -> bool:
-        """Whether an operand with a cotangent is broadcast over a result's padding."""
-        if operand not in self.graph.gradients:
+        """Whether an operand that can have a cotangent is broadcast over a result's padding.
+
+        Not that of the parameters alone: users take gradients of other arguments, too.
+        """
+        program = self.graph.program
+        if operand in program.constants or not program.values[operand].differentiable:
             return False
         uneven = {
             label

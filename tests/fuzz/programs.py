@@ -105,7 +105,10 @@ class Program:
         return tuple(dict.fromkeys(names))
 
 
-INEXACT = "exp exp2 expm1 log log1p tanh logistic erf erfc rsqrt sqrt pow".split()
+INEXACT = (
+    "exp exp2 expm1 log log1p tanh logistic erf erfc rsqrt sqrt pow sin cos tan asin acos atan "
+    "atan2 sinh cosh asinh acosh atanh cbrt lgamma digamma"
+).split()
 """Operators after which sums round: of equal numbers they may come out unequal."""
 
 
