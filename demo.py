@@ -27,7 +27,6 @@ from sklearn.datasets import load_digits
 
 import jaxlwp
 from jaxlwp.cli._workload import load_workload
-from jaxlwp.report._tables import comparison_table, plan_table
 from models.lenet import LeNet5
 
 DEVICES = 8
@@ -160,7 +159,7 @@ def digits_part() -> list[str]:
     plan = jaxlwp.parallelize(
         loss_fn, new_state().params, train.images[:BATCH], train.labels[:BATCH], devices=DEVICES
     )
-    CONSOLE.print(plan_table(plan))
+    print(plan)
     CONSOLE.print(f"training {COMPARED_STEPS} steps on one device, for reference ...")
     expected = one_device_losses(train)
     CONSOLE.print(f"training {EPOCHS} epochs under the plan ...")
@@ -204,7 +203,7 @@ def alexnet_part() -> jaxlwp.check.Comparison:
             name=ALEXNET,
             on_progress=report,
         )
-    CONSOLE.print(comparison_table(comparison))
+    print(comparison)
     return comparison
 
 

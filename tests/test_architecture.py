@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
+import json
 import pydoc
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +102,32 @@ def test_models_do_not_import_jaxlwp() -> None:
     models = (PACKAGE.parent / "models").glob("*.py")
     imported = {i for path in models for i in imports(ast.parse(path.read_text()))}
     assert not {i for i in imported if i.startswith("jaxlwp")}
+
+
+def programs() -> Iterator[tuple[str, str]]:
+    """What imports the package from outside: name and source."""
+    root = PACKAGE.parent
+    for path in (root / "demo.py", *root.glob("tests/**/*.py")):
+        yield str(path.relative_to(root)), path.read_text()
+    for path in root.glob("notebooks/*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        yield path.name, "\n".join(code)
+
+
+def test_what_the_demo_the_notebooks_and_the_tests_import_is_there() -> None:
+    """Also where no test runs them: the demo, benchmarks, what needs a GPU."""
+    missing = []
+    for name, source in programs():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxlwp"):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    if not hasattr(module, alias.name) and not importlib.util.find_spec(
+                        f"{node.module}.{alias.name}"
+                    ):
+                        missing.append(f"{name}: {node.module}.{alias.name}")
+    assert not missing
 
 
 # --- names ----------------------------------------------------------------------------------------

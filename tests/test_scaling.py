@@ -153,7 +153,7 @@ def test_command(tmp_path: Path) -> None:
         (["--system", "dgx-9"], "unknown"),
         (["--system", "h100", "--hosts", "1,x"], "--hosts: '1,x'"),
         (["--system", "h100", "--hosts", "0"], "--hosts: '0'"),
-        (["--system", "h100", "--gpus", "12"], "--gpus: 12"),
+        (["--system", "h100", "--gpus", "12"], "do not fill"),
         (["--system", "h100", "--gpus", "2", "--hosts", "2"], "one of both"),
         (["--system", "h100", "--batch", "2", "--total", "2"], "--total: 2"),
         (["--system", "h100", "--dtype", "int8"], "not floating-point"),

@@ -33,6 +33,7 @@ from jaxlwp.check._steps import (
     compiled_step,
     is_simulated,
     measured_steps,
+    silent,
 )
 from jaxlwp.devices import (
     DeviceGraph,
@@ -51,6 +52,7 @@ from jaxlwp.plan import (
     MEMORY_MARGIN,
     OPTIMIZER,
     Plan,
+    baselines,
     initial_state,
     plan_for,
     plan_memory,
@@ -61,7 +63,6 @@ from jaxlwp.solver import Cost
 from jaxlwp.space import BASELINES, Strategy
 
 FORMAT_VERSION = 1
-STRATEGIES = ("search", *BASELINES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +259,7 @@ def compare(
     """
     if rounds < 1:
         raise ValueError(f"compare: rounds is {rounds}; it must be at least 1: 7 give a median")
-    progress = on_progress or (lambda what, done, total: None)
+    progress = on_progress or silent
     arguments = canonical("compare", fn, (params, *batch), keywords)
     plans, left_out = _make_plans(
         fn, arguments, devices, strategies, rates, memory_bytes, train, progress
@@ -317,7 +318,7 @@ def fastest(
             "check: the parameters or the batch are shapes only, but steps are to be run; pass "
             "arrays, or leave the check out"
         )
-    progress, optimizer = progress or (lambda what, done, total: None), optimizer or OPTIMIZER
+    progress, optimizer = progress or silent, optimizer or OPTIMIZER
     others = applicable(plan, against)
     fitting, left_out = _fitting(others, _limit_bytes(plan, memory_bytes), optimizer)
     plans = [plan, *fitting]
@@ -342,13 +343,9 @@ def fastest(
 def applicable(plan: Plan, against: Sequence[str]) -> list[Plan]:
     """Plans of the baselines that apply and differ from the plan and from each other."""
     plans = [plan]
-    for name in against:
-        try:
-            other = plan.space.baseline(name)
-        except ValueError:
-            continue
-        if all(other.configs != known.strategy.configs for known in plans):
-            plans.append(with_strategy(plan, other))
+    for other in baselines(plan, against).values():
+        if all(other.strategy.configs != known.strategy.configs for known in plans):
+            plans.append(other)
     return plans[1:]
 
 

@@ -19,10 +19,18 @@ from jax.sharding import Mesh
 
 from jaxlwp.check._compare import applicable
 from jaxlwp.check._forecast import Forecast, forecast
-from jaxlwp.check._steps import Progress
+from jaxlwp.check._steps import Progress, silent
 from jaxlwp.check._target import Target, compiled, mesh_like, target_mesh
 from jaxlwp.devices import System, preset
-from jaxlwp.plan import OPTIMIZER, Plan, lower_step, plan_for, state_shapes, with_strategy
+from jaxlwp.plan import (
+    OPTIMIZER,
+    Plan,
+    baselines,
+    lower_step,
+    plan_for,
+    state_shapes,
+    with_strategy,
+)
 from jaxlwp.program import canonical
 from jaxlwp.space import BASELINES, Config, Strategy, make_strategy
 
@@ -186,7 +194,7 @@ def compare_compiled(
         on_progress=on_progress,
     )
     compared, _ = _compiled_all(
-        plan, system, strategies, optimizer, memory_bytes, on_progress or _silent, parsed
+        plan, system, strategies, optimizer, memory_bytes, on_progress or silent, parsed
     )
     title = name or str(getattr(fn, "__qualname__", type(fn).__name__))
     return dataclasses.replace(compared, model=title)
@@ -225,16 +233,12 @@ def fastest_compiled(
             f'{first.device_kind}; give mesh=jaxlwp.check.target_mesh("h200:8"), or check="measure"'
         )
     compared, plans = _compiled_all(
-        plan, system, BASELINES, optimizer or OPTIMIZER, memory_bytes, progress or _silent
+        plan, system, BASELINES, optimizer or OPTIMIZER, memory_bytes, progress or silent
     )
     checked = {result.strategy: result.forecast_s for result in compared.results}
     return dataclasses.replace(
         plans[compared.best.strategy], checked=checked, checked_by="forecast"
     )
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody is told of."""
 
 
 def _compiled_all(
@@ -252,8 +256,7 @@ def _compiled_all(
     if all(each.strategy.configs != alone.strategy.configs for each in plans.values()):
         plans[REPLICATED] = alone
     steps = [(name, each, False) for name, each in plans.items()]
-    if (data := _baseline(plan, "data")) is not None:
-        steps.append((PLAIN, with_strategy(plan, data), True))
+    steps += [(PLAIN, each, True) for each in baselines(plan, ("data",)).values()]
     results = []
     for number, (name, each, plain) in enumerate(steps):
         progress("compiling steps", number, len(steps))
@@ -283,11 +286,3 @@ def _replicated(plan: Plan) -> Strategy:
     graph = plan.graph
     configs = [Config()] * len(graph.layers)
     return make_strategy(REPLICATED, graph, configs, plan.space.devices.axis_sizes)
-
-
-def _baseline(plan: Plan, name: str) -> Strategy | None:
-    """A baseline; None where the devices do not divide the batch."""
-    try:
-        return plan.space.baseline(name)
-    except ValueError:
-        return None

@@ -34,6 +34,10 @@ Progress = Callable[[str, int, int], None]
 """Told what is being done, how many parts of it are done, and of how many."""
 
 
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody is told of."""
+
+
 def batch_of(arguments: Arguments) -> Arguments:
     """All arguments but the parameters."""
     return arguments[0][1:], arguments[1]
@@ -53,7 +57,7 @@ def step_times(
     params, batch = arguments[0][0], batch_of(arguments)
     state = initial_state(plan, params, optimizer or OPTIMIZER)
     step = compiled_step(plan, state, batch, optimizer)
-    taken = measured_steps([step], state, batch, rounds, lambda what, done, total: None)
+    taken = measured_steps([step], state, batch, rounds, silent)
     return taken[0]
 
 

@@ -80,13 +80,3 @@ def _chosen_environment(store: Store, key: str | None) -> Environment | None:
             "`jaxlwp cache list` shows"
         )
     return known[key]
-
-
-def _check_divides(size: int, devices: int) -> None:
-    """Data parallelism, which everything is compared with, splits the batch evenly."""
-    if size % devices:
-        raise click.ClickException(
-            f"--batch: {size} examples cannot be shared evenly by {devices} devices, as data "
-            f"parallelism must; give a multiple of {devices}, or fewer devices (`jaxlwp plan` "
-            "takes any batch)"
-        )

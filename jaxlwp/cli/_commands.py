@@ -25,6 +25,7 @@ from jaxlwp.check import (
 from jaxlwp.cli._options import (
     at_least_one,
     given_rates,
+    json_option,
     model_options,
     pins_option,
     planning_options,
@@ -39,6 +40,7 @@ from jaxlwp.cli._shell import (
     progress_bars,
     provide_devices,
     write_file,
+    write_json,
 )
 from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
 from jaxlwp.cost import price
@@ -275,13 +277,7 @@ def _explained(found: Plan, why: str) -> str:
     callback=at_least_one,
     help=f"Measured steps of each strategy, after one to warm up; {ROUNDS} by default.",
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path),
-    callback=target_file,
-    help="Write the results to this JSON file.",
-)
+@json_option("the results")
 @click.option(
     "--target",
     metavar="GPU:[HOSTSx]COUNT",
@@ -346,10 +342,7 @@ def compare_command(
 
 def _show(comparison: Comparison | CompiledComparison, json_file: Path | None) -> None:
     click.echo(str(comparison), nl=False)
-    if json_file is not None:
-        with one_line_errors():
-            write_file(json_file, comparison.to_json())
-        click.echo(f"wrote {json_file}")
+    write_json(json_file, comparison.to_json())
 
 
 def _check_divides(size: int, devices: int) -> None:

@@ -14,6 +14,8 @@ from jaxlwp.devices import GivenRates, Rates
 from jaxlwp.mesh import is_first_process
 from jaxlwp.report import unwritable
 
+Command = Callable[..., None]
+
 
 def at_least_one(_: click.Context, option: click.Parameter, value: int | None) -> int | None:
     if value is not None and value < 1:
@@ -101,6 +103,17 @@ def _count_or_system(
     return at_least_one(context, option, int(value))
 
 
+def json_option(what: str) -> Callable[[Command], Command]:
+    """`--json FILE`."""
+    return click.option(
+        "--json",
+        "json_file",
+        type=click.Path(path_type=Path),
+        callback=target_file,
+        help=f"Write {what} to this JSON file.",
+    )
+
+
 _DEVICES = "How many devices; all by default. Without accelerators they are simulated."
 _MODEL = click.argument("model")
 _COUNT = click.option("--devices", type=int, callback=at_least_one, help=_DEVICES)
@@ -164,9 +177,6 @@ _RATE_OPTIONS = (
         help="Bytes per second that one device sends.",
     ),
 )
-
-
-Command = Callable[..., None]
 
 
 def data_options(command: Command) -> Command:

@@ -99,3 +99,11 @@ def write_file(path: Path, text: str) -> None:
     """Write a file in one step: it is complete or as it was before. The first process does."""
     if is_first_process():
         write_whole(path, text)
+
+
+def write_json(path: Path | None, text: str) -> None:
+    """Write results where `--json` asks for it, and say so."""
+    if path is not None:
+        with one_line_errors():
+            write_file(path, text)
+        click.echo(f"wrote {path}")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import click
 
-from jaxlwp.cli._options import at_least_one, data_options, positive, sizes_option, target_file
-from jaxlwp.cli._shell import one_line_errors, progress_bars, write_file
+from jaxlwp.cli._options import at_least_one, data_options, json_option, positive, sizes_option
+from jaxlwp.cli._shell import one_line_errors, progress_bars, write_json
 from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
-from jaxlwp.devices import System, preset
+from jaxlwp.devices import System, filled, preset
 from jaxlwp.simulate import Scaling, Workload, batch_threshold, link_threshold, scaling
 
 
@@ -51,13 +50,7 @@ from jaxlwp.simulate import Scaling, Workload, batch_threshold, link_threshold, 
     callback=positive,
     help="Examples in a training, such as epochs times a data set: shows its GPU-hours.",
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path),
-    callback=target_file,
-    help="Write the table to this JSON file.",
-)
+@json_option("the table")
 def simulate(
     model: str,
     batch: int | None,
@@ -100,10 +93,7 @@ def simulate(
         if thresholds:
             texts += _thresholds(workload, systems[-1], total or each * systems[-1].num_devices)
     click.echo("\n".join(texts))
-    if json_file is not None:
-        with one_line_errors():
-            write_file(json_file, found.to_json())
-        click.echo(f"wrote {json_file}")
+    write_json(json_file, found.to_json())
 
 
 def _systems(
@@ -112,17 +102,9 @@ def _systems(
     """The systems of the sizes that are asked for."""
     if hosts is not None and gpus is not None:
         raise click.ClickException("--gpus: given beside --hosts; give one of both")
-    if gpus is None:
-        return [preset(name, hosts=count) for count in hosts or (1,)]
-    most = preset(name).inside.devices
-    systems = []
-    for count in gpus:
-        if count > most and count % most:
-            raise click.ClickException(
-                f"--gpus: {count} fill no whole number of hosts of {most}; give a multiple"
-            )
-        systems.append(preset(name, hosts=math.ceil(count / most), gpus=min(count, most)))
-    return systems
+    if gpus is not None:
+        return [filled(name, count) for count in gpus]
+    return [preset(name, hosts=count) for count in hosts or (1,)]
 
 
 def _hours(found: Scaling, examples: float) -> str:

@@ -10,7 +10,7 @@ first, and find out what differs between them).
 from jaxlwp.devices._calibrate import measure
 from jaxlwp.devices._device_graph import BUCKET_BYTES, DeviceGraph, LinkFit, MeshAxis
 from jaxlwp.devices._environment import Environment, Measurement, environment_of, now
-from jaxlwp.devices._presets import load_system, preset, system_for, system_of
+from jaxlwp.devices._presets import filled, load_system, preset, system_for, system_of
 from jaxlwp.devices._processes import (
     check_same,
     check_short,
@@ -51,6 +51,7 @@ __all__ = [
     "choose_devices",
     "device_graph",
     "environment_of",
+    "filled",
     "from_first",
     "load_system",
     "local_devices",

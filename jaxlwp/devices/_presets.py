@@ -74,7 +74,7 @@ def preset(name: str | os.PathLike[str], *, hosts: int = 1, gpus: int | None = N
     if found["hosts"]:
         return _part(_file(found["name"]), int(found["hosts"]), int(found["count"]))
     if found["name"].lower() in NEWEST:
-        return _filled(found["name"], int(found["count"]))
+        return filled(found["name"], int(found["count"]))
     return _part(_file(found["name"]), int(found["count"]), None)
 
 
@@ -82,7 +82,7 @@ _COUNTED = re.compile(r"(?P<name>.+):(?:(?P<hosts>\d+)x)?(?P<count>\d+)", re.ASC
 """A system with numbers: of hosts or, for a GPU's name, of GPUs; or of both."""
 
 
-def _filled(name: str | os.PathLike[str], num_devices: int) -> System:
+def filled(name: str | os.PathLike[str], num_devices: int) -> System:
     """So many devices of a system, on as many hosts as they fill.
 
     Raises:
@@ -92,7 +92,7 @@ def _filled(name: str | os.PathLike[str], num_devices: int) -> System:
     hosts = math.ceil(num_devices / one.inside.devices)
     if hosts < 1 or num_devices % hosts or (hosts > 1 and num_devices % one.inside.devices):
         raise ValueError(
-            f"rates: {one.name} has {one.inside.devices} GPUs in a host, which {num_devices} "
+            f"system: {one.name} has {one.inside.devices} GPUs in a host, which {num_devices} "
             "devices do not fill; use a multiple of them, or give the hosts: "
             f"jaxlwp.devices.preset({os.fspath(name)!r}, hosts=..., gpus=...)"
         )
@@ -146,7 +146,7 @@ def system_for(mesh: AnyMesh, rates: str | os.PathLike[str] | System) -> System:
                 "a mesh of more hosts with fewer devices each, or a system file of your own"
             )
         return preset(rates, hosts=len(counts), gpus=most)
-    return _filled(rates, mesh.size)
+    return filled(rates, mesh.size)
 
 
 def system_of(mesh: AnyMesh) -> System:

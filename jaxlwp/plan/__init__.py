@@ -7,6 +7,7 @@ program).
 from jaxlwp.plan._plan import (
     OPTIMIZER,
     Plan,
+    baselines,
     bind,
     place_arguments,
     plan_memory,
@@ -26,6 +27,7 @@ __all__ = [
     "OPTIMIZER",
     "Plan",
     "ProgramMemory",
+    "baselines",
     "bind",
     "initial_state",
     "lower_step",

@@ -34,7 +34,7 @@ from jaxlwp.optimize import SearchResult, search
 from jaxlwp.plan._placing import check_leaves, check_share, local_box, put_share
 from jaxlwp.program import Arguments, Value, canonical
 from jaxlwp.solver import Cost
-from jaxlwp.space import Collective, Layout, Strategy
+from jaxlwp.space import BASELINES, Collective, Layout, Strategy
 
 OPTIMIZER = optax.sgd(1e-4, momentum=0.9)
 """What a training step is assumed to update its parameters with."""
@@ -571,6 +571,18 @@ def with_strategy(plan: Plan, strategy: Strategy) -> Plan:
     """
     plan.space.choices(strategy)
     return dataclasses.replace(plan, strategy=strategy, result=None, checked={})
+
+
+def baselines(plan: Plan, names: Sequence[str] = BASELINES) -> dict[str, Plan]:
+    """The plan with each baseline that applies: not where the devices do not divide the batch."""
+    result = {}
+    for name in names:
+        try:
+            strategy = plan.space.baseline(name)
+        except ValueError:
+            continue
+        result[name] = with_strategy(plan, strategy)
+    return result
 
 
 def _kept(graph: ComputationGraph, devices: DeviceGraph, strategy: Strategy) -> SearchSpace:

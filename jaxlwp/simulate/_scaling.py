@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxlwp.check import Progress, silent
 from jaxlwp.devices import System
-from jaxlwp.plan import MEMORY_MARGIN, OPTIMIZER, Plan, plan_for, plan_memory, with_strategy
+from jaxlwp.plan import MEMORY_MARGIN, OPTIMIZER, Plan, baselines, plan_for, plan_memory
 from jaxlwp.program import canonical
 from jaxlwp.solver import MemoryLimitError
-from jaxlwp.space import BASELINES
 
 Workload = Callable[[int], tuple[Callable[..., Any], Any, tuple[Any, ...]]]
 """From the examples of a batch to (loss_fn, params, batch), called as loss_fn(params, *batch);
 shapes will do."""
-
-Progress = Callable[[str, int, int], None]
 
 FOUND = "found"
 FORMAT_VERSION = 1
@@ -169,7 +167,7 @@ def scaling(
         progress("planning", number + 1, len(systems) + 1)
         examples = batch * system.num_devices if weak else batch
         found = _within_memory(workload, system, examples, **options)
-        plans = {FOUND: found} | _baselines(found)
+        plans = {FOUND: found} | baselines(found)
         points.append(
             Point(
                 system=str(system),
@@ -206,10 +204,6 @@ def _check(systems: Sequence[System], batch: int) -> None:
         raise ValueError(f"batch: {batch} given; give a number of examples of at least 1")
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody is told of."""
-
-
 def one_gpu(system: System) -> System:
     """One GPU of a system alone."""
     return replace(system, inside=replace(system.inside, devices=1), across=None)
@@ -228,17 +222,6 @@ def _within_memory(workload: Workload, system: System, batch: int, **options: An
         return planned(workload, system, batch, memory_bytes=system.gpu.memory_bytes, **options)
     except MemoryLimitError:
         return planned(workload, system, batch, **options)
-
-
-def _baselines(found: Plan) -> dict[str, Plan]:
-    """The baselines that apply."""
-    plans = {}
-    for name in BASELINES:
-        try:
-            plans[name] = with_strategy(found, found.space.baseline(name))
-        except ValueError:  # a batch that the devices do not divide
-            continue
-    return plans
 
 
 def _outcome(

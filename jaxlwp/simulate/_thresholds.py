@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxlwp.check import Progress, silent
 from jaxlwp.devices import Level, System
-from jaxlwp.simulate._scaling import Progress, Workload, planned, silent
+from jaxlwp.simulate._scaling import Workload, planned
 
 FACTORS = tuple(4.0**n for n in range(-3, 4))
 """Times the rate of the links, at which plans are made."""
