@@ -1,10 +1,10 @@
 """Seconds: what layers, changes of layout and whole strategies take.
 
 Read `_collectives` first (what is communicated, read off the program of one device), then `_model`
-(a `CostModel` turns work and collectives into seconds), `_kernels` (work as XLA for GPUs fuses
-it), `_changes` (all changes of layout between two layers at once), `_paper` (the paper's model),
-`_search_space` (a graph, its configs and their costs) and `_shares` (what of a layer's work is
-which pass).
+(a `CostModel` turns work and collectives into seconds), `_tables` (all layers and edges under all
+configs), `_kernels` (work as XLA for GPUs fuses it), `_changes` (all changes of layout between two
+layers at once), `_paper` (the paper's model), `_search_space` (a graph, its configs and their
+costs) and `_shares` (what of a layer's work is which pass).
 
 A cost model of one's own is a `CostModel`, given to `price(graph, devices, model=...)`. What a
 config does is here as data, in bytes: `layer_collectives` (halos and partial sums of a layer),
@@ -26,10 +26,7 @@ from jaxlwp.cost._model import (
     AnalyticCostModel,
     CostModel,
     LayerCosts,
-    build_tables,
     first_of_value,
-    layer_configs,
-    layer_key,
     passes_of,
     start_of_kernel_s,
     work_rate,
@@ -37,6 +34,7 @@ from jaxlwp.cost._model import (
 from jaxlwp.cost._paper import SERVERS, PaperCostModel, gradient_sums
 from jaxlwp.cost._search_space import SearchSpace, check_mesh, price, restrict
 from jaxlwp.cost._shares import PassShares, pass_shares
+from jaxlwp.cost._tables import build_tables, layer_configs, layer_key
 
 __all__ = [
     "AnalyticCostModel",

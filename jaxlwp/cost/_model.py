@@ -1,7 +1,7 @@
 """What a config costs, in seconds: work on local shapes, and the collectives that it performs.
 
 A `CostModel` answers two questions: what does a layer cost under a config, and what does moving a
-tensor cost. `build_tables` asks them for every layer and edge.
+tensor cost. `build_tables` (`_tables`) asks them for every layer and edge.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeGuard, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,16 +19,15 @@ from jaxlwp.cost._changes import IntArray, Wanted, changes
 from jaxlwp.cost._collectives import SpareSums, member_collectives, spare_sums
 from jaxlwp.cost._kernels import Kernel, layer_kernels, update_kernels
 from jaxlwp.devices import DeviceGraph
-from jaxlwp.graph import FUSED, ComputationGraph, Edge, Layer, Member, Use
+from jaxlwp.graph import FUSED, ComputationGraph, Layer, Member, Use
 from jaxlwp.ops import RULES, Labels
 from jaxlwp.program import Equation
-from jaxlwp.solver import CostTables, FloatArray
+from jaxlwp.solver import FloatArray
 from jaxlwp.space import (
     Config,
     Layout,
     copied_bytes,
     degree,
-    enumerate_configs,
     even_layout,
     layout_axes,
 )
@@ -452,108 +451,3 @@ def _buckets(graph: ComputationGraph, most_bytes: float) -> tuple[tuple[str, flo
     for (_, dtype), num_bytes in sizes.items():
         total[dtype] += num_bytes
     return tuple((dtype, min(most_bytes, num_bytes)) for dtype, num_bytes in total.items())
-
-
-# --- tables --------------------------------------------------------------------------------------
-
-
-def layer_configs(
-    layers: Sequence[Layer], devices: DeviceGraph, *, interchangeable: bool = True
-) -> tuple[tuple[Config, ...], ...]:
-    """All configs of each layer; see `enumerate_configs`."""
-    found: dict[object, tuple[Config, ...]] = {}
-
-    def of_layer(layer: Layer) -> tuple[Config, ...]:
-        # A size matters up to the number of devices only: few layers differ.
-        sizes = {n: (min(*s, devices.num_devices),) for n, s in layer.dimensions.items()}
-        even = {n: math.gcd(s, devices.num_devices) for n, s in layer.even.items()}
-        key = (*sizes.items(), *even.items())
-        if key not in found:
-            found[key] = enumerate_configs(
-                sizes=sizes,
-                even=even,
-                axis_groups=devices.axis_groups,
-                axis_sizes=devices.axis_sizes,
-                interchangeable=interchangeable,
-            )
-        return found[key]
-
-    return tuple(of_layer(layer) for layer in layers)
-
-
-def build_tables(
-    graph: ComputationGraph, configs: Sequence[Sequence[Config]], model: CostModel
-) -> CostTables:
-    """Price every config of every layer and every pair of configs on every edge.
-
-    Args:
-      graph: the computation graph.
-      configs: the configs of each layer.
-      model: the cost model.
-
-    Returns:
-      The cost tables, in seconds, with layers and edges in the graph's order.
-    """
-    sides = [tuple(choices) for choices in configs]
-    layers: dict[object, LayerCosts] = {}
-    costs = []
-    for layer, choices in zip(graph.layers, sides, strict=True):
-        kernels = model.kernels[layer.index : layer.index + 1] if _fused(model) else ()
-        key = layer_key(layer), kernels, choices
-        if key not in layers:
-            layers[key] = model.layer(layer, choices)
-        costs.append(layers[key])
-    edges = graph.edges
-    transfers: dict[object, FloatArray] = {}
-    for edge in edges:
-        alike = _edge_key(edge, sides)
-        if alike not in transfers:
-            transfers[alike] = model.transfer_s(edge.use, sides[edge.source], sides[edge.target])
-    return CostTables(
-        compute_s=tuple(cost.compute_s for cost in costs),
-        exchange_s=tuple(cost.exchange_s for cost in costs),
-        overhead_s=tuple(cost.overhead_s for cost in costs),
-        step_s=model.step_s(graph),
-        sync_s=tuple(cost.sync_s for cost in costs),
-        edges=tuple((edge.source, edge.target) for edge in edges),
-        transfer_s=tuple(transfers[_edge_key(edge, sides)] for edge in edges),
-        names=tuple(layer.name for layer in graph.layers),
-    )
-
-
-def _fused(model: CostModel) -> TypeGuard[AnalyticCostModel]:
-    return isinstance(model, AnalyticCostModel) and bool(model.kernels)
-
-
-def layer_key(layer: Layer) -> str:
-    """Equal for layers that cost the same under the same configs: blocks repeat in networks."""
-    members = [
-        (
-            m.equation.name,
-            sorted((name, str(value)) for name, value in m.equation.params.items()),
-            m.equation.operand_values,
-            m.equation.result_values,
-            m.signature,
-            m.gradient,
-            m.recomputed,
-            m.awaited,
-        )
-        for m in layer.members
-    ]
-    own = [
-        (first, *_use_key(use), use.source_labels, use.argument)
-        for first, use in first_of_value(u for u in layer.uses if u.source == layer.index)
-    ]
-    return repr((members, own, layer.outputs, spare_sums(layer)))
-
-
-def _use_key(use: Use) -> tuple[object, ...]:
-    active = tuple(sorted(use.active))
-    return use.info, use.moved, use.labels, active, use.gradient, use.recomputed, use.fed
-
-
-def _edge_key(edge: Edge, sides: Sequence[tuple[Config, ...]]) -> object:
-    """Equal for edges whose transfers cost the same."""
-    use = edge.use
-    ends = sides[edge.source], sides[edge.target]
-    return (*_use_key(use), use.source_labels, use.argument, *ends)

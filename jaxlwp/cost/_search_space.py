@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlwp.cost._model import AnalyticCostModel, CostModel, build_tables, layer_configs
+from jaxlwp.cost._model import AnalyticCostModel, CostModel
+from jaxlwp.cost._tables import build_tables, layer_configs
 from jaxlwp.devices import DeviceGraph
 from jaxlwp.graph import ComputationGraph, Layer
 from jaxlwp.solver import Cost, CostTables, FloatArray
