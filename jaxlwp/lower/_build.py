@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxlwp.graph import ComputationGraph, pull, whole
 from jaxlwp.lower._halo import plan_halo
 from jaxlwp.lower._haloed import Haloed, put_together, with_halo
+from jaxlwp.lower._padding import broadcasts, elementwise, neutral, uneven_dimensions
 from jaxlwp.lower._sharing import received_once
 from jaxlwp.lower._steps import (
     AddUp,
@@ -32,7 +31,7 @@ from jaxlwp.lower._steps import (
     Spread,
     Step,
 )
-from jaxlwp.ops import RULES, Labels, Signature, rule_of
+from jaxlwp.ops import Labels, Signature
 from jaxlwp.program import Checkpoint, Equation, Value
 from jaxlwp.space import (
     Config,
@@ -381,7 +380,7 @@ class Builder:
         operands = [layout_of(labels) for labels in signature.operands]
         results = [layout_of(labels) for labels in signature.results]
         blocks = [self.get(v, x, active) for v, x in zip(eqn.operands, operands, strict=True)]
-        fills = [_fill(signature, info.dtype) for info in eqn.operand_values]
+        fills = [neutral(signature.fill, info.dtype) for info in eqn.operand_values]
         if signature.fill == "value":
             fills = [blocks[1]] * len(blocks)
         if signature.fill is not None:
@@ -391,7 +390,7 @@ class Builder:
                     blocks, eqn.operand_values, operands, fills, strict=True
                 )
             ]
-        elif _elementwise(eqn):
+        elif elementwise(eqn):
             blocks = self.spread(eqn, signature, results[0], blocks)
         haloed: dict[int, tuple[int, int, int]] = {}
         if signature.windows:
@@ -407,7 +406,7 @@ class Builder:
         return tuple(
             self.filled(block, info.shape, layout, 0)
             if signature.fill is not None
-            or (not _elementwise(eqn) and self.pads(eqn, signature, labels, info, layout))
+            or (not elementwise(eqn) and self.pads(eqn, signature, labels, info, layout))
             else block
             for block, info, labels, layout in zip(
                 made, eqn.result_values, signature.results, results, strict=True
@@ -498,9 +497,10 @@ class Builder:
         """
         shape = eqn.result_values[0].shape
         local = local_shape(shape, layout, self.axis_sizes)
+        uneven = uneven_dimensions(signature.results[0], shape, layout, self.axis_sizes)
         result = []
         for operand, labels, block in zip(eqn.operands, signature.operands, blocks, strict=True):
-            if self.broadcasts(operand, labels, signature.results[0], shape, layout):
+            if broadcasts(self.graph.program, operand, labels, uneven):
                 (block,) = self.step(Spread(local), (block,), (replace(block, shape=local),))
                 block = self.filled(block, shape, layout, 0)
             result.append(block)
@@ -510,45 +510,8 @@ class Builder:
         self, eqn: Equation, signature: Signature, labels: Labels, info: Value, layout: Layout
     ) -> bool:
         """Whether an operator broadcasts an operand into a result's padding; see `broadcasts`."""
+        uneven = uneven_dimensions(labels, info.shape, layout, self.axis_sizes)
         return any(
-            self.broadcasts(operand, operand_labels, labels, info.shape, layout)
+            broadcasts(self.graph.program, operand, operand_labels, uneven)
             for operand, operand_labels in zip(eqn.operands, signature.operands, strict=True)
         )
-
-    def broadcasts(
-        self,
-        operand: int,
-        operand_labels: Labels,
-        labels: Labels,
-        shape: Sequence[int],
-        layout: Layout,
-    ) -> bool:
-        """Whether an operand that can have a cotangent is broadcast over a result's padding.
-
-        Not that of the parameters alone: users take gradients of other arguments, too.
-        """
-        program = self.graph.program
-        if operand in program.constants or not program.values[operand].differentiable:
-            return False
-        uneven = {
-            label
-            for label, size, axes in zip(labels, shape, layout, strict=True)
-            if size % degree(axes, self.axis_sizes)
-        }
-        return not uneven <= set(operand_labels)
-
-
-def _elementwise(eqn: Equation) -> bool:
-    rule = RULES.get(eqn.name)
-    return rule is not None and rule.kind == "elementwise" and rule_of(eqn) is not None
-
-
-def _fill(signature: Signature, dtype: Any) -> Any:
-    """The neutral element that padding holds."""
-    if signature.fill in (None, "zero", "value"):
-        return 0
-    lowest = signature.fill == "lowest"
-    if np.issubdtype(dtype, np.integer):
-        info = np.iinfo(dtype)
-        return int(info.min if lowest else info.max)
-    return -np.inf if lowest else np.inf
