@@ -9,23 +9,18 @@ import gc
 import math
 import os
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+from tests import xla_flags
 
-
-def _with_device_count(xla_flags: str, count: int) -> str:
-    """Returns `xla_flags` asking for `count` simulated devices, its other flags kept."""
-    others = re.sub(rf"{_DEVICE_COUNT_FLAG}=\S*", "", xla_flags).split()
-    return " ".join([*others, f"{_DEVICE_COUNT_FLAG}={count}"])
-
-
+_PLATFORM = os.environ.get("JAXLWP_TEST_PLATFORM", "cpu")
 _COUNT = int(os.environ.get("JAXLWP_TEST_DEVICES", "8"))
-os.environ["XLA_FLAGS"] = _with_device_count(os.environ.get("XLA_FLAGS", ""), _COUNT)
-os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLWP_TEST_PLATFORM", "cpu")
+os.environ["XLA_FLAGS"] = xla_flags.simulated(
+    _COUNT, os.environ.get("XLA_FLAGS", ""), fast=_PLATFORM == "cpu"
+)
+os.environ["JAX_PLATFORMS"] = _PLATFORM
 # Drawn here, so that all workers of a run draw the same cases.
 os.environ.setdefault("JAXLWP_SWEEP_SEED", str(random.SystemRandom().randrange(2**31)))
 # A program out of another run's cache would be tested instead of the one just compiled.

@@ -24,7 +24,6 @@ from jaxlwp.ops._extend import border_of
 from jaxlwp.plan._plan import bind
 from jaxlwp.program._border import Border, extend
 from jaxlwp.space._constraints import Constraints
-from tests.contracts.harness import compiler_options
 
 RATES = jaxlwp.Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)
 MODES = ("wrap", "reflect", "symmetric", "edge")
@@ -138,7 +137,7 @@ def test_every_device_has_the_rows_that_it_reads(mode: str, parts: int) -> None:
     mapped = jax.shard_map(
         run, mesh=mesh, in_specs=PartitionSpec("i"), out_specs=PartitionSpec("i")
     )
-    step = jax.jit(mapped, compiler_options=compiler_options(mesh))
+    step = jax.jit(mapped)
     for one, rows in zip(drawn, step([one.blocks() for one in drawn]), strict=True):
         np.testing.assert_array_equal(rows.reshape(parts, -1), one.wanted(), err_msg=str(one))
 

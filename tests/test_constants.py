@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 import jaxlwp
 from jaxlwp.graph import _constants
 from jaxlwp.graph._trace import trace
-from tests.contracts.harness import bind, compare, compiler_options, every_config
+from tests.contracts.harness import bind, compare, every_config
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
@@ -125,8 +125,7 @@ def test_every_layout(mesh222: Mesh) -> None:
     for start in range(0, len(choices), 24):
         plans = [bind(graph, c, mesh222, expected[0]) for c in choices[start : start + 24 : 3]]
         step = jax.jit(
-            lambda p, x, plans=plans: [jax.value_and_grad(f, has_aux=True)(p, x) for f in plans],
-            compiler_options=compiler_options(mesh222),
+            lambda p, x, plans=plans: [jax.value_and_grad(f, has_aux=True)(p, x) for f in plans]
         )
         for actual in step(params, x):
             assert max(compare(actual, expected).values()) <= 1e-5

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tests import xla_flags
 from tests.processes_worker import SHAPES, STEPS, loss, network, rows, train
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ def results(checks: str, count: int, devices: int, folder: Path) -> list[dict[st
             env=os.environ
             | {
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "XLA_FLAGS": xla_flags.simulated(devices),
                 "JAXLWP_CACHE_DIR": str(folder / str(rank)),
             },
             cwd=ROOT,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests import xla_flags
 from tests.test_processes import ROOT, free_port
 from tests.test_readme import blocks
 
@@ -104,7 +105,7 @@ def pair(
     """Two processes that run the page's program."""
     port = free_port()
     quick = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    quick["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    quick["XLA_FLAGS"] = xla_flags.simulated(2)
     processes = [
         subprocess.Popen(
             [sys.executable, "-u", "train.py"],

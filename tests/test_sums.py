@@ -19,7 +19,6 @@ from jaxlwp.graph import trace
 from jaxlwp.measure._local import local_step
 from jaxlwp.optimize._floor import floor_s
 from jaxlwp.space import Config, Strategy
-from tests.contracts.harness import compiler_options
 
 RATES = jaxlwp.Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)
 WIDE, NARROW = jnp.float64, jnp.float32
@@ -124,7 +123,7 @@ def test_numbers_of_one_device(arguments: Any, shape: tuple[int, int], sum_dtype
             return [jax.value_and_grad(plan)(*arguments) for plan in plans]
 
         expected = jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(*arguments))
-        for got in jax.jit(every, compiler_options=compiler_options(mesh))(*arguments):
+        for got in jax.jit(every)(*arguments):
             for a, b in zip(expected, jax.tree.leaves(got), strict=True):
                 assert a.dtype == b.dtype
                 assert jnp.abs(a - b).max() <= 1e-5 * jnp.abs(a).max()

@@ -15,7 +15,7 @@ import jaxlwp
 from jaxlwp.check._verify import check_layers
 from jaxlwp.graph._trace import trace
 from jaxlwp.space._strategy import PARAMETER_KINDS
-from tests.contracts.harness import TOLERANCE, compare, compiler_options
+from tests.contracts.harness import TOLERANCE, compare
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
@@ -162,9 +162,7 @@ def test_strategies(name: str) -> None:
         plan = jaxlwp.parallelize(
             loss, *arguments, devices=8, strategy=strategy, rates=RATES, measure=False
         )
-        step = jax.jit(
-            jax.value_and_grad(plan, has_aux=True), compiler_options=compiler_options(plan.mesh)
-        )
+        step = jax.jit(jax.value_and_grad(plan, has_aux=True))
         tolerance = 1e-2 if name == "mlp prepared" else TOLERANCE  # it computes in bfloat16
         errors = compare(step(*arguments), expected)
         assert all(error <= tolerance for error in errors.values()), (strategy, errors)

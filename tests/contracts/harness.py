@@ -12,7 +12,6 @@ independent random orders, so input and output change layout in ever new ways fr
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import random
@@ -32,6 +31,7 @@ from jaxlwp.graph._trace import trace
 from jaxlwp.lower._lower import Lowered
 from jaxlwp.mesh._meshes import partition_spec, placed
 from jaxlwp.space._config import Config, enumerate_configs
+from tests.xla_flags import AS_USERS_COMPILE
 
 TOLERANCE = 1e-5
 """Largest allowed max|a - b| / max|b| in float32."""
@@ -42,34 +42,7 @@ convolution between two other layers: 1: 0.15, 4: 0.115, 12: 0.09, 36: 0.095."""
 
 SEED_VARIABLE = "JAXLWP_SWEEP_SEED"
 
-# The sweep compiles thousands of small programs and runs each once. These leave all of XLA's passes
-# over the program in place and only make the machine code cheap: four times faster to compile.
-_CPU_OPTIONS: dict[str, Any] = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-
 Shape = tuple[int, ...]
-
-
-def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """Options that compile fast; None where they do not apply."""
-    return _known_options() if mesh.devices.flat[0].platform == "cpu" else None
-
-
-@functools.cache
-def _known_options() -> dict[str, Any]:
-    """Those of the options that this version of XLA has: names come and go."""
-
-    def known(name: str, value: Any) -> bool:
-        try:
-            jax.jit(lambda: jnp.zeros(()), compiler_options={name: value})()
-        except Exception:  # the class differs between versions of JAX
-            return False
-        return True
-
-    return {name: value for name, value in _CPU_OPTIONS.items() if known(name, value)}
 
 
 def draw_seed() -> int:
@@ -357,7 +330,7 @@ def _run(
     step = jax.jit(
         together,
         in_shardings=NamedSharding(mesh, PartitionSpec()),
-        compiler_options=compiler_options(mesh) if fast_compile else None,
+        compiler_options=None if fast_compile else AS_USERS_COMPILE,
     )
     return step(params, args)
 

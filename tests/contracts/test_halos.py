@@ -20,7 +20,7 @@ from jaxlwp.lower._haloed import put_together, with_halo
 from jaxlwp.lower._steps import Assemble, Dilate, Operate, Slice
 from jaxlwp.plan._plan import bind
 
-from .harness import compare, compiler_options
+from .harness import compare
 from .zoo import RATES
 
 SPACE = ("depth", "height", "width")
@@ -136,11 +136,7 @@ def test_numbers_and_bytes(name: str, mesh222: Mesh) -> None:
     plan, (loss, shape) = plan_of(name, mesh222), PROGRAMS[name]
     assert all(layer.agrees for layer in check_layers(plan))
     given = arguments(shape)
-    step = jax.jit(
-        jax.value_and_grad(plan, (0, 1)),
-        in_shardings=plan.shardings,
-        compiler_options=compiler_options(mesh222),
-    )
+    step = jax.jit(jax.value_and_grad(plan, (0, 1)), in_shardings=plan.shardings)
     expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(*given)
     actual = step(*jax.device_put(given, plan.shardings))
     assert max(compare(actual, expected).values()) <= 1e-4

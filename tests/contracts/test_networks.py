@@ -31,7 +31,7 @@ from models.alexnet import AlexNet
 from models.lenet import LeNet5
 from models.vgg import VGG16
 
-from .harness import compiler_options, draw_seed, drawn
+from .harness import draw_seed, drawn
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
@@ -87,7 +87,7 @@ def case(name: str) -> Case:
 def one_device(name: str) -> Callable[..., Any]:
     """Compiled loss, logits and gradients on one device."""
     step = jax.value_and_grad(case(name).loss, has_aux=True)
-    return jax.jit(step, compiler_options=compiler_options(case(name).mesh))
+    return jax.jit(step)
 
 
 def plan_for(name: str, strategy: str | int) -> jaxlwp.Plan:
@@ -127,11 +127,7 @@ def check(name: str, strategy: str | int) -> None:
     plan, this = plan_for(name, strategy), case(name)
     params = plan.place(this.params)
     batch = plan.place_batch(*this.batch)
-    step = (
-        jax.jit(jax.value_and_grad(plan, has_aux=True))
-        .lower(params, *batch)
-        .compile(compiler_options(this.mesh))
-    )
+    step = jax.jit(jax.value_and_grad(plan, has_aux=True)).lower(params, *batch).compile()
     compiled = bytes_by_kind(jaxlwp.check.compiled_collectives(step.as_text()))
     assert by_kind(plan) == compiled, f"{name} {strategy}: predicted, then compiled"
     errors = []
@@ -157,7 +153,7 @@ def test_searched_strategies(name: str, strategy: str) -> None:
     "strategy",
     [pytest.param(i, marks=pytest.mark.slow if i >= FAST_RANDOM else ()) for i in range(RANDOM)],
 )
-@pytest.mark.parametrize("name", drawn(NETWORKS, 0.4))
+@pytest.mark.parametrize("name", drawn(NETWORKS, 0.5, slow=("vgg16",)))
 def test_random_strategies(name: str, strategy: int) -> None:
     """Same numbers and predicted bytes, for strategies drawn at random."""
     check(name, strategy)

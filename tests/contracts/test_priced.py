@@ -27,7 +27,7 @@ from jaxlwp.check._verify import check_layers
 from jaxlwp.cost._collectives import collectives_by_layer
 from jaxlwp.plan._plan import bind
 
-from .harness import compiler_options, draw_seed, drawn
+from .harness import draw_seed, drawn
 from .zoo import RATES, ZOO, case, random_batch
 
 SEED = draw_seed()
@@ -254,7 +254,6 @@ def check_compiled(name: str, shape: tuple[int, ...], draws: int) -> None:
             jax.value_and_grad(plan, has_aux=True),
             in_shardings=plan.shardings,
             out_shardings=((None, None), plan.param_shardings),
-            compiler_options=compiler_options(mesh),
         )
         found = Counter(
             bytes_by_kind(compiled_collectives(step.lower(*arguments).compile().as_text()))

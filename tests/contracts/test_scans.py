@@ -24,7 +24,7 @@ from jaxlwp.plan._plan import bind as bind_plan
 from jaxlwp.program._flatten import LONGEST_UNROLLED, flatten
 from jaxlwp.space._config import Config
 
-from .harness import bind, compare, compiler_options, every_config
+from .harness import bind, compare, every_config
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
@@ -428,10 +428,7 @@ def test_numbers_are_right_whatever_the_body(name: str, mesh22: Mesh) -> None:
     choices = every_config(graph, dict(mesh22.shape), random.Random(0))[:4]
     expected = jax.jit(jax.value_and_grad(loss))(params)
     functions = [bind(graph, configs, mesh22, expected[0]) for configs in choices]
-    step = jax.jit(
-        lambda params: [jax.value_and_grad(function)(params) for function in functions],
-        compiler_options=compiler_options(mesh22),
-    )
+    step = jax.jit(lambda params: [jax.value_and_grad(function)(params) for function in functions])
     for configs, actual in zip(choices, step(params), strict=True):
         errors = compare(actual, expected)
         assert max(errors.values()) <= TOLERANCE, (configs, errors)

@@ -33,8 +33,6 @@ from models import (
     UNet3D,
 )
 
-from .harness import compiler_options
-
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
 )
@@ -191,7 +189,7 @@ def case(name: str, seed: int, dtype: str = "float32") -> Case:
     model = entry.model.clone(dtype=jnp.dtype(dtype))
     batch = random_batch(name, 0)
     keys = jax.random.split(jax.random.key(seed), 2)
-    init = jax.jit(functools.partial(model.init, train=True), compiler_options=compiler_options_())
+    init = jax.jit(functools.partial(model.init, train=True))
     variables = init({"params": keys[0], "dropout": keys[1]}, batch[0])
     params = perturbed(variables.pop("params"), seed)
     loss = loss_of(entry, model)
@@ -218,16 +216,11 @@ def perturbed(params: Any, seed: int) -> Any:
     return jax.tree.unflatten(tree, drawn)
 
 
-def compiler_options_() -> dict[str, Any] | None:
-    """Options that compile fast."""
-    return compiler_options(jaxlwp.make_mesh(jax.devices()[:1]))
-
-
 @functools.cache
 def one_device(name: str, seed: int, dtype: str = "float32") -> Callable[..., Any]:
     """Compiled loss, outputs, statistics and gradients on one device."""
     step = jax.value_and_grad(case(name, seed, dtype).loss, has_aux=True)
-    return jax.jit(step, compiler_options=compiler_options_())
+    return jax.jit(step)
 
 
 def plan_for(this: Case, strategy: str | int) -> jaxlwp.Plan:
@@ -276,11 +269,7 @@ class Compiled:
 
 def compile_step(this: Case, plan: jaxlwp.Plan) -> Compiled:
     """Compile loss and gradients under a plan."""
-    step = jax.jit(
-        jax.value_and_grad(plan, has_aux=True),
-        in_shardings=plan.shardings,
-        compiler_options=compiler_options(this.mesh),
-    )
+    step = jax.jit(jax.value_and_grad(plan, has_aux=True), in_shardings=plan.shardings)
     done = step.lower(this.params, this.stats, *_batch_of(this)).compile()
     predicted: collections.Counter[str] = collections.Counter()
     for collective in plan.collectives:

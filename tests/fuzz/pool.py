@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests import xla_flags
+
 DEVICES = 12
 """Simulated devices of a worker."""
 
@@ -26,39 +28,22 @@ TIMEOUT_S = 900.0
 LIFETIME = 150
 """Programs after which a worker is replaced: XLA keeps memory."""
 
-FAST = (
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
-"""Flags that leave XLA's passes over the program in place and make the machine code cheap."""
-
 LOST = ("died", "slow")
 """Kinds of findings that stand for an answer that never came."""
 
 ROOT = Path(__file__).parents[2]
 
 
-def environment(flags: Iterable[str]) -> dict[str, str]:
+def environment(*, fast: bool = True) -> dict[str, str]:
     """Of a worker."""
-    given = [f"--xla_force_host_platform_device_count={DEVICES}", *flags]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    settings = {"XLA_FLAGS": " ".join(given), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    settings = {
+        "XLA_FLAGS": xla_flags.simulated(DEVICES, fast=fast),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+    }
     kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     return kept | settings | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-
-
-def known_flags() -> tuple[str, ...]:
-    """Those of the fast flags that this version of XLA has; others end the process."""
-
-    def works(flags: Iterable[str]) -> bool:
-        command = [sys.executable, "-c", "import jax; jax.devices()"]
-        done = subprocess.run(command, env=environment(flags), capture_output=True)
-        return done.returncode == 0
-
-    if works(FAST):
-        return FAST
-    return tuple(flag for flag in FAST if works([flag]))
 
 
 class Clock:
@@ -85,8 +70,7 @@ class Clock:
 class Worker:
     """One worker process."""
 
-    def __init__(self, flags: tuple[str, ...]) -> None:
-        self.flags = flags
+    def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.done = 0
@@ -100,7 +84,7 @@ class Worker:
             stderr=subprocess.DEVNULL if not os.environ.get("FUZZ_STDERR") else None,
             text=True,
             cwd=ROOT,
-            env=environment(self.flags),
+            env=environment(),
         )
         self.messages, self.done = queue.Queue(), 0
         threading.Thread(
@@ -209,8 +193,7 @@ def answers(
     for request in requests:
         waiting.put(request)
     results: queue.Queue[Any] = queue.Queue()
-    flags = known_flags()
-    team = [Worker(flags) for _ in range(workers)]
+    team = [Worker() for _ in range(workers)]
 
     def serve(worker: Worker) -> None:
         try:
