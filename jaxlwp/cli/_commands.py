@@ -242,7 +242,7 @@ def plan(
         click.echo(text)
     if save is not None:
         with one_line_errors():
-            write_file(save, found.strategy.to_json())
+            write_file(save, found.recorded.to_json())
         click.echo(f"wrote {save}")
     if html is not None and page is not None:
         with one_line_errors():

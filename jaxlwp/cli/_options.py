@@ -11,8 +11,8 @@ import click
 
 from jaxlwp.cli._workload import DEFAULT_BATCH
 from jaxlwp.devices import GivenRates, Rates
+from jaxlwp.files import unwritable
 from jaxlwp.mesh import is_first_process
-from jaxlwp.report import unwritable
 
 Command = Callable[..., None]
 
