@@ -8,6 +8,7 @@ read from a file, and has numbers alone.
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,16 @@ from jaxlwp.graph import Outlined
 from jaxlwp.memory import MemoryTables
 from jaxlwp.mesh import is_first_process
 from jaxlwp.solver import Cost, CostTables, FloatArray
-from jaxlwp.space import Config, Constraints, Record, Strategy, baseline, made_here, make_strategy
+from jaxlwp.space import (
+    BASELINES,
+    Config,
+    Constraints,
+    Record,
+    Strategy,
+    baseline,
+    made_here,
+    make_strategy,
+)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -116,6 +126,14 @@ class Problem(abc.ABC):
         """
         made = baseline(name, self.graph, self.configs, self.devices.axis_sizes)
         return replace(made, record=self.record(self.evaluate(made)))
+
+    def baselines(self) -> dict[str, Strategy]:
+        """The baselines that apply, by name: not where the devices do not divide the batch."""
+        found = {}
+        for name in BASELINES:
+            with contextlib.suppress(ValueError):
+                found[name] = self.baseline(name)
+        return found
 
     def record(self, cost: Cost, memory_bytes: int | None = None) -> Record:
         """What a strategy's file says of a cost here: of which program, on which devices."""

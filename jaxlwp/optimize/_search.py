@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field
-from typing import Generic, TypedDict
+from typing import Generic, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +25,17 @@ from jaxlwp.solver import (
 )
 from jaxlwp.space import Strategy
 
+FORMAT_VERSION = 1
+
 AnySolution = Solution | LimitedSolution | MinMaxSolution
 """What the search under a plain sum, under a memory limit, and of a largest sum gives."""
 
 
+_Searched = TypeVar("_Searched", bound=Problem, covariant=True)
+
+
 @dataclass(frozen=True, kw_only=True)
-class SearchResult(Generic[AnyProblem]):
+class SearchResult(Generic[_Searched]):
     """The strategy found, and the proof.
 
     Attributes:
@@ -43,7 +50,7 @@ class SearchResult(Generic[AnyProblem]):
     strategy: Strategy
     cost: Cost
     solution: AnySolution = field(repr=False)
-    space: AnyProblem = field(repr=False)
+    space: _Searched = field(repr=False)
     objective: Objective = field(default=OBJECTIVES["sum"], repr=False)
 
     @property
@@ -73,6 +80,30 @@ class SearchResult(Generic[AnyProblem]):
         if self.space.measured or not isinstance(self.objective, PlainSum):
             return 1.0
         return max(0.0, 1 - self.space.floor_s / self.value)
+
+    def to_json(self) -> str:
+        """As JSON text.
+
+        Keys: `format_version`, `strategy` (as in strategy files, with what it is predicted to
+        take), `value` (of the objective) and its `unit` ("s" or "bytes"), `optimal`, `gap`, and
+        `baselines` (name -> predicted seconds by cause).
+        """
+        content = {
+            "format_version": FORMAT_VERSION,
+            "strategy": json.loads(self.strategy.to_json()),
+            "value": self.value,
+            "unit": self.objective.unit,
+            "optimal": self.optimal,
+            "gap": self.gap,
+            "baselines": {
+                name: {
+                    cause: seconds if math.isfinite(seconds) else None
+                    for cause, seconds in other.record.predicted_s.items()
+                }
+                for name, other in self.space.baselines().items()
+            },
+        }
+        return json.dumps(content, indent=2, allow_nan=False)
 
 
 def search(

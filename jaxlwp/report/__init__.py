@@ -14,7 +14,7 @@ from jaxlwp.report._diff import diff_text
 from jaxlwp.report._page import page_data, page_html, save_page
 from jaxlwp.report._plan_html import plan_html
 from jaxlwp.report._plan_table import plan_text
-from jaxlwp.report._problem_text import baselines_of, problem_text, result_text
+from jaxlwp.report._problem_text import problem_text, result_text
 from jaxlwp.report._studies import scaling_text, threshold_text
 from jaxlwp.report._tables import (
     alternatives_table,
@@ -30,7 +30,6 @@ from jaxlwp.report._tables import (
 
 __all__ = [
     "alternatives_table",
-    "baselines_of",
     "comparison_text",
     "compiled_text",
     "diff_text",

@@ -12,7 +12,7 @@ from jaxlwp.report._tables import num_bytes, render, seconds
 from jaxlwp.report._widths import Cells, fitting, table_of, terminal_width, wrapped
 
 if TYPE_CHECKING:
-    from jaxlwp.space import StrategyDiff
+    from jaxlwp.optimize import StrategyDiff
 
 _ABSENT = "(no such layer)"
 

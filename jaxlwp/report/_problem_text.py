@@ -14,7 +14,6 @@ from jaxlwp.report._rows import costs_by_layer
 from jaxlwp.report._tables import num_bytes, render, seconds
 from jaxlwp.report._widths import Cells, fitting, left_out_note, table_of, terminal_width, wrapped
 from jaxlwp.solver import Cost
-from jaxlwp.space import BASELINES, Strategy
 
 if TYPE_CHECKING:
     from jaxlwp.cost import Problem
@@ -46,7 +45,7 @@ def problem_text(problem: Problem, width: int | None = None) -> str:
     if problem.measured:
         cells["measured"] = [f"{int(mask.sum()):,}" for mask in problem.measured]
     parts = _fitted(cells, width, ("fastest\nms alone", "kind"), ("dimensions",))
-    known = {name: problem.evaluate(s) for name, s in baselines_of(problem).items()}
+    known = {name: problem.evaluate(s) for name, s in problem.baselines().items()}
     return render(
         Group(
             Text(_problem_title(problem)),
@@ -58,11 +57,16 @@ def problem_text(problem: Problem, width: int | None = None) -> str:
     )
 
 
-def result_text(result: SearchResult[Problem], width: int | None = None) -> str:
-    """What a search found in a problem: a row per layer, and the baselines beside it.
+def result_text(
+    result: SearchResult[Problem],
+    beside: Mapping[str, Cost] | None = None,
+    width: int | None = None,
+) -> str:
+    """What a search found in a problem: a row per layer, and other strategies beside it.
 
     Args:
       result: of the search.
+      beside: what other strategies cost, besides the baselines, by what to call them.
       width: of the text, in columns; that of the terminal by default.
     """
     width = width or terminal_width()
@@ -79,7 +83,8 @@ def result_text(result: SearchResult[Problem], width: int | None = None) -> str:
         "sync\nms": [seconds(cost.sync_s) for cost in costs],
     }
     parts = _fitted(cells, width, ("kind", "sync\nms", "transfer\nms"), ("config",))
-    known = {name: problem.evaluate(s) for name, s in baselines_of(problem).items()}
+    known = {name: problem.evaluate(other) for name, other in problem.baselines().items()}
+    known |= beside or {}
     proof = "optimal" if result.optimal else f"within {result.gap:.1%}"
     title = f"{_on_devices(problem)}: predicted {seconds(result.cost.total_s)} ms a step"
     if result.objective.unit == "bytes":
@@ -94,17 +99,6 @@ def result_text(result: SearchResult[Problem], width: int | None = None) -> str:
         ),
         width,
     )
-
-
-def baselines_of(problem: Problem) -> dict[str, Strategy]:
-    """The baselines that apply: not where the devices do not divide the batch."""
-    found = {}
-    for name in BASELINES:
-        try:
-            found[name] = problem.baseline(name)
-        except ValueError:
-            continue
-    return found
 
 
 def _fitted(
@@ -157,7 +151,7 @@ def _problem_notes(problem: Problem) -> list[str]:
     elif problem.measured:
         notes.append("layers measured: all")
     if problem.constraints is not None:
-        notes.append("under the constraints given when it was priced")
+        notes.append("under the constraints given")
     if not problem.whole:
         notes.append("not the whole space: the configs around its optimum")
     if isinstance(problem, SavedProblem):

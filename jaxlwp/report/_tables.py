@@ -188,8 +188,7 @@ def pareto_table(curve: ParetoCurve) -> Table:
     table = titled_table(
         title="fastest strategies for less and less memory of a device",
         caption="limit, layers: the sum of the layers' bytes, which the search keeps below the "
-        "limit; "
-        + ("program: predicted as compiled for GPUs" if known else "of a saved problem no more"),
+        "limit" + ("; program: predicted as compiled for GPUs" if known else ""),
     )
     programs = ("program",) if known else ()
     for column in ("limit", "layers", *programs, "predicted ms", "slower", "proof"):

@@ -2,14 +2,13 @@
 
 Read `_config` first (which mesh axes split which dimension), then `_layout` (where the parts of a
 tensor are), `_moves` (how they get elsewhere), `_exchange` (what that sends), `_strategy` (a config
-for every layer; files of them, by `strategy.schema.json`), `_diff` (two of them beside each other),
-`_baselines` (such as data parallelism) and `_constraints` (what the user forbids).
+for every layer; files of them, by `strategy.schema.json`), `_baselines` (such as data parallelism)
+and `_constraints` (what the user forbids).
 """
 
 from jaxlwp.space._baselines import BASELINES, baseline
 from jaxlwp.space._config import DIMENSIONS, Config, Layout, dimension_order, enumerate_configs
 from jaxlwp.space._constraints import Constraints, Split
-from jaxlwp.space._diff import StrategyDiff, diff_strategies
 from jaxlwp.space._exchange import (
     COLLECTIVES,
     Collective,
@@ -48,12 +47,10 @@ __all__ = [
     "Record",
     "Split",
     "Strategy",
-    "StrategyDiff",
     "baseline",
     "cdiv",
     "copied_bytes",
     "degree",
-    "diff_strategies",
     "dimension_order",
     "enumerate_configs",
     "even_layout",

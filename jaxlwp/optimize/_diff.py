@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxlwp.space._config import Config
-from jaxlwp.space._strategy import Strategy
+from jaxlwp.space import Config, Strategy
 
 FORMAT_VERSION = 1
 
