@@ -328,10 +328,10 @@ def _read_arrays(
 
 def _read_array(name: str, text: bytes, size: int) -> NDArray[Any]:
     try:
-        array = np.load(io.BytesIO(text), allow_pickle=False)
+        array = np.lib.format.read_array(io.BytesIO(text), allow_pickle=False)
     except _DAMAGE as error:
-        raise ValueError(f"{name} is no array ({error})") from error
-    if not isinstance(array, np.ndarray) or array.dtype != _dtype(name) or array.shape != (size,):
+        raise ValueError(f"{name} is no array of numbers ({error})") from error
+    if array.dtype != _dtype(name) or array.shape != (size,):
         raise ValueError(f"{name} must be {size} numbers of dtype {_dtype(name)}")
     if array.size and not array.min() >= 0:
         raise ValueError(f"{name} has a number that is negative or NaN")
