@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import optax
 import pytest
@@ -107,6 +109,23 @@ def test_machines_that_are_not_here() -> None:
     assert namespace["hours"] > 0
     namespace = run(thresholds, **namespace)
     assert [sample.value for sample in namespace["sizes"].samples] == [1, 8, 64]
+
+
+def test_what_is_saved_is_searched_again() -> None:
+    def loss_fn(params: Any, images: Any, labels: Any) -> Any:
+        logits = images.reshape(images.shape[0], -1) @ params
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    params = jax.ShapeDtypeStruct((144, 10), jnp.float32)
+    batch = jax.ShapeDtypeStruct((16, 12, 12, 1), jnp.float32), jax.ShapeDtypeStruct((16,), int)
+    problem, beside = blocks("python", "docs/saving.md")
+    namespace = run(problem, jaxlwp=jaxlwp, loss_fn=loss_fn, params=params, batches=[batch])
+    assert jaxlwp.Strategy.load("small.json") == namespace["small"].strategy
+    run(beside, **namespace)
+    (shown,) = blocks("json", "docs/saving.md")
+    jsonschema.validate(json.loads(shown), jaxlwp.space.strategy_schema())
+    predicted = jaxlwp.Strategy.from_json(shown).record
+    assert predicted.step_s == pytest.approx(json.loads(shown)["predicted"]["step_s"], rel=1e-2)
 
 
 def test_plans_that_only_evaluate() -> None:

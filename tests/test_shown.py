@@ -13,7 +13,7 @@ from rich.cells import cell_len
 
 import jaxlwp
 from jaxlwp.cli._workload import load_workload
-from jaxlwp.report import _plan_table, plan_text
+from jaxlwp.report import _widths, plan_text
 from jaxlwp.report._rows import layer_rows
 
 RATES = jaxlwp.Rates(
@@ -97,9 +97,9 @@ def test_resnet50_on_32_devices(resnet: jaxlwp.Plan, width: int) -> None:
 def test_the_terminal_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = small_plan()
     monkeypatch.setenv("COLUMNS", "60")
-    assert str(plan) == plan_text(plan, _plan_table.ELSEWHERE)  # pytest's output is no terminal
+    assert str(plan) == plan_text(plan, _widths.ELSEWHERE)  # pytest's output is no terminal
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert str(plan) == plan_text(plan, 60) != plan_text(plan, _plan_table.ELSEWHERE)
+    assert str(plan) == plan_text(plan, 60) != plan_text(plan, _widths.ELSEWHERE)
 
 
 @pytest.mark.parametrize("name", ["x[bold", "(/b)[/]", "名前/層", "a" * 70, "x/" * 40 + "y"])

@@ -14,7 +14,7 @@ from jax import lax
 import jaxlwp
 from jaxlwp.check._verify import check_layers
 from jaxlwp.graph._trace import trace
-from jaxlwp.space._strategy import PARAMETER_KINDS
+from jaxlwp.space._baselines import PARAMETER_KINDS
 from tests.contracts.harness import TOLERANCE, compare
 
 RATES = jaxlwp.Rates(

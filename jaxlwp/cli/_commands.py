@@ -27,12 +27,11 @@ from jaxlwp.cli._options import (
     given_rates,
     json_option,
     model_options,
-    pins_option,
     planning_options,
-    positive,
     shared_options,
     target_file,
 )
+from jaxlwp.cli._search import constraints_of, explained, memory_option, search_options
 from jaxlwp.cli._shell import (
     describe,
     join_processes,
@@ -59,19 +58,9 @@ from jaxlwp.devices import (
 )
 from jaxlwp.graph import trace
 from jaxlwp.measure import LayerTimer, TimingCache, load_profile
-from jaxlwp.optimize import OBJECTIVES, explain, pareto
-from jaxlwp.plan import Plan
-from jaxlwp.report import alternatives_table, page_html, render
-from jaxlwp.space import BASELINES, Constraints, Strategy
-
-_memory_option = click.option(
-    "--memory",
-    "memory_bytes",
-    type=float,
-    callback=positive,
-    help="Bytes of each device that a training step may take, as in 70e9.",
-)
-
+from jaxlwp.optimize import pareto
+from jaxlwp.report import page_html
+from jaxlwp.space import BASELINES, Strategy
 
 # --- commands --------------------------------------------------------------------------------
 
@@ -111,6 +100,14 @@ def main(distributed: bool) -> None:
     help="Write the strategy to this JSON file.",
 )
 @click.option(
+    "--save-problem",
+    "problem",
+    type=click.Path(path_type=Path),
+    callback=target_file,
+    help="Write all costs to this file: `jaxlwp search` searches it again, without the model and "
+    "the devices.",
+)
+@click.option(
     "--html",
     type=click.Path(path_type=Path),
     callback=target_file,
@@ -121,40 +118,7 @@ def main(distributed: bool) -> None:
     type=click.Path(path_type=Path),
     help="Plan with the measurements of another machine, from `jaxlwp cache export`.",
 )
-@_memory_option
-@click.option(
-    "--pin",
-    multiple=True,
-    metavar="LAYER:DIM=N,...",
-    callback=pins_option,
-    help="Split a layer (or all that match a pattern) so: conv1:sample=4,channel=2; conv1: alone "
-    "replicates it.",
-)
-@click.option("--forbid", multiple=True, metavar="DIM", help="Split no layer by this dimension.")
-@click.option(
-    "--replicated",
-    multiple=True,
-    metavar="PARAMETER",
-    help="Keep a parameter (or all that match a pattern) whole on every device.",
-)
-@click.option(
-    "--why",
-    metavar="LAYER[:DIM]",
-    help="Show what the best strategy with each other config of this layer would cost, or with "
-    "those alone that split DIM; 'all' shows every layer's best three.",
-)
-@click.option(
-    "--curve",
-    is_flag=True,
-    help="Show the fastest strategies for less and less memory too.",
-)
-@click.option(
-    "--objective",
-    type=click.Choice(list(OBJECTIVES)),
-    default="sum",
-    help="What to make least: sum (computation, transfers and synchronisation one after the other; "
-    "the default), overlap (gradients synchronised behind the backward pass), bytes or memory.",
-)
+@search_options
 @click.option(
     "--sum-dtype",
     metavar="DTYPE",
@@ -179,6 +143,7 @@ def plan(
     dtype: str | None,
     strategy: str,
     save: Path | None,
+    problem: Path | None,
     html: Path | None,
     profile: Path | None,
     analytic: bool,
@@ -225,51 +190,38 @@ def plan(
             rates=rated,
             measure=there is not None and given is None and profile is None and not analytic,
             memory_bytes=memory_bytes,
-            constraints=_constraints(pin, forbid, replicated),
+            constraints=constraints_of(pin, forbid, replicated),
             objective=objective,
             sum_dtype=sum_dtype,
             train=not forward,
             on_progress=progress,
         )
-        texts = [] if why is None else [_explained(found, why)]
+        texts = [] if why is None else [explained(found.space, why)]
         if curve:
             texts.append(str(pareto(found.space, progress=progress)))
         page = None if html is None else page_html(found)
     where = str(system) if there is None else describe(there)
     click.echo(f"{model}, batch {batch_size(work.batch)}, on {where}")
-    click.echo(str(found), nl=False)
+    click.echo(str(found))
     for text in texts:
         click.echo(text)
     if save is not None:
         with one_line_errors():
-            write_file(save, found.strategy.to_json())
+            write_file(save, found.recorded.to_json())
         click.echo(f"wrote {save}")
+    if problem is not None:
+        with one_line_errors():
+            found.space.save(problem)
+        click.echo(f"wrote {problem}")
     if html is not None and page is not None:
         with one_line_errors():
             write_file(html, page)
         click.echo(f"wrote {html}")
 
 
-def _constraints(
-    pin: dict[str, dict[str, int]], forbid: tuple[str, ...], replicated: tuple[str, ...]
-) -> Constraints | None:
-    if not (pin or forbid or replicated):
-        return None
-    return Constraints(pin=pin, forbid=forbid, replicated=replicated)
-
-
-def _explained(found: Plan, why: str) -> str:
-    """What the other configs of a layer, or of all layers, would cost."""
-    explanation = explain(found.space)
-    if why == "all":
-        return str(explanation)
-    layer, _, dimension = why.partition(":")
-    return render(alternatives_table(explanation, layer, (dimension,) if dimension else ()))
-
-
 @main.command("compare")
 @shared_options
-@_memory_option
+@memory_option
 @click.option(
     "--rounds",
     type=int,
@@ -341,7 +293,7 @@ def compare_command(
 
 
 def _show(comparison: Comparison | CompiledComparison, json_file: Path | None) -> None:
-    click.echo(str(comparison), nl=False)
+    click.echo(str(comparison))
     write_json(json_file, comparison.to_json())
 
 

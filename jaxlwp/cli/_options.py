@@ -11,8 +11,8 @@ import click
 
 from jaxlwp.cli._workload import DEFAULT_BATCH
 from jaxlwp.devices import GivenRates, Rates
+from jaxlwp.files import unwritable
 from jaxlwp.mesh import is_first_process
-from jaxlwp.report import unwritable
 
 Command = Callable[..., None]
 
@@ -181,25 +181,26 @@ _RATE_OPTIONS = (
 
 def data_options(command: Command) -> Command:
     """The model and its data."""
-    return _with(command, _MODEL, *_DATA_OPTIONS)
+    return with_options(command, _MODEL, *_DATA_OPTIONS)
 
 
 def model_options(command: Command) -> Command:
     """The model, its data, and how many devices."""
-    return _with(command, _MODEL, _COUNT, *_DATA_OPTIONS)
+    return with_options(command, _MODEL, _COUNT, *_DATA_OPTIONS)
 
 
 def shared_options(command: Command) -> Command:
     """Those, and rates."""
-    return _with(command, _MODEL, _COUNT, *_DATA_OPTIONS, *_RATE_OPTIONS)
+    return with_options(command, _MODEL, _COUNT, *_DATA_OPTIONS, *_RATE_OPTIONS)
 
 
 def planning_options(command: Command) -> Command:
     """The same, and devices that need not be there."""
-    return _with(command, _MODEL, _COUNT_OR_SYSTEM, *_DATA_OPTIONS, *_RATE_OPTIONS)
+    return with_options(command, _MODEL, _COUNT_OR_SYSTEM, *_DATA_OPTIONS, *_RATE_OPTIONS)
 
 
-def _with(command: Command, *options: Callable[[Command], Command]) -> Command:
+def with_options(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """The command with options, in this order."""
     for option in reversed(options):
         command = option(command)
     return command

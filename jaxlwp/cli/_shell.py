@@ -16,8 +16,8 @@ import rich.progress
 from rich.console import Console
 
 from jaxlwp.check import Progress, is_simulated
+from jaxlwp.files import write_file as write_whole
 from jaxlwp.mesh import is_first_process
-from jaxlwp.report import write_file as write_whole
 
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 

@@ -3,8 +3,9 @@
 Read `_collectives` first (what is communicated, read off the program of one device), then `_model`
 (a `CostModel` turns work and collectives into seconds), `_tables` (all layers and edges under all
 configs), `_kernels` (work as XLA for GPUs fuses it), `_changes` (all changes of layout between two
-layers at once), `_paper` (the paper's model), `_search_space` (a graph, its configs and their
-costs) and `_shares` (what of a layer's work is which pass).
+layers at once), `_paper` (the paper's model), `_problem` (layers, configs and their costs, as
+numbers; `_problem_file` reads and writes them), `_search_space` (the same with the program) and
+`_shares` (what of a layer's work is which pass).
 
 A cost model of one's own is a `CostModel`, given to `price(graph, devices, model=...)`. What a
 config does is here as data, in bytes: `layer_collectives` (halos and partial sums of a layer),
@@ -32,18 +33,30 @@ from jaxlwp.cost._model import (
     work_rate,
 )
 from jaxlwp.cost._paper import SERVERS, PaperCostModel, gradient_sums
-from jaxlwp.cost._search_space import SearchSpace, check_mesh, price, restrict
+from jaxlwp.cost._problem import (
+    AnyProblem,
+    Problem,
+    SavedProblem,
+    check_mesh,
+    load_problem,
+    restrict,
+)
+from jaxlwp.cost._search_space import SearchSpace, need_program, price
 from jaxlwp.cost._shares import PassShares, pass_shares
-from jaxlwp.cost._tables import build_tables, layer_configs, layer_key
+from jaxlwp.cost._tables import MovedTables, build_tables, layer_configs, layer_key
 
 __all__ = [
     "AnalyticCostModel",
+    "AnyProblem",
     "CostModel",
     "Kernel",
     "LayerCosts",
+    "MovedTables",
     "PaperCostModel",
     "SERVERS",
     "PassShares",
+    "Problem",
+    "SavedProblem",
     "SearchSpace",
     "argument_collectives",
     "build_tables",
@@ -54,6 +67,8 @@ __all__ = [
     "first_of_value",
     "gradient_sums",
     "layer_key",
+    "load_problem",
+    "need_program",
     "pass_shares",
     "passes_of",
     "price",

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeGuard
+from dataclasses import replace
+from typing import NamedTuple, TypeGuard
 
 from jaxlwp.cost._collectives import spare_sums
 from jaxlwp.cost._model import AnalyticCostModel, CostModel, LayerCosts, first_of_value
 from jaxlwp.devices import DeviceGraph
 from jaxlwp.graph import ComputationGraph, Edge, Layer, Use
 from jaxlwp.solver import CostTables, FloatArray
-from jaxlwp.space import (
-    Config,
-    enumerate_configs,
-)
+from jaxlwp.space import Config, enumerate_configs
+
+
+class MovedTables(NamedTuple):
+    """Bytes that each device sends in a step: halos, partial sums, layouts, gradients.
+
+    Attributes:
+      layers: per layer, shape (configs,).
+      edges: per edge, shape (configs of the source, configs of the target).
+    """
+
+    layers: tuple[FloatArray, ...]
+    edges: tuple[FloatArray, ...]
 
 
 def layer_configs(
@@ -78,6 +88,25 @@ def build_tables(
         edges=tuple((edge.source, edge.target) for edge in edges),
         transfer_s=tuple(transfers[_edge_key(edge, sides)] for edge in edges),
         names=tuple(layer.name for layer in graph.layers),
+    )
+
+
+def moved_tables(
+    graph: ComputationGraph, configs: Sequence[Sequence[Config]], devices: DeviceGraph
+) -> MovedTables:
+    """What every config of every layer and every pair of configs on an edge sends, in bytes.
+
+    Args:
+      graph: the computation graph.
+      configs: the configs of each layer.
+      devices: mesh axes; their rates do not matter.
+    """
+    axes = tuple(replace(axis, latency_s=0.0, bytes_per_s=1.0) for axis in devices.axes)
+    unit = replace(devices, axes=axes, links=(), first_touch_byte_s=())
+    tables = build_tables(graph, configs, AnalyticCostModel(devices=unit))
+    return MovedTables(
+        layers=tuple(a + b for a, b in zip(tables.exchange_s, tables.sync_s, strict=True)),
+        edges=tables.transfer_s,
     )
 
 

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from jaxlwp.devices._sqlite import (
     locked,
     undecodable_is_damage,
 )
+from jaxlwp.files import write_file
 
 
 def default_path() -> Path:
@@ -272,7 +272,7 @@ class Store:
             content["environments"].append(
                 {"environment": dataclasses.asdict(known[key]), "entries": entries}
             )
-        _write_whole(path, json.dumps(content, indent=1))
+        write_file(path, json.dumps(content, indent=1))
         return sum(map(len, groups.values()))
 
     def import_file(self, path: Path) -> int:
@@ -335,15 +335,3 @@ def _row(environment: str, kind: str, key: str, measurement: Measurement) -> tup
 
 def _checksum(row: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(row).encode()).hexdigest()[:16]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is whole or not there."""
-    handle, partial = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise

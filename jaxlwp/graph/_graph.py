@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 from dataclasses import dataclass, field
 
+from jaxlwp.graph._outline import LayerOutline, Parameter, fingerprint
 from jaxlwp.ops import RULES, Labels, Signature
-from jaxlwp.program import Equation, Program, Value
+from jaxlwp.program import Equation, Program, Value, program_lines
 
 FUSED = (
     "elementwise",
@@ -77,30 +78,18 @@ class Use:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class Layer(LayerOutline):
     """A node of the computation graph.
 
     Attributes:
-      index: position in the graph.
-      name: unique, from the module path (Linen), the parameter path (NNX) or the operator.
-      kind: "conv", "dense", "max_pool", ...
-      dimensions: parallelizable dimension -> all sizes that it has in the layer's tensors.
-      even: dimension -> a size that the degree of its split must divide.
       members: the layer's operators in order of evaluation, operators pulled in by uses included.
       uses: the values that it reads.
       outputs: values it makes that something else reads, and the names of their dimensions.
-      has_rule: False for an operator that jaxlwp does not know: it runs replicated.
     """
 
-    index: int
-    name: str
-    kind: str
-    dimensions: dict[str, tuple[int, ...]]
-    even: dict[str, int]
     members: tuple[Member, ...] = field(repr=False)
     uses: tuple[Use, ...] = field(repr=False)
     outputs: tuple[tuple[Value, Labels], ...] = field(default=(), repr=False)
-    has_rule: bool = True
 
     @property
     def fused(self) -> bool:
@@ -182,11 +171,27 @@ class ComputationGraph:
     @property
     def fingerprint(self) -> str:
         """Hash of layer names, kinds and tensor shapes; a strategy is for one fingerprint."""
-        content = [
-            [layer.name, layer.kind, sorted((k, list(v)) for k, v in layer.dimensions.items())]
-            for layer in self.layers
-        ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return fingerprint(self.layers)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of the traced program: equations, constants, arguments and which are trained."""
+        lines = (
+            *program_lines(self.program),
+            *self.argument_names,
+            f"{self.num_parameters} {sorted(self.gradients)} {self.sum_dtype}",
+        )
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The leaves of the first argument."""
+        inputs = self.program.inputs[: self.num_parameters]
+        owners = [self.owners.get(value, (None, ())) for value in inputs]
+        return tuple(
+            Parameter(name=name, shape=self.program.values[i].shape, layer=layer, labels=labels)
+            for name, i, (layer, labels) in zip(self.argument_names, inputs, owners, strict=False)
+        )
 
     def unknown(self) -> tuple[Layer, ...]:
         """Layers whose operator has no rule."""

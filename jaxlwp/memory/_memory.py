@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,6 +133,10 @@ class MemoryCosts(NamedTuple):
     kept_bytes: IntArray
     temporary_bytes: IntArray
 
+    def part(self, numbers: npt.NDArray[np.intp]) -> MemoryCosts:
+        """Those of some configs, by index."""
+        return MemoryCosts(*(array[numbers] for array in self))
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryTables:
@@ -148,6 +152,14 @@ class MemoryTables:
     layers: tuple[MemoryCosts, ...]
     edges: tuple[tuple[int, int], ...]
     copied_bytes: tuple[IntArray, ...] = field(repr=False)
+
+    def for_optimizer(self, optimizer_slots: float) -> MemoryTables:
+        """The same with another optimizer, of so many bytes for each byte of a parameter."""
+        layers = (
+            cost._replace(optimizer_bytes=(optimizer_slots * cost.parameter_bytes).astype(np.int64))
+            for cost in self.layers
+        )
+        return replace(self, layers=tuple(layers))
 
     def estimate(self, choices: Sequence[int]) -> int:
         """About the peak of a strategy, from the bytes of its layers and edges alone.

@@ -2,9 +2,10 @@
 
 Read `_search` first. `_objective` says what is made least; `_measured` measures layers as the
 search picks them; `_wide` and `_floor` are for spaces of many devices; `_explain` and `_pareto` say
-why, and what else there is.
+why, and what else there is; `_diff` sets two strategies beside each other.
 """
 
+from jaxlwp.optimize._diff import StrategyDiff, diff_strategies
 from jaxlwp.optimize._explain import Alternative, Explanation, RankedStrategy, explain, runners_up
 from jaxlwp.optimize._measured import measured_space, search_measured
 from jaxlwp.optimize._objective import (
@@ -33,6 +34,8 @@ __all__ = [
     "ROUNDS",
     "RankedStrategy",
     "SearchResult",
+    "StrategyDiff",
+    "diff_strategies",
     "explain",
     "is_large",
     "measured_space",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxlwp.cost import SearchSpace, restrict
+from jaxlwp.cost import Problem, restrict
 from jaxlwp.optimize._search import SearchResult, search
 from jaxlwp.solver import Cost, FloatArray, k_best, min_marginals
 from jaxlwp.space import Config, Constraints, Split, Strategy
@@ -58,7 +58,7 @@ class Explanation:
       best_s: per layer, shape (configs,): seconds of the best strategy that has this config.
     """
 
-    space: SearchSpace
+    space: Problem = field(repr=False)
     best_s: tuple[FloatArray, ...] = field(repr=False)
 
     @property
@@ -91,7 +91,7 @@ class Explanation:
             if all(self.space.configs[number][n].axes(name) for name in containing)
         )
 
-    def best_with(self, layer: str, split: Split) -> SearchResult:
+    def best_with(self, layer: str, split: Split) -> SearchResult[Problem]:
         """The best strategy in which a layer has a certain split.
 
         Args:
@@ -126,11 +126,11 @@ class Explanation:
         return render(explanation_table(self))
 
 
-def explain(space: SearchSpace) -> Explanation:
+def explain(space: Problem) -> Explanation:
     """What the best strategy costs with every config of every layer.
 
     Args:
-      space: from `price`, or `SearchResult.space`.
+      space: from `price` or `load_problem`, or `SearchResult.space`.
 
     Raises:
       ValueError: no strategy is allowed, or the graph is so dense that tables would exceed memory.
@@ -140,11 +140,11 @@ def explain(space: SearchSpace) -> Explanation:
     return Explanation(space=space, best_s=tuple(array + tables.step_s for array in best_s))
 
 
-def runners_up(space: SearchSpace, k: int = 5) -> tuple[RankedStrategy, ...]:
+def runners_up(space: Problem, k: int = 5) -> tuple[RankedStrategy, ...]:
     """The k best strategies of a space, the optimum first.
 
     Args:
-      space: from `price`, or `SearchResult.space`.
+      space: from `price` or `load_problem`, or `SearchResult.space`.
       k: how many.
 
     Returns:

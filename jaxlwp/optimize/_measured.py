@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlwp.cost import SearchSpace, build_tables
+from jaxlwp.cost import SearchSpace, build_tables, need_program
 from jaxlwp.graph import Layer
 from jaxlwp.optimize._objective import Objective
 from jaxlwp.optimize._search import AnySolution, Goal, SearchResult
@@ -84,7 +84,7 @@ def search_measured(
     memory_bytes: float | None = None,
     optimizer_slots: float = 1.0,
     progress: Callable[[str, int, int], None] | None = None,
-) -> SearchResult:
+) -> SearchResult[SearchSpace]:
     """Find the strategy of least cost under measured times, measuring what may be part of it.
 
     What is not measured is estimated from what is. The strategy that is then the cheapest is
@@ -113,9 +113,10 @@ def search_measured(
       The result; its space holds the measured times, and estimates for the rest.
 
     Raises:
-      ValueError: the timer does not measure what it is asked to.
+      ValueError: the timer does not measure what it is asked to, or a saved problem is given.
       MemoryLimitError: nothing fits.
     """
+    space = need_program("search_measured", space)
     goal = Goal.of(space, objective, memory_bytes, optimizer_slots)
     while True:
         found = measured_space(space, timer)
@@ -311,7 +312,7 @@ def measured_space(space: SearchSpace, timer: Timer) -> SearchSpace:
       space: from `price`, or with measured times already.
       timer: knows the measured times.
     """
-    layers = space.graph.layers
+    layers = need_program("measured_space", space).graph.layers
     work = [_Work.of(space, timer, n) for n in range(len(layers))]
     fastest_s = [
         float(each.estimate_s.min())

@@ -6,13 +6,12 @@ The paper's plain sum is one such sum, and `search` solves it directly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from jaxlwp.cost import AnalyticCostModel, SearchSpace, build_tables
-from jaxlwp.memory import memory_costs
+from jaxlwp.cost import Problem
 from jaxlwp.solver import FloatArray, Rows
 
 
@@ -24,7 +23,7 @@ class Objective(Protocol):
         """Of what it measures: "s" or "bytes"."""
         ...
 
-    def rows(self, space: SearchSpace) -> Rows:
+    def rows(self, space: Problem) -> Rows:
         """The sums."""
         ...
 
@@ -35,7 +34,7 @@ class PlainSum:
 
     unit: str = "s"
 
-    def rows(self, space: SearchSpace) -> Rows:
+    def rows(self, space: Problem) -> Rows:
         """One sum."""
         return _one_sum(space, space.tables.node_costs_s, space.tables.transfer_s)
 
@@ -58,7 +57,7 @@ class Overlap:
     backward_share: float = 2 / 3
     unit: str = "s"
 
-    def rows(self, space: SearchSpace) -> Rows:
+    def rows(self, space: Problem) -> Rows:
         """One sum for each layer with parameters, and one for a step without synchronisation."""
         tables = space.tables
         count = len(tables.compute_s)
@@ -91,19 +90,10 @@ class MovedBytes:
 
     unit: str = "bytes"
 
-    def rows(self, space: SearchSpace) -> Rows:
+    def rows(self, space: Problem) -> Rows:
         """One sum."""
-        devices = replace(
-            space.devices,
-            axes=tuple(
-                replace(axis, latency_s=0.0, bytes_per_s=1.0) for axis in space.devices.axes
-            ),
-            links=(),
-            first_touch_byte_s=(),
-        )
-        tables = build_tables(space.graph, space.configs, AnalyticCostModel(devices=devices))
-        nodes = tuple(a + b for a, b in zip(tables.exchange_s, tables.sync_s, strict=True))
-        return _one_sum(space, nodes, tables.transfer_s)
+        moved = space.moved_tables()
+        return _one_sum(space, moved.layers, moved.edges)
 
 
 @dataclass(frozen=True)
@@ -117,11 +107,9 @@ class PeakMemory:
     optimizer_slots: float = 1.0
     unit: str = "bytes"
 
-    def rows(self, space: SearchSpace) -> Rows:
+    def rows(self, space: Problem) -> Rows:
         """One sum for each layer's temporaries while all is kept, and one for the gradients."""
-        memory = memory_costs(
-            space.graph, space.configs, space.devices.axis_sizes, self.optimizer_slots
-        )
+        memory = space.memory_tables(self.optimizer_slots)
         costs, count = memory.layers, len(memory.layers)
         whole = np.vstack([np.ones((count, count)), np.zeros((1, count))])
         return Rows(
@@ -148,9 +136,7 @@ class PeakMemory:
         )
 
 
-def _one_sum(
-    space: SearchSpace, nodes: tuple[FloatArray, ...], tables: tuple[FloatArray, ...]
-) -> Rows:
+def _one_sum(space: Problem, nodes: tuple[FloatArray, ...], tables: tuple[FloatArray, ...]) -> Rows:
     return Rows(
         terms=(nodes,),
         weights=(np.ones((1, len(nodes))),),

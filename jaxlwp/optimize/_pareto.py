@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from jaxlwp.cost import SearchSpace
+from jaxlwp.cost import Problem, SearchSpace
 from jaxlwp.memory import Memory, strategy_memory
 from jaxlwp.optimize._objective import PeakMemory
 from jaxlwp.optimize._search import SearchResult, search
@@ -23,13 +23,14 @@ class ParetoPoint:
       limit_bytes: the limit.
       estimated_bytes: what the strategy needs of a device, by the sum of its layers' bytes, which
         is what the search keeps below the limit.
-      memory: the same by its program, as compiled for GPUs.
+      memory: the same by its program, as compiled for GPUs; None of a saved problem, which has no
+        program.
     """
 
-    result: SearchResult
+    result: SearchResult[Problem]
     limit_bytes: float
     estimated_bytes: float
-    memory: Memory = field(repr=False)
+    memory: Memory | None = field(repr=False)
 
     @property
     def seconds(self) -> float:
@@ -55,7 +56,7 @@ class ParetoCurve:
 
 
 def pareto(
-    space: SearchSpace,
+    space: Problem,
     *,
     points: int = 8,
     optimizer_slots: float = 1.0,
@@ -68,7 +69,7 @@ def pareto(
     needs. Strategies that two limits share appear once.
 
     Args:
-      space: from `price`, or `SearchResult.space`.
+      space: from `price` or `load_problem`, or `SearchResult.space`.
       points: how many limits, at least 2.
       optimizer_slots: of the optimizer, as in `price`.
       time_limit_s: for each search.
@@ -111,7 +112,9 @@ def pareto(
     return ParetoCurve(points=tuple(found))
 
 
-def _memory(space: SearchSpace, result: SearchResult, optimizer_slots: float) -> Memory:
+def _memory(space: Problem, result: SearchResult[Problem], optimizer_slots: float) -> Memory | None:
+    if not isinstance(space, SearchSpace):
+        return None
     configs = result.strategy.for_graph(space.graph)
     memory = strategy_memory(space.graph, configs, space.devices.axis_sizes)
     return replace(memory, optimizer_bytes=int(optimizer_slots * memory.parameter_bytes))

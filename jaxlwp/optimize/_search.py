@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Generic, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlwp.cost import SearchSpace
-from jaxlwp.memory import memory_costs
+from jaxlwp.cost import AnyProblem, Problem
 from jaxlwp.optimize._objective import OBJECTIVES, Objective, PlainSum
 from jaxlwp.solver import (
     Cost,
@@ -24,12 +25,17 @@ from jaxlwp.solver import (
 )
 from jaxlwp.space import Strategy
 
+FORMAT_VERSION = 1
+
 AnySolution = Solution | LimitedSolution | MinMaxSolution
 """What the search under a plain sum, under a memory limit, and of a largest sum gives."""
 
 
+_Searched = TypeVar("_Searched", bound=Problem, covariant=True)
+
+
 @dataclass(frozen=True, kw_only=True)
-class SearchResult:
+class SearchResult(Generic[_Searched]):
     """The strategy found, and the proof.
 
     Attributes:
@@ -44,7 +50,7 @@ class SearchResult:
     strategy: Strategy
     cost: Cost
     solution: AnySolution = field(repr=False)
-    space: SearchSpace = field(repr=False)
+    space: _Searched = field(repr=False)
     objective: Objective = field(default=OBJECTIVES["sum"], repr=False)
 
     @property
@@ -75,9 +81,33 @@ class SearchResult:
             return 1.0
         return max(0.0, 1 - self.space.floor_s / self.value)
 
+    def to_json(self) -> str:
+        """As JSON text.
+
+        Keys: `format_version`, `strategy` (as in strategy files, with what it is predicted to
+        take), `value` (of the objective) and its `unit` ("s" or "bytes"), `optimal`, `gap`, and
+        `baselines` (name -> predicted seconds by cause).
+        """
+        content = {
+            "format_version": FORMAT_VERSION,
+            "strategy": json.loads(self.strategy.to_json()),
+            "value": self.value,
+            "unit": self.objective.unit,
+            "optimal": self.optimal,
+            "gap": self.gap,
+            "baselines": {
+                name: {
+                    cause: seconds if math.isfinite(seconds) else None
+                    for cause, seconds in other.record.predicted_s.items()
+                }
+                for name, other in self.space.baselines().items()
+            },
+        }
+        return json.dumps(content, indent=2, allow_nan=False)
+
 
 def search(
-    space: SearchSpace,
+    space: AnyProblem,
     *,
     objective: str | Objective = "sum",
     method: str = "elimination",
@@ -85,16 +115,16 @@ def search(
     optimizer_slots: float = 1.0,
     time_limit_s: float | None = None,
     work_limit: float | None = None,
-) -> SearchResult:
+) -> SearchResult[AnyProblem]:
     """Find the strategy of least predicted cost.
 
     Args:
-      space: from `price`.
+      space: from `price`, or from a file (`jaxlwp.cost.load_problem`).
       objective: what to make least: "sum" (the paper's), "overlap" (gradients synchronised behind
         the backward pass), "bytes" (sent by a device), "memory" (of a device), or an `Objective`.
       method: "elimination" (exact, fast) or "exhaustive" (the paper's baseline).
       memory_bytes: of one device; only strategies that fit count, by `MemoryTables.estimate`,
-        the sum of `memory_costs`. `parallelize(memory_bytes=...)` also looks at the program.
+        the sum of layers' bytes. `parallelize(memory_bytes=...)` also looks at the program.
       optimizer_slots: of the optimizer, for the memory, as in `price`.
       time_limit_s: after so many seconds the best strategy so far is returned, with its gap.
       work_limit: the same after so much work, as for `solve`: the same result on every machine.
@@ -131,7 +161,7 @@ class Goal:
     @classmethod
     def of(
         cls,
-        space: SearchSpace,
+        space: Problem,
         objective: str | Objective,
         memory_bytes: float | None,
         optimizer_slots: float,
@@ -147,7 +177,7 @@ class Goal:
 
     def solve(
         self,
-        space: SearchSpace,
+        space: Problem,
         *,
         method: str = "elimination",
         time_limit_s: float | None = None,
@@ -166,7 +196,7 @@ class Goal:
             )
         return minimize_max(rows, **limits)
 
-    def result(self, space: SearchSpace, solution: AnySolution) -> SearchResult:
+    def result(self, space: AnyProblem, solution: AnySolution) -> SearchResult[AnyProblem]:
         """The result of a search of the space."""
         return SearchResult(
             strategy=space.strategy("search", solution.choices),
@@ -204,14 +234,14 @@ class _Limit:
 
     @classmethod
     def of(
-        cls, space: SearchSpace, memory_bytes: float | None, optimizer_slots: float
+        cls, space: Problem, memory_bytes: float | None, optimizer_slots: float
     ) -> _Limit | None:
         """The limit of a search, if there is one."""
         if memory_bytes is None:
             return None
         if not memory_bytes > 0:
             raise ValueError(f"memory_bytes is {memory_bytes}: give a positive number of bytes")
-        costs = memory_costs(space.graph, space.configs, space.devices.axis_sizes, optimizer_slots)
+        costs = space.memory_tables(optimizer_slots)
         memory = tuple(
             LayerBytes(
                 held=c.parameter_bytes + c.optimizer_bytes,
@@ -224,7 +254,7 @@ class _Limit:
         names = tuple(layer.name for layer in space.graph.layers)
         return cls(names, memory, costs.copied_bytes, memory_bytes)
 
-    def solve(self, space: SearchSpace, limits: _Limits) -> LimitedSolution:
+    def solve(self, space: Problem, limits: _Limits) -> LimitedSolution:
         """The best strategy that fits; raises MemoryLimitError as `search`."""
         tables = space.tables
         try:

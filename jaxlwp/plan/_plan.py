@@ -17,7 +17,14 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlwp.cost import SearchSpace, check_mesh, layer_configs, price, strategy_collectives
+from jaxlwp.cost import (
+    SearchSpace,
+    check_mesh,
+    layer_configs,
+    need_program,
+    price,
+    strategy_collectives,
+)
 from jaxlwp.devices import DeviceGraph, spans_processes
 from jaxlwp.graph import ComputationGraph, trace
 from jaxlwp.lower import Lowered
@@ -65,7 +72,7 @@ class Plan:
     space: SearchSpace
     strategy: Strategy
     mesh: AnyMesh
-    result: SearchResult | None = None
+    result: SearchResult[SearchSpace] | None = None
     function: Callable[..., Any] | None = field(default=None, repr=False)
     in_tree: Any = field(repr=False)
     out_tree: Any = field(repr=False)
@@ -448,6 +455,27 @@ class Plan:
 
         return plan_html(self)
 
+    def save(self, path: str | Path) -> None:
+        """Write the strategy as a JSON file, with what it is predicted to take here.
+
+        `jaxlwp.Strategy.load` reads it, `parallelize(strategy=...)` takes it. The predictions
+        (seconds by cause, memory) are for people, and for `jaxlwp diff`. Of several processes the
+        first writes.
+
+        Args:
+          path: of the file, such as "strategy.json"; replaced in one step if it is there.
+
+        Raises:
+          OSError: it cannot be written there.
+        """
+        self.recorded.save(path)
+
+    @property
+    def recorded(self) -> Strategy:
+        """The strategy, with what it is predicted to take here on record."""
+        record = self.space.record(self.cost, self.memory.peak_bytes)
+        return dataclasses.replace(self.strategy, record=record)
+
     def report(self, path: str | Path) -> None:
         """Write the plan as one page: the network as a graph, and what is known of each layer.
 
@@ -530,7 +558,7 @@ def bind(
     mesh: AnyMesh,
     arguments: tuple[Any, ...],
     out_tree: Any,
-    result: SearchResult | None = None,
+    result: SearchResult[SearchSpace] | None = None,
     function: Callable[..., Any] | None = None,
     keywords: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -548,8 +576,9 @@ def bind(
       keywords: arguments that are passed by name only, for their structure.
 
     Raises:
-      ValueError: the strategy is for another mesh or model.
+      ValueError: the strategy is for another mesh or model, or the space is a saved problem.
     """
+    need_program("bind", space)
     check_mesh(strategy, {str(name): size for name, size in mesh.shape.items()})
     space.choices(strategy)
     return Plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,9 @@ from jaxlwp.plan._plan import Plan, bind, is_loss, output_shapes, plan_memory
 from jaxlwp.program import Arguments
 from jaxlwp.solver import MemoryLimitError
 from jaxlwp.space import Constraints, Strategy
+
+_CALLER = 3
+"""Frames from here to who calls `parallelize`."""
 
 
 def plan_for(
@@ -134,6 +138,8 @@ def plan_for(
     if isinstance(strategy, Strategy):
         check_mesh(strategy, rated.axis_sizes)
         strategy.for_graph(graph)
+        if other := strategy.unlike(graph):
+            warnings.warn(other, stacklevel=_CALLER)
     space = _priced(
         graph,
         rated,

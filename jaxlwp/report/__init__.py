@@ -2,17 +2,19 @@
 
 `_rows` has what is known of each layer of a plan; `_plan_table` makes a table of it that fits the
 terminal, `_plan_html` one for notebooks, `_page` a page (`page.html`) with the network as a graph.
-`_tables` has all other tables, `_studies` those of systems, `_plot` the pictures. `_files` writes
-files in one step.
+`_problem_text` shows problems and what is found in them, `_diff` sets two strategies beside each
+other; all of these fit by `_widths`. `_tables` has all other tables, `_studies` those of systems,
+`_plot` the pictures.
 
 The reprs of plans and results, and `Plan.report`, import this folder when they are called, and
 nothing else does but the command line.
 """
 
-from jaxlwp.report._files import unwritable, write_file
+from jaxlwp.report._diff import diff_text
 from jaxlwp.report._page import page_data, page_html, save_page
 from jaxlwp.report._plan_html import plan_html
 from jaxlwp.report._plan_table import plan_text
+from jaxlwp.report._problem_text import problem_text, result_text
 from jaxlwp.report._studies import scaling_text, threshold_text
 from jaxlwp.report._tables import (
     alternatives_table,
@@ -30,6 +32,7 @@ __all__ = [
     "alternatives_table",
     "comparison_text",
     "compiled_text",
+    "diff_text",
     "explanation_table",
     "forecast_text",
     "page_data",
@@ -37,12 +40,12 @@ __all__ = [
     "pareto_table",
     "plan_html",
     "plan_text",
+    "problem_text",
     "render",
+    "result_text",
     "save_page",
     "scaling_text",
     "threshold_text",
     "simulation_text",
-    "unwritable",
     "verification_text",
-    "write_file",
 ]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import shutil
 import string
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.cells import cell_len, set_cell_size
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +14,15 @@ from rich.text import Text
 from jaxlwp.mesh import partition_spec
 from jaxlwp.report._rows import LayerRow, layer_rows
 from jaxlwp.report._tables import num_bytes, render, seconds
+from jaxlwp.report._widths import (
+    Cells,
+    fitting,
+    left_out_note,
+    natural_width,
+    table_of,
+    terminal_width,
+    wrapped,
+)
 from jaxlwp.space import Layout
 
 if TYPE_CHECKING:
@@ -25,26 +31,11 @@ if TYPE_CHECKING:
 SHOWN = 300
 """Layers up to which a table has the memory: its prediction takes as long as tracing the step."""
 
-ELSEWHERE = 120
-"""Columns where there is no terminal: files, pipes, notebooks."""
-
-Cells = dict[str, list[str]]
-"""Name of a column -> its cells."""
-
 _SPEC = "output\nPartitionSpec"
 _LEFT_OUT = (_SPEC, "kind", "kept\n/device", "bytes\n/device", "sync\nms", "transfer\nms")
 """Columns in the order in which they are left out, the first three before a name is wrapped."""
-_WRAPPED = ("layer", "config")
-"""Columns whose cells may take several lines."""
-_LEFT = (*_WRAPPED, "kind", _SPEC)
+_LEFT = ("layer", "config", "kind", _SPEC)
 """Columns of words; all others are numbers."""
-_NARROWEST = 16
-"""Columns of the terminal that a layer's name has at least; others are left out before."""
-
-
-def terminal_width() -> int:
-    """Columns of the terminal that is written to, or `ELSEWHERE`."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else ELSEWHERE
 
 
 def plan_text(plan: Plan, width: int | None = None) -> str:
@@ -75,22 +66,15 @@ def plan_table(plan: Plan, width: int) -> tuple[Table, list[str]]:
     rows = layer_rows(plan, memory=shows_memory(plan))
     letters = dict(zip(plan.space.devices.axis_sizes, string.ascii_letters, strict=False))
     cells, notes = _cells(plan, rows, None), [plan_notes(plan)]
-    if _natural(cells) > width:
+    if natural_width(cells) > width:
         cells = _cells(plan, rows, letters)
-        shown = _fitting(cells, width)
-        left_out = [_flat(name) for name in cells if name not in shown]
-        if left_out:
-            notes.append(f"left out at {width} columns: {', '.join(left_out)}")
+        shown = fitting(cells, width, _LEFT_OUT, before_wrapping=3)
+        notes += left_out_note(cells, shown, width)
         if _SPEC in shown:
             legend = ", ".join(f"{letter} is {name}" for name, letter in letters.items())
             notes.append(f"PartitionSpecs: {legend}; - is not split")
-        cells = _wrapped(shown, width)
-    table = Table()
-    for name in cells:
-        table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
-    for row in zip(*cells.values(), strict=True):
-        table.add_row(*map(Text, row))
-    return table, notes
+        cells = wrapped(shown, width)
+    return table_of(cells, _LEFT), notes
 
 
 def _cells(plan: Plan, rows: Sequence[LayerRow], letters: Mapping[str, str] | None) -> Cells:
@@ -137,71 +121,6 @@ def constants_text(plan: Plan) -> str:
     size = sum(math.prod(value.shape) * value.itemsize for value in constants)
     arrays = "1 array" if len(constants) == 1 else f"{len(constants):,} arrays"
     return f"{arrays}, {num_bytes(size)}" if constants else ""
-
-
-# --- widths ------------------------------------------------------------------------------------
-
-
-def _flat(name: str) -> str:
-    """A column's name in one line."""
-    return name.replace("\n/", "/").replace("\n", " ")
-
-
-def _natural(cells: Cells) -> int:
-    """Columns of the terminal that a table takes if no cell is wrapped."""
-    return 3 * len(cells) + 1 + sum(map(_widest, cells, cells.values()))
-
-
-def _widest(name: str, column: Sequence[str]) -> int:
-    return max(cell_len(line) for text in (name, *column) for line in text.split("\n"))
-
-
-def _fitting(cells: Cells, width: int) -> Cells:
-    """The columns that there is room for.
-
-    The first few are left out before anything is wrapped, the others only if names would have
-    too little room else.
-    """
-    kept = dict(cells)
-    for position, name in enumerate(_LEFT_OUT):
-        room = width - _natural(_others(kept)) - 6 - _least_config(kept)
-        wraps = position >= 3 and room >= min(_widest("layer", kept["layer"]), _NARROWEST)
-        if wraps or _natural(kept) <= width:
-            break
-        kept.pop(name, None)
-    return kept
-
-
-def _others(cells: Cells) -> Cells:
-    """The columns that are never wrapped."""
-    return {name: column for name, column in cells.items() if name not in _WRAPPED}
-
-
-def _least_config(cells: Cells) -> int:
-    """Columns of the longest split: a config is wrapped between its splits."""
-    return max(cell_len(word) for text in ("config", *cells["config"]) for word in text.split())
-
-
-def _wrapped(cells: Cells, width: int) -> Cells:
-    """Names in lines that fit what the other columns leave them."""
-    if _natural(cells) <= width:
-        return cells
-    room = width - _natural(_others(cells)) - 6
-    config = min(_widest("config", cells["config"]), max(_least_config(cells), room // 3))
-    layer = max(room - config, 1)
-    names = ["\n".join(_lines(name, layer)) for name in cells["layer"]]
-    return {**cells, "layer": names}
-
-
-def _lines(name: str, width: int) -> list[str]:
-    """A layer's name in lines, broken behind a slash or a dot where that is possible."""
-    lines, rest = [], name
-    while cell_len(rest) > width:
-        head = rest[: max(1, len(set_cell_size(rest, width).rstrip()))]
-        cut = max(head.rfind("/"), head.rfind(".")) + 1 or len(head)
-        lines.append(rest[:cut])
-        rest = rest[cut:]
-    return [*lines, rest]
 
 
 # --- words -------------------------------------------------------------------------------------

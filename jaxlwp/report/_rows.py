@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxlwp.cost import collectives_by_layer
+from jaxlwp.cost import Problem, collectives_by_layer
 from jaxlwp.solver import Cost
-from jaxlwp.space import Collective, Config, Layout
+from jaxlwp.space import Collective, Config, Layout, Strategy
 
 if TYPE_CHECKING:
     from jaxlwp.plan import Plan
@@ -47,11 +47,16 @@ class LayerRow:
 
 
 def layer_costs(plan: Plan) -> list[Cost]:
+    """Predicted seconds of each layer of a plan; see `costs_by_layer`."""
+    return costs_by_layer(plan.space, plan.strategy)
+
+
+def costs_by_layer(space: Problem, strategy: Strategy) -> list[Cost]:
     """Predicted seconds of each layer, transfers on its incoming edges included.
 
-    With what every strategy has of a step (`CostTables.step_s`) they are the plan's cost.
+    With what every strategy has of a step (`CostTables.step_s`) they are the strategy's cost.
     """
-    tables, choices = plan.space.tables, plan.space.choices(plan.strategy)
+    tables, choices = space.tables, space.choices(strategy)
     transfer_s = [float(costs[i]) for costs, i in zip(tables.exchange_s, choices, strict=True)]
     for (source, target), costs in zip(tables.edges, tables.transfer_s, strict=True):
         transfer_s[target] += float(costs[choices[source], choices[target]])
@@ -81,6 +86,7 @@ def layer_rows(plan: Plan, memory: bool = True) -> list[LayerRow]:
         plan.graph, configs, plan.space.devices.axis_sizes
     ):
         moved.setdefault(index, []).append(collective)
+    costs = layer_costs(plan)
     kept = plan.memory.layer_kept_bytes if memory else None
     rows = [
         LayerRow(
@@ -93,7 +99,7 @@ def layer_rows(plan: Plan, memory: bool = True) -> list[LayerRow]:
             collectives=tuple(moved.get(layer.index, ())),
             kept_bytes=kept[layer.index] if kept else None,
         )
-        for layer, config, cost in zip(plan.graph.layers, configs, layer_costs(plan), strict=True)
+        for layer, config, cost in zip(plan.graph.layers, configs, costs, strict=True)
     ]
     return rows + [_outputs(tuple(moved[None]), memory)] if None in moved else rows
 

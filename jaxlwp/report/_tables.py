@@ -14,7 +14,7 @@ from jaxlwp.optimize import search
 
 if TYPE_CHECKING:
     from jaxlwp.check import Comparison, CompiledComparison, Forecast, Traffic, Verification
-    from jaxlwp.cost import SearchSpace
+    from jaxlwp.cost import Problem
     from jaxlwp.optimize import Alternative, Explanation, ParetoCurve
     from jaxlwp.simulate import StepSimulation
 
@@ -132,7 +132,7 @@ def explanation_table(explanation: Explanation) -> Table:
     return table
 
 
-def _alternative_text(alternative: Alternative, space: SearchSpace) -> str:
+def _alternative_text(alternative: Alternative, space: Problem) -> str:
     text = alternative.config.describe(space.devices.axis_sizes)
     return f"{text} (+{seconds(alternative.extra_s)} ms)"
 
@@ -184,19 +184,21 @@ def alternatives_table(
 def pareto_table(curve: ParetoCurve) -> Table:
     """A row per strategy: memory, time, and what the time goes to."""
     fastest_s = curve.points[0].seconds
+    known = curve.points[0].memory is not None
     table = titled_table(
         title="fastest strategies for less and less memory of a device",
         caption="limit, layers: the sum of the layers' bytes, which the search keeps below the "
-        "limit; program: predicted as compiled for GPUs",
+        "limit" + ("; program: predicted as compiled for GPUs" if known else ""),
     )
-    for column in ("limit", "layers", "program", "predicted ms", "slower", "proof"):
+    programs = ("program",) if known else ()
+    for column in ("limit", "layers", *programs, "predicted ms", "slower", "proof"):
         table.add_column(column, justify="right")
     for point in curve.points:
         result = point.result
         table.add_row(
             num_bytes(point.limit_bytes),
             num_bytes(point.estimated_bytes),
-            num_bytes(point.memory.peak_bytes),
+            *(() if point.memory is None else (num_bytes(point.memory.peak_bytes),)),
             seconds(point.seconds),
             f"{point.seconds / fastest_s:.2f}x",
             "optimal" if result.optimal else f"within {result.gap:.1%}",

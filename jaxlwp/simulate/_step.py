@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlwp.check import write_trace
-from jaxlwp.cost import SearchSpace
+from jaxlwp.cost import SearchSpace, need_program
 from jaxlwp.plan import Plan
 from jaxlwp.simulate._engine import Event, Span, last_chain, one_by_one, run
 from jaxlwp.simulate._links import COMMUNICATION, COMPUTE
@@ -146,9 +146,9 @@ def simulate_step(
 
     Raises:
       ValueError: a space without a strategy, a strategy that is not of it or not allowed, a wrong
-        `sums`.
+        `sums`, a saved problem.
     """
-    space = plan.space if isinstance(plan, Plan) else plan
+    space = plan.space if isinstance(plan, Plan) else need_program("simulate_step", plan)
     if sums not in SUMS:
         raise ValueError(f"simulate_step: sums is {sums!r}; give one of {', '.join(SUMS)}")
     chosen = _strategy(plan, strategy)

@@ -2,9 +2,11 @@
 
 Read `_config` first (which mesh axes split which dimension), then `_layout` (where the parts of a
 tensor are), `_moves` (how they get elsewhere), `_exchange` (what that sends), `_strategy` (a config
-for every layer; baselines; JSON) and `_constraints` (what the user forbids).
+for every layer; files of them, by `strategy.schema.json`), `_baselines` (such as data parallelism)
+and `_constraints` (what the user forbids).
 """
 
+from jaxlwp.space._baselines import BASELINES, baseline
 from jaxlwp.space._config import DIMENSIONS, Config, Layout, dimension_order, enumerate_configs
 from jaxlwp.space._constraints import Constraints, Split
 from jaxlwp.space._exchange import (
@@ -24,7 +26,14 @@ from jaxlwp.space._layout import (
     local_shape,
 )
 from jaxlwp.space._moves import plan_moves, plan_options
-from jaxlwp.space._strategy import BASELINES, Strategy, baseline, make_strategy
+from jaxlwp.space._strategy import (
+    Record,
+    Strategy,
+    made_here,
+    make_strategy,
+    read_config,
+    strategy_schema,
+)
 
 __all__ = [
     "BASELINES",
@@ -35,6 +44,7 @@ __all__ = [
     "DIMENSIONS",
     "Layout",
     "Move",
+    "Record",
     "Split",
     "Strategy",
     "baseline",
@@ -46,10 +56,13 @@ __all__ = [
     "even_layout",
     "layout_axes",
     "local_shape",
+    "made_here",
     "make_strategy",
     "move_collectives",
     "move_exchanges",
     "plan_moves",
     "plan_options",
+    "read_config",
+    "strategy_schema",
     "wire_share",
 ]

@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxlwp.graph import ComputationGraph, Layer
+from jaxlwp.graph import LayerOutline, Outlined
 from jaxlwp.space._config import DIMENSIONS, Config
 from jaxlwp.space._layout import degree, even_layout, layout_axes
 
@@ -60,21 +60,22 @@ class Constraints:
                     f"Constraints.{name} is {getattr(self, name)!r}: give a list of names, as in "
                     f"({getattr(self, name)!r},)"
                 )
-        for dimension in (d for _, listed in self._forbidden() for d in listed):
+        for dimension in (d for _, listed in self.forbidden() for d in listed):
             _check_dimension("forbid", dimension)
         for split in self.pin.values():
             if not isinstance(split, Config):
                 for dimension in split:
                     _check_dimension("pin", dimension)
 
-    def _forbidden(self) -> Iterable[tuple[str, Sequence[str]]]:
+    def forbidden(self) -> Iterable[tuple[str, Sequence[str]]]:
+        """Layer names or patterns, each with the dimensions that such layers are not split by."""
         if isinstance(self.forbid, Mapping):
             return self.forbid.items()
         return (("*", self.forbid),)
 
     def apply(
         self,
-        graph: ComputationGraph,
+        graph: Outlined,
         configs: Sequence[Sequence[Config]],
         axis_sizes: Mapping[str, int],
     ) -> tuple[tuple[Config, ...], ...]:
@@ -97,7 +98,7 @@ class Constraints:
                 named = _named(split, graph.layers[n], axis_sizes)
                 possible[n] = tuple(dict.fromkeys((*possible[n], *named)))
                 checks[n].append((text, functools.partial(_has_split, split, axis_sizes)))
-        for pattern, dimensions in self._forbidden():
+        for pattern, dimensions in self.forbidden():
             text = f"forbid {', '.join(dimensions)}"
             for n in _matching(text, pattern, names, "layer") if dimensions else ():
                 checks[n].append((text, functools.partial(_leaves_whole, tuple(dimensions))))
@@ -109,7 +110,10 @@ class Constraints:
         )
 
     def pinned(
-        self, layer: Layer, axis_groups: Sequence[Sequence[str]], axis_sizes: Mapping[str, int]
+        self,
+        layer: LayerOutline,
+        axis_groups: Sequence[Sequence[str]],
+        axis_sizes: Mapping[str, int],
     ) -> list[Config]:
         """The configs with the degrees that a layer is pinned to, none if it is not.
 
@@ -127,16 +131,16 @@ class Constraints:
         return found
 
     def _replicated(
-        self, graph: ComputationGraph, axis_sizes: Mapping[str, int]
+        self, graph: Outlined, axis_sizes: Mapping[str, int]
     ) -> Iterable[tuple[int, str, Callable[[Config], bool]]]:
-        names = graph.argument_names[: graph.num_parameters]
-        values = graph.program.inputs[: graph.num_parameters]
+        parameters = graph.parameters
+        names = [parameter.name for parameter in parameters]
         for pattern in self.replicated:
             for n in _matching(f"replicated {pattern!r}", pattern, names, "parameter"):
-                if values[n] not in graph.owners:
+                owner, labels = parameters[n].layer, parameters[n].labels
+                shape = parameters[n].shape
+                if owner is None:
                     continue  # nothing reads it: it is replicated anyway
-                owner, labels = graph.owners[values[n]]
-                shape = graph.program.values[values[n]].shape
 
                 def whole(
                     config: Config,
@@ -167,7 +171,7 @@ def _matching(place: str, pattern: str, names: Sequence[str], kind: str) -> list
     return found
 
 
-def _named(split: Split, layer: Layer, axis_sizes: Mapping[str, int]) -> tuple[Config, ...]:
+def _named(split: Split, layer: LayerOutline, axis_sizes: Mapping[str, int]) -> tuple[Config, ...]:
     """The config that a split names axis by axis, if the layer can have it.
 
     The space itself holds one order of the axes only.
@@ -248,7 +252,7 @@ def _leaves_whole(dimensions: Sequence[str], config: Config) -> bool:
 
 
 def _kept(
-    layer: Layer,
+    layer: LayerOutline,
     choices: Sequence[Config],
     required: Sequence[tuple[str, Callable[[Config], bool]]],
     axis_sizes: Mapping[str, int],

@@ -18,11 +18,20 @@ def unwritable(path: Path) -> str | None:
     return None
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file in one step: it is complete or as it was before."""
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file in one step: it is complete or as it was before.
+
+    Args:
+      path: the file.
+      content: bytes, or text, which ends in a new line in the file.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    data = content if isinstance(content, bytes) else f"{content}\n".encode()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_bytes(data)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
