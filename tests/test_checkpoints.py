@@ -29,7 +29,7 @@ RATES = jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)
 
 # --- the example, killed and started again -------------------------------------------------------
 
-STEPS = 9
+STEPS = 6
 QUICK = "rates=jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)"
 KILL = """
 import os, re, runpy, signal, sys
@@ -57,11 +57,11 @@ def write_example(folder: Path) -> None:
 
 def run_example(folder: Path, devices: int, event: str, place: str) -> tuple[int, str]:
     """Run it on so many devices, killed when `event` is to happen to a path like `place`."""
-    quick = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    quick = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     quick["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-c", KILL, event, place]
     done = subprocess.run(
-        command, env=os.environ | quick, cwd=folder, capture_output=True, text=True, timeout=300
+        command, env=os.environ | quick, cwd=folder, capture_output=True, text=True, timeout=900
     )
     assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
     assert done.stdout.split()[0] == str(devices)
@@ -107,21 +107,21 @@ def check_same(found: dict[int, list[float]], expected: dict[int, list[float]]) 
 def test_example_goes_on_after_kills_on_fewer_devices(tmp_path: Path) -> None:
     expected, folder = unbroken(tmp_path / "unbroken"), tmp_path / "killed"
     write_example(folder)
-    # All of step 4 is written, and about to be given its name.
-    code, text = run_example(folder, 8, "os.rename", r"checkpoints/4\.orbax-checkpoint-tmp")
+    # All of step 3 is written, and about to be given its name.
+    code, text = run_example(folder, 8, "os.rename", r"checkpoints/3\.orbax-checkpoint-tmp")
     assert code == -signal.SIGKILL
-    assert complete(folder)[-1] == 3 and half_written(folder)
+    assert complete(folder) == [1, 2] and half_written(folder)
     check_same(numbers(text), expected)
-    # Of step 7 there is a folder, and nothing in it.
-    code, text = run_example(folder, 4, "os.mkdir", r"checkpoints/7\.orbax-checkpoint-tmp[^/]*/")
+    # Of step 5 there is a folder, and nothing in it.
+    code, text = run_example(folder, 4, "os.mkdir", r"checkpoints/5\.orbax-checkpoint-tmp[^/]*/")
     assert code == -signal.SIGKILL
-    assert complete(folder)[-1] == 6 and half_written(folder)
-    assert min(numbers(text)) == 4
+    assert complete(folder)[-2:] == [3, 4] and half_written(folder)
+    assert min(numbers(text)) == 3
     check_same(numbers(text), expected)
     code, text = run_example(folder, 2, "never", "")
     assert code == 0
     assert complete(folder) == [STEPS - 1, STEPS] and not half_written(folder)
-    assert sorted(numbers(text)) == [7, 8, 9]
+    assert sorted(numbers(text)) == [5, 6]
     check_same(numbers(text), expected)
 
 
