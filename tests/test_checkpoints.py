@@ -23,6 +23,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import jaxlwp
+from tests.test_readme import blocks
 
 ROOT = Path(__file__).parent.parent
 RATES = jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)
@@ -165,26 +166,42 @@ def make_plan(**kwargs: Any) -> jaxlwp.Plan:
     return jaxlwp.parallelize(loss_fn, SHAPES.params, IMAGES, LABELS, rates=RATES, **kwargs)
 
 
+SAVED, SAVED_NNX = blocks("python", "docs/checkpoints.md")
+
+
+def run_page(block: str, **names: Any) -> dict[str, Any]:
+    """Run lines of the page, with rates and a strategy in place of measurements and a search."""
+    block = block.replace("devices=4", "devices=4, rates=RATES, strategy='data'")
+    exec(compile(block, "checkpoints.md", "exec", dont_inherit=True), names)
+    return names
+
+
+def check_restored(restored: Any, plan: jaxlwp.Plan, state: Any) -> None:
+    """It is the state, bit by bit, where the plan wants it."""
+    placed = plan.place(state)
+    assert jax.tree.structure(restored) == jax.tree.structure(placed)
+    for have, want in zip(*map(jax.tree.leaves, (restored, placed)), strict=True):
+        assert have.sharding == want.sharding and have.dtype == want.dtype
+        if jnp.issubdtype(have.dtype, jax.dtypes.prng_key):
+            have, want = jax.random.key_data(have), jax.random.key_data(want)
+        np.testing.assert_array_equal(have, want)
+
+
 def test_restored_under_other_plans(tmp_path: Path) -> None:
     first = make_plan(strategy="model", devices=8)
     state = first.place(init(jax.random.key(0)).replace(step=jnp.int32(7)))
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt_state))
-    with ocp.CheckpointManager(tmp_path) as checkpoints:
-        checkpoints.save(7, args=ocp.args.StandardSave(state))
-        checkpoints.wait_until_finished()
-        for strategy, devices in (("data", 8), ("model", 4), ("spatial", 2), ("model", 1)):
-            plan = make_plan(strategy=strategy, devices=devices)
-            wanted = plan.abstract_state(SHAPES)
-            assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(wanted))
-            restored = checkpoints.restore(7, args=ocp.args.StandardRestore(wanted))
-            placed = plan.place(state)
-            assert jax.tree.structure(restored) == jax.tree.structure(placed)
-            for have, want in zip(*map(jax.tree.leaves, (restored, placed)), strict=True):
-                assert have.sharding == want.sharding and have.dtype == want.dtype
-                np.testing.assert_array_equal(*(
-                    jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-                    for x in (have, want)
-                ))  # fmt: skip
+    names = {"jaxlwp": jaxlwp, "RATES": RATES, "loss_fn": loss_fn, "batch": (IMAGES, LABELS)}
+    names = run_page(SAVED, folder=tmp_path, step=7, state=state, shapes=SHAPES, **names)
+    check_restored(names["restored"], names["fewer"], state)
+    assert names["fewer"].mesh.size == 4
+    for strategy, devices in (("spatial", 2), ("model", 1)):
+        plan = make_plan(strategy=strategy, devices=devices)
+        wanted = plan.abstract_state(SHAPES)
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(wanted))
+        restored = names["checkpoints"].restore(7, args=ocp.args.StandardRestore(wanted))
+        check_restored(restored, plan, state)
+    names["checkpoints"].close()
 
 
 def test_abstract_state_of_arrays_and_of_nnx(tmp_path: Path) -> None:
@@ -206,12 +223,9 @@ def test_abstract_state_of_arrays_and_of_nnx(tmp_path: Path) -> None:
     own, given = (jax.tree.leaves(plans[0].abstract_state(s)) for s in (made, shapes))
     assert [(leaf.shape, leaf.sharding) for leaf in own] == [(s.shape, s.sharding) for s in given]
     made[0](x)  # draws: the count is part of what is saved
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", nnx.state(made))
-        checkpointer.wait_until_finished()
-        wanted = plans[1].abstract_state(nnx.state(shapes))
-        restored = checkpointer.restore(tmp_path / "state", wanted)
-    model, optimizer = nnx.merge(nnx.graphdef(shapes), restored)
+    names = {"nnx": nnx, "ocp": ocp, "create": create, "pair": made, "fewer": plans[1]}
+    names = run_page(SAVED_NNX, folder=tmp_path, **names)
+    model, optimizer = names["model"], names["optimizer"]
     for kernel in (model.layers[0].kernel, optimizer.opt_state[0].mu["layers"][0]["kernel"]):
         assert kernel[...].sharding.shard_shape((12, 16)) == (12, 8)
     np.testing.assert_allclose(plans[1](model, x), loss(made[0], x), rtol=1e-5)
