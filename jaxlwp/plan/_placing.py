@@ -76,6 +76,26 @@ def check_share(name: str, array: Any, shape: Sequence[int], sharding: NamedShar
         )
 
 
+def leaf_type(path: Sequence[Any], leaf: Any) -> Any:
+    """Shape and dtype of a leaf of a training state.
+
+    Args:
+      path: of the leaf.
+      leaf: an array, a number, or the shape of an array.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    try:
+        return jax.typeof(leaf)
+    except TypeError:
+        raise TypeError(
+            f"training state: state{jax.tree_util.keystr(tuple(path))} is a "
+            f"{type(leaf).__name__}, which has no place on devices; pass arrays, numbers or their "
+            "shapes, and keep all else out of the pytree"
+        ) from None
+
+
 def check_leaves(leaves: Sequence[tuple[Any, Any]], mesh: Mesh) -> None:
     """Check that the leaves of a training state are the same in all processes, by digest.
 

@@ -38,7 +38,7 @@ from jaxlwp.mesh import (
     placed,
 )
 from jaxlwp.optimize import SearchResult, search
-from jaxlwp.plan._placing import check_leaves, check_share, local_box, put_share
+from jaxlwp.plan._placing import check_leaves, check_share, leaf_type, local_box, put_share
 from jaxlwp.program import Arguments, Value, canonical
 from jaxlwp.solver import Cost
 from jaxlwp.space import BASELINES, Collective, Layout, Strategy
@@ -296,6 +296,7 @@ class Plan:
 
         Raises:
           ValueError: the plan's devices are not there, or a leaf differs between processes.
+          TypeError: a leaf is no array or number.
         """
         mesh = need_devices("place", self.mesh)
         leaves, tree = jax.tree_util.tree_flatten_with_path(state)
@@ -321,8 +322,39 @@ class Plan:
 
         Args:
           state: as for `place`; or its shapes.
+
+        Raises:
+          TypeError: a leaf is no array or number, nor the shape of one.
         """
         return jax.tree_util.tree_map_with_path(self.sharding_for, state)
+
+    def abstract_state(self, state: Any) -> Any:
+        """What to restore a checkpoint into: a state's shapes, on the devices that `place` puts it.
+
+        No array is made. The checkpoint may be of another plan, on more devices or fewer; orbax
+        reads on each device its part alone:
+
+            wanted = plan.abstract_state(jax.eval_shape(init, key))
+            state = checkpoints.restore(step, args=ocp.args.StandardRestore(wanted))
+
+        Args:
+          state: as for `place`; or its shapes. Random keys and step counts are leaves like others.
+
+        Returns:
+          The same pytree, its leaves `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+          ValueError: the plan's devices are not there.
+          TypeError: a leaf is no array or number, nor the shape of one.
+        """
+        need_devices("abstract_state", self.mesh)
+
+        def abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+            given = leaf_type(path, leaf)
+            sharding = self.sharding_for(path, leaf)
+            return jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=sharding)
+
+        return jax.tree_util.tree_map_with_path(abstract, state)
 
     @functools.cached_property
     def local_batch(self) -> tuple[Any, ...]:
@@ -407,7 +439,7 @@ class Plan:
     def sharding_for(self, path: Sequence[Any], leaf: Any) -> NamedSharding:
         """Sharding of a leaf of a training state: that of the argument's leaf it stands for."""
         keys = tuple(_key(entry) for entry in path)
-        shape = tuple(jax.typeof(leaf).shape)
+        shape = tuple(leaf_type(path, leaf).shape)
         best = max(
             (
                 (len(suffix), sharding)

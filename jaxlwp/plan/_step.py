@@ -94,7 +94,7 @@ def lower_step(
         updates, slots = optimizer.update(gradients, slots, params)
         return (optax.apply_updates(params, updates), slots), value
 
-    shardings = jax.tree_util.tree_map_with_path(plan.sharding_for, state)
+    shardings = plan.state_shardings(state)
     jitted = jax.jit(
         step,
         donate_argnums=0,
