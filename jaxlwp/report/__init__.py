@@ -2,8 +2,8 @@
 
 `_rows` has what is known of each layer of a plan; `_plan_table` makes a table of it that fits the
 terminal, `_plan_html` one for notebooks, `_page` a page (`page.html`) with the network as a graph.
-`_tables` has all other tables, `_studies` those of systems, `_plot` the pictures. `_files` writes
-files in one step.
+`_tables` has all other tables, `_studies` those of systems. `_plot` and `_plot_plan` are the
+matplotlib figures (`_figure` has their colours). `_files` writes files in one step.
 
 The reprs of plans and results, and `Plan.report`, import this folder when they are called, and
 nothing else does but the command line.
@@ -13,6 +13,8 @@ from jaxlwp.report._files import unwritable, write_file
 from jaxlwp.report._page import page_data, page_html, save_page
 from jaxlwp.report._plan_html import plan_html
 from jaxlwp.report._plan_table import plan_text
+from jaxlwp.report._plot import plot_comparison, plot_pareto, plot_scaling, plot_threshold
+from jaxlwp.report._plot_plan import plot_plan
 from jaxlwp.report._studies import scaling_text, threshold_text
 from jaxlwp.report._tables import (
     alternatives_table,
@@ -37,6 +39,11 @@ __all__ = [
     "pareto_table",
     "plan_html",
     "plan_text",
+    "plot_comparison",
+    "plot_pareto",
+    "plot_plan",
+    "plot_scaling",
+    "plot_threshold",
     "render",
     "save_page",
     "scaling_text",
