@@ -105,7 +105,7 @@ def test_one_device() -> None:
     assert "loss" in figure.get_suptitle()
 
 
-def test_comparison_has_a_row_per_strategy() -> None:
+def comparison() -> Comparison:
     results = [
         StrategyResult(
             strategy=name,
@@ -119,7 +119,7 @@ def test_comparison_has_a_row_per_strategy() -> None:
         )
         for name in ("search", "data")
     ]
-    comparison = Comparison(
+    return Comparison(
         model="net",
         batch=32,
         devices=device_graph(make_mesh(jax.devices()[:1]), rates=RATES),
@@ -128,7 +128,10 @@ def test_comparison_has_a_row_per_strategy() -> None:
         date="2025-01-01T00:00:00+00:00",
         results=tuple(results),
     )
-    figure = plot_comparison(comparison)
+
+
+def test_comparison_has_a_row_per_strategy() -> None:
+    figure = plot_comparison(comparison())
     lines = _lines(figure)
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["search", "data"]
@@ -214,20 +217,23 @@ def test_efficiency_against_devices() -> None:
         plot_scaling(_scaling(), value=cast(Any, "speed"))
 
 
-@pytest.mark.parametrize(("what", "scale"), [("links", 1e9), ("batch", 1.0)])
-def test_thresholds(what: str, scale: float) -> None:
+def threshold(what: str, scale: float) -> Threshold:
     samples = [
         Sample(value=value * scale, found_s=0.5, other_s=other_s)
         for value, other_s in ((1.0, 2.0), (4.0, 0.75), (16.0, 0.5))
     ]
-    threshold = Threshold(
+    return Threshold(
         what=what,
         against="data",
         within=0.01,
         now=4e9 if what == "links" else None,
         samples=tuple(samples),
     )
-    figure = plot_threshold(threshold, name="net on two hosts")
+
+
+@pytest.mark.parametrize(("what", "scale"), [("links", 1e9), ("batch", 1.0)])
+def test_thresholds(what: str, scale: float) -> None:
+    figure = plot_threshold(threshold(what, scale), name="net on two hosts")
     lines = _lines(figure)
     assert lines["found"] == ([1, 4, 16], [500, 500, 500])
     assert lines["data"] == ([1, 4, 16], [2000, 750, 500])
