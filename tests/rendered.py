@@ -84,7 +84,7 @@ def main(folder: str, *notebooks: str) -> None:
         path, start = Path(given), time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
         resources = {"metadata": {"path": str(path.parent)}}
-        NotebookClient(notebook, timeout=600, allow_errors=True, resources=resources).execute()
+        NotebookClient(notebook, timeout=3600, allow_errors=True, resources=resources).execute()
         taken_s = time.perf_counter() - start
         target = Path(folder) / f"{path.stem}.html"
         target.parent.mkdir(parents=True, exist_ok=True)
