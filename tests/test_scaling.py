@@ -41,6 +41,11 @@ def systems(*hosts: int) -> list[Any]:
     return [preset("dgx-a100", hosts=count, gpus=4) for count in hosts]
 
 
+def test_strategies_asked_for() -> None:
+    study = scaling(workload, systems(1), batch=64, strategies=("data",))
+    assert [each.strategy for each in study.points[0].outcomes] == ["found", "data"]
+
+
 @pytest.mark.parametrize("weak", [True, False])
 def test_points_are_those_of_plans(weak: bool) -> None:
     study = scaling(workload, systems(1, 2), batch=64, weak=weak)
@@ -120,6 +125,7 @@ def test_more_examples_of_a_gpu_favour_data_parallelism() -> None:
         (lambda: scaling(workload, [], batch=8), "no systems"),
         (lambda: scaling(workload, [preset("h100"), preset("a100")], batch=8), "one GPU model"),
         (lambda: scaling(workload, systems(1), batch=0), "batch: 0"),
+        (lambda: scaling(workload, systems(1), batch=8, strategies=("dat",)), "dat given"),
         (lambda: link_threshold(workload, preset("a100", gpus=1), batch=8), "no links"),
         (lambda: batch_threshold(workload, preset("a100", gpus=2), against="best"), "'best'"),
     ],

@@ -1,142 +1,275 @@
-"""Pictures: what a plan splits, and how a comparison came out. Needs matplotlib.
+"""Figures of results: scaling, thresholds, time against memory, predicted against measured.
 
-Core code never imports this module, and this module imports matplotlib only where it draws.
+They need matplotlib (the extra `jaxlwp[plot]`), which is imported where something is drawn.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
-from jaxlwp.report._rows import layer_costs
+from jaxlwp.check import CompiledComparison
 from jaxlwp.report._tables import seconds
-from jaxlwp.solver import Cost
-from jaxlwp.space import DIMENSIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from jaxlwp.check import Comparison
-    from jaxlwp.plan import Plan
-
-# Colours of Okabe and Ito, which the colour-blind can tell apart.
-_COLOURS = dict(
-    zip(
-        DIMENSIONS,
-        ("#56B4E9", "#D55E00", "#009E73", "#E69F00", "#F0E442", "#CC79A7", "#0072B2"),
-        strict=True,
-    )
-)
-_DARK = ("#D55E00", "#009E73", "#0072B2")
-_OTHER = "#999999"
-_IDLE = "#EEEEEE"
-_CAUSES = {"compute": "#4C72B0", "transfer": "#DD8452", "sync": "#C44E52"}
+    from jaxlwp.optimize import ParetoCurve
+    from jaxlwp.simulate import Scaling, Threshold
 
 
-def plot_plan(plan: Plan) -> tuple[Figure, tuple[Axes, Axes]]:
-    """A row per layer: left how it is split, right its predicted milliseconds by cause.
+def need_matplotlib(function: str) -> None:
+    """Check that there is something to draw with.
 
-    Left, a full row is all devices: a segment is a split dimension with its degree, as long as
-    the logarithm of the degree; the rest of the row is replicated.
+    Raises:
+      ImportError: there is not.
     """
-    import matplotlib.pyplot as plt
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            f"{function}: matplotlib is not installed; it comes with the extra plot: "
+            "pip install 'jaxlwp[plot]'"
+        )
 
-    layers = plan.graph.layers
-    figure, (splits, times) = plt.subplots(
-        ncols=2,
-        sharey=True,
-        figsize=(11, 1.6 + 0.34 * len(layers)),
-        width_ratios=(3, 2),
-        layout="constrained",
+
+def plot_scaling(
+    scaling: Scaling,
+    *,
+    value: Literal["throughput", "efficiency"] = "throughput",
+    ax: Axes | None = None,
+) -> Figure:
+    """Throughput, or efficiency, against devices: a line per strategy.
+
+    A hollow marker is a strategy that does not fit into a GPU's memory; the dashed line is what
+    as many single GPUs do, each on its own.
+
+    Args:
+      scaling: from `jaxlwp.simulate.scaling`.
+      value: "throughput" is examples per second, both axes logarithmic; "efficiency" is in
+        percent of the dashed line.
+      ax: axes to draw on; a new figure by default.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: another value.
+      ImportError: matplotlib is not installed: it comes with the extra `jaxlwp[plot]`.
+    """
+    if value not in ("throughput", "efficiency"):
+        raise ValueError(f"plot_scaling: value is {value!r}; give 'throughput' or 'efficiency'")
+    need_matplotlib("plot_scaling")
+    from jaxlwp.report import _figure as made
+
+    figure, axes = made.drawing(ax, (6.4, 4.0))
+    fast = value == "throughput"
+    points = sorted(scaling.points, key=lambda point: point.devices)
+    counts = [point.devices for point in points]
+    ideal = [100.0 for _ in points]
+    if fast:  # efficiency is of this
+        ideal = [p.outcomes[0].examples_per_s / p.outcomes[0].efficiency for p in points]
+    axes.plot(counts, ideal, "--", color="black", linewidth=1, label="as many single GPUs")
+    for name in dict.fromkeys(each.strategy for point in points for each in point.outcomes):
+        drawn = [(p.devices, e) for p in points for e in p.outcomes if e.strategy == name]
+        heights = [e.examples_per_s if fast else 100 * e.efficiency for _, e in drawn]
+        fits = [e.fits for _, e in drawn]
+        _line(axes, made.style(name), name, [n for n, _ in drawn], heights, fits)
+    made.ticks_at(axes, sorted(set(counts)))
+    if fast:
+        axes.set_yscale("log")
+        made.plain_log(axes.yaxis)
+    else:
+        axes.set_ylim(bottom=0)
+    weak = f"batch {points[0].batch // points[0].devices} a GPU (weak scaling)"
+    batch = weak if scaling.weak else f"batch {points[0].batch} in all (strong scaling)"
+    title = f"{scaling.model} on {scaling.gpu}, {batch}, predicted"
+    made.finish(axes, title, "GPUs", "examples per second" if fast else "efficiency, %")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _line(
+    axes: Axes,
+    style: tuple[str, str],
+    label: str,
+    x: Sequence[float],
+    y: Sequence[float],
+    full: Sequence[bool],
+) -> None:
+    """A line with a marker for each point, hollow where `full` is False."""
+    colour, marker = style
+    drawn = axes.plot(x, y, marker=marker, color=colour, label=label)[0]
+    drawn.set_markevery([n for n, fits in enumerate(full) if fits])
+    if not all(full):
+        hollow = [(a, b) for a, b, fits in zip(x, y, full, strict=True) if not fits]
+        axes.plot(
+            *zip(*hollow, strict=True),
+            marker,
+            color=colour,
+            markerfacecolor="white",
+            label=f"{label}: does not fit",
+        )
+
+
+def plot_threshold(threshold: Threshold, *, name: str = "", ax: Axes | None = None) -> Figure:
+    """Steps of the strategy found and of a baseline, against link rates or batches.
+
+    A dashed line is the threshold, from which on the baseline is as good; a dotted one the rate
+    that the system has.
+
+    Args:
+      threshold: from `jaxlwp.simulate.link_threshold` or `batch_threshold`.
+      name: of the network and the system, for the title.
+      ax: axes to draw on; a new figure by default.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ImportError: matplotlib is not installed: it comes with the extra `jaxlwp[plot]`.
+    """
+    need_matplotlib("plot_threshold")
+    from jaxlwp.report import _figure as made
+
+    figure, axes = made.drawing(ax, (6.4, 4.0))
+    links = threshold.what == "links"
+    scale = 1e-9 if links else 1.0
+    unit = "GB/s" if links else "examples"
+    values = [sample.value * scale for sample in threshold.samples]
+    for strategy, part in (("found", "found_s"), (threshold.against, "other_s")):
+        taken_ms = [1e3 * getattr(sample, part) for sample in threshold.samples]
+        _line(axes, made.style(strategy), strategy, values, taken_ms, [True] * len(values))
+    if threshold.value is not None:
+        value = threshold.value * scale
+        label = f"as good from {value:.3g} {unit} on"
+        axes.axvline(value, linestyle="--", color="black", linewidth=1, label=label)
+    if threshold.now is not None:
+        now = threshold.now * scale
+        axes.axvline(now, linestyle=":", color="black", label=f"what there is, {now:.3g} {unit}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        made.plain_log(axis)
+    head = f"{name}: " if name else ""
+    title = f"{head}found and {threshold.against}, predicted"
+    x = "GB/s of a GPU over the slowest links" if links else "examples of a GPU"
+    made.finish(axes, title, x, "milliseconds a step")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_pareto(curve: ParetoCurve, *, name: str = "", ax: Axes | None = None) -> Figure:
+    """Time against memory: the fastest strategies for less and less memory of a device.
+
+    The line is the least time under a limit of memory, by the sum of the layers' bytes that the
+    search keeps below it; diamonds are the same strategies by the memory of their programs.
+
+    Args:
+      curve: from `jaxlwp.pareto`.
+      name: of the network, for the title.
+      ax: axes to draw on; a new figure by default.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ImportError: matplotlib is not installed: it comes with the extra `jaxlwp[plot]`.
+    """
+    need_matplotlib("plot_pareto")
+    from jaxlwp.report import _figure as made
+
+    figure, axes = made.drawing(ax, (6.4, 4.0))
+    points = sorted(curve.points, key=lambda point: point.estimated_bytes)
+    times_ms = [1e3 * point.seconds for point in points]
+    axes.plot(
+        [point.estimated_bytes / 1e9 for point in points],
+        times_ms,
+        drawstyle="steps-post",  # between two limits the strategy of the lower one is the best
+        marker="o",
+        color=made.BLUE,
+        label="by layers, what the search limits",
     )
-    _draw_splits(splits, plan)
-    _draw_times(times, layer_costs(plan))
-    splits.set_yticks(range(len(layers)), [layer.name for layer in layers])
-    splits.set_ylim(len(layers) - 0.5, -0.5)  # the first layer on top
-    times.tick_params(axis="y", left=False)
-    figure.suptitle(
-        f"strategy {plan.strategy.name} on {plan.space.devices.num_devices} devices: "
-        f"{seconds(plan.cost.total_s)} ms a step predicted"
+    axes.plot(
+        [point.memory.peak_bytes / 1e9 for point in points],
+        times_ms,
+        "D",
+        color=made.RED,
+        markerfacecolor="none",
+        label="by the program, as compiled for GPUs",
     )
-    return figure, (splits, times)
+    devices = points[0].result.space.devices
+    head = f"{name} on " if name else ""
+    title = f"{head}{devices.num_devices} x {devices.device_kind}: time against memory, predicted"
+    made.finish(axes, title, "GB of a device", "milliseconds a step")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
-def _draw_splits(axes: Axes, plan: Plan) -> None:
-    sizes, devices = plan.space.devices.axis_sizes, plan.space.devices.num_devices
-    full = math.log2(devices) or 1.0
-    for row, config in enumerate(plan.strategy.for_graph(plan.graph)):
-        axes.barh(row, full, color=_IDLE, height=0.8)
-        left = 0.0
-        for dimension, names in config.splits:
-            degree = math.prod(sizes[name] for name in names)
-            width = math.log2(degree)
-            if degree == 1:  # a mesh of one device
-                continue
-            colour = _COLOURS.get(dimension, _OTHER)
-            axes.barh(row, width, left=left, color=colour, edgecolor="white", height=0.8)
-            ink = "white" if colour in _DARK else "black"
-            _label(axes, row, left + width / 2, f"{dimension} {degree}", ink)
-            left += width
-        if left == 0:
-            _label(axes, row, full / 2, "replicated", "black")
-    axes.set_xlim(0, full)
-    axes.set_xticks([])
-    axes.set_title("split (the full width is all devices)", fontsize=10)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(axis="y", left=False)
+def plot_comparison(
+    comparison: Comparison | CompiledComparison, *, ax: Axes | None = None
+) -> Figure:
+    """Predicted against measured: a row per strategy, milliseconds a step, logarithmic.
 
+    Measured steps have their median, and a bar from the fastest to the slowest. Of a comparison
+    of compiled programs it is their forecast.
 
-def _label(axes: Axes, row: int, middle: float, text: str, colour: str) -> None:
-    axes.text(middle, row, text, ha="center", va="center", fontsize=8, color=colour)
+    Args:
+      comparison: from `jaxlwp.compare`, or `jaxlwp.check.compare_compiled`.
+      ax: axes to draw on; a new figure by default.
 
+    Returns:
+      The figure.
 
-def _draw_times(axes: Axes, costs: list[Cost]) -> None:
-    left = [0.0] * len(costs)
-    for cause, colour in _CAUSES.items():
-        values_ms = [getattr(cost, f"{cause}_s") * 1e3 for cost in costs]
-        axes.barh(range(len(costs)), values_ms, left=left, color=colour, label=cause)
-        left = [start + value for start, value in zip(left, values_ms, strict=True)]
-    axes.set_xlabel("predicted ms")
-    axes.legend(loc="best", frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def plot_comparison(comparison: Comparison) -> tuple[Figure, Axes]:
-    """A row per strategy: milliseconds a step, predicted, and measured from fastest to slowest."""
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter
+    Raises:
+      ImportError: matplotlib is not installed: it comes with the extra `jaxlwp[plot]`.
+    """
+    need_matplotlib("plot_comparison")
+    from jaxlwp.report import _figure as made
 
     results = comparison.results
     rows = range(len(results))
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.45 * len(results)), layout="constrained")
-    measured_ms = [result.measured_s * 1e3 for result in results]
+    figure, axes = made.drawing(ax, (8, 1.4 + 0.45 * len(results)))
+    if isinstance(comparison, CompiledComparison):
+        taken_s = [result.forecast_s for result in comparison.results]
+        what = "forecast of the compiled step"
+        title = f"{comparison.model}, {comparison.num_devices} devices of {comparison.system}"
+    else:
+        taken_s = [result.measured_s for result in comparison.results]
+        what = "measured, median"
+        _draw_rounds(axes, comparison, made.BLUE)
+        devices = comparison.devices
+        title = (
+            f"{comparison.model}, batch {comparison.batch}, "
+            f"{devices.num_devices} x {devices.device_kind}"
+        )
+    axes.plot([1e3 * s for s in taken_s], rows, "o", color=made.BLUE, label=what)
+    known = [n for n in rows if results[n].predicted_s is not None]  # plain JAX has none
+    predicted_ms = [1e3 * (results[n].predicted_s or 0.0) for n in known]
+    axes.plot(predicted_ms, known, "D", color="black", fillstyle="none", label="predicted")
+    for row, value_s in enumerate(taken_s):
+        axes.text(1e3 * value_s, row - 0.3, seconds(value_s), ha="center", va="center", fontsize=8)
+    axes.set_yticks(rows, [result.strategy for result in results])
+    axes.set_ylim(len(results) - 0.5, -0.7)  # the first strategy on top
+    axes.set_xscale("log")
+    made.plain_log(axes.xaxis)
+    made.finish(axes, title, "milliseconds a step, logarithmic", "strategy")
+    if ax is None:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    else:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_rounds(axes: Axes, comparison: Comparison, colour: str) -> None:
+    """A bar for each strategy, from its fastest step to its slowest."""
     axes.hlines(
-        rows,
-        [min(result.times_s) * 1e3 for result in results],
-        [max(result.times_s) * 1e3 for result in results],
-        color=_CAUSES["compute"],
+        range(len(comparison.results)),
+        [1e3 * min(result.times_s) for result in comparison.results],
+        [1e3 * max(result.times_s) for result in comparison.results],
+        color=colour,
         alpha=0.4,
         linewidth=6,
         label="measured, all rounds",
     )
-    axes.plot(measured_ms, rows, "o", color=_CAUSES["compute"], label="measured, median")
-    predicted_ms = [result.predicted_s * 1e3 for result in results]
-    axes.plot(predicted_ms, rows, "D", color="#777777", fillstyle="none", label="predicted")
-    for row, result in zip(rows, results, strict=True):
-        place = (measured_ms[row], row - 0.3)
-        axes.text(*place, seconds(result.measured_s), ha="center", va="center", fontsize=8)
-    axes.set_yticks(rows, [result.strategy for result in results])
-    axes.set_ylim(len(results) - 0.5, -0.7)  # the first strategy on top
-    axes.set_xscale("log")
-    for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        set_formatter(LogFormatter(minor_thresholds=(1.2, 0.4)))
-    axes.set_xlabel("milliseconds a step, logarithmic")
-    axes.set_title(
-        f"{comparison.model}, batch {comparison.batch}, "
-        f"{comparison.devices.num_devices} x {comparison.devices.device_kind}",
-        fontsize=10,
-    )
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes

@@ -12,6 +12,7 @@ from jaxlwp.devices import System
 from jaxlwp.plan import MEMORY_MARGIN, OPTIMIZER, Plan, baselines, plan_for, plan_memory
 from jaxlwp.program import canonical
 from jaxlwp.solver import MemoryLimitError
+from jaxlwp.space import BASELINES
 
 Workload = Callable[[int], tuple[Callable[..., Any], Any, tuple[Any, ...]]]
 """From the examples of a batch to (loss_fn, params, batch), called as loss_fn(params, *batch);
@@ -130,6 +131,7 @@ def scaling(
     *,
     batch: int,
     weak: bool = True,
+    strategies: Sequence[str] = BASELINES,
     name: str | None = None,
     optimizer: Any = None,
     sum_dtype: Any = None,
@@ -142,6 +144,7 @@ def scaling(
       systems: as in `[preset("dgx-a100", hosts=n) for n in (1, 2, 4, 8)]`, of one GPU model.
       batch: examples for each GPU if `weak`, else in all.
       weak: the batch grows with the system (weak scaling); False keeps it (strong scaling).
+      strategies: names of the baselines to set beside it; all by default.
       name: of the network, for the report; the workload's by default.
       optimizer: the optax transformation of the step; SGD with momentum by default.
       sum_dtype: as for `parallelize`.
@@ -152,9 +155,10 @@ def scaling(
       if that is possible, and of the baselines.
 
     Raises:
-      ValueError: no systems or several GPU models, a batch below 1, a model that cannot be traced.
+      ValueError: no systems or several GPU models, a batch below 1, an unknown baseline, a model
+        that cannot be traced.
     """
-    _check(systems, batch)
+    _check(systems, batch, strategies)
     progress = on_progress or silent
     options: dict[str, Any] = {"optimizer": optimizer, "sum_dtype": sum_dtype}
     gpu = systems[0].gpu
@@ -167,7 +171,7 @@ def scaling(
         progress("planning", number + 1, len(systems) + 1)
         examples = batch * system.num_devices if weak else batch
         found = _within_memory(workload, system, examples, **options)
-        plans = {FOUND: found} | baselines(found)
+        plans = {FOUND: found} | baselines(found, strategies)
         points.append(
             Point(
                 system=str(system),
@@ -191,7 +195,7 @@ def scaling(
     )
 
 
-def _check(systems: Sequence[System], batch: int) -> None:
+def _check(systems: Sequence[System], batch: int, strategies: Sequence[str]) -> None:
     if not systems:
         raise ValueError("scaling: no systems are given; give one for each number of hosts")
     names = {system.gpu.name for system in systems}
@@ -202,6 +206,11 @@ def _check(systems: Sequence[System], batch: int) -> None:
         )
     if batch < 1:
         raise ValueError(f"batch: {batch} given; give a number of examples of at least 1")
+    unknown = [name for name in strategies if name not in BASELINES]
+    if unknown:
+        raise ValueError(
+            f"strategies: {', '.join(unknown)} given; give names of {', '.join(BASELINES)}"
+        )
 
 
 def one_gpu(system: System) -> System:
