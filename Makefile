@@ -14,11 +14,13 @@ AOT_VENV := .venv-gpu-aot
 AOT_READY := $(AOT_VENV)/.installed
 AOT12_VENV := .venv-gpu-aot-cuda12
 AOT12_READY := $(AOT12_VENV)/.installed
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all test-newest test-gpu-aot lint graph format demo notebook \
+.PHONY: help venv test test-all test-newest test-gpu-aot lint graph format demo notebook docs picture \
 	bench-search bench-space bench-compile bench-compare bench-memory bench-costs bench-gpu \
 	bench-truth bench-cluster cluster-test gpu-check paper fuzz clean
 
@@ -106,6 +108,24 @@ notebook: $(READY)  ## Execute the notebooks; an error in a cell fails
 	@$(if $(NOTEBOOKS),,echo "no notebooks")
 	$(foreach nb,$(NOTEBOOKS),PYTHONPATH="$(CURDIR)" $(BIN)/jupyter execute --timeout=600 "$(nb)" &&) true
 
+# Without jaxlwp: the pages are made from its sources.
+$(DOCS_READY): pyproject.toml
+	@echo "Installing into $(DOCS_VENV) (a minute the first time)"
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["docs"], sep="\n")' > $(DOCS_VENV)/requirements.txt
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r $(DOCS_VENV)/requirements.txt
+	@touch $@
+
+docs: $(DOCS_READY)  ## Build the documentation into site/, warnings as errors, and look at it in Chromium
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS_VENV)/bin:$$PATH" \
+		$(DOCS_VENV)/bin/mkdocs build --strict
+	$(DOCS_VENV)/bin/python -m tests.site
+
+picture: $(READY)  ## Draw the plan in the README again (Chromium)
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.picture
+
 SEEDS ?= 0:100
 fuzz: $(READY)  ## Check random programs under random strategies; SEEDS=first:stop
 	$(BIN)/python -m tests.fuzz --seeds $(SEEDS) --workers $(WORKERS) \
@@ -156,5 +176,5 @@ bench-memory: $(AOT_READY)  ## Compare predicted memory with what is compiled fo
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.memory --limits
 
 clean:  ## Remove the environment and all caches
-	rm -rf $(VENV) $(AOT_VENV) $(AOT12_VENV) $(NEWEST_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AOT_VENV) $(AOT12_VENV) $(NEWEST_VENV) $(DOCS_VENV) site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

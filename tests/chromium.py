@@ -51,7 +51,11 @@ class Page:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.resize(width, height)
-        self.call("Page.navigate", url=path.absolute().as_uri() + fragment)
+        self.navigate(path.absolute().as_uri() + fragment)
+
+    def navigate(self, address: str) -> None:
+        """Go on to an address in the same window, and wait until it has loaded."""
+        self.call("Page.navigate", url=address)
         self._read(lambda message: message.get("method") == "Page.loadEventFired")
 
     def resize(self, width: int, height: int, dark: bool = False) -> None:

@@ -118,6 +118,21 @@ def _aot(test: Any) -> Any:
 
 
 @_aot
+def test_the_page_compares_for_gpus_that_are_not_there() -> None:
+    """The second program of docs/forecast.md, for two GPUs."""
+    page = (Path(__file__).parent.parent / "docs" / "forecast.md").read_text()
+    program = page.split("```python\n")[2].split("```")[0].replace("h200:8", "h200:2")
+    params, *batch = _arguments()
+    names: dict[str, Any] = {"jaxlwp": jaxlwp, "loss_fn": _cnn, "params": params, "batch": batch}
+    exec(compile(program, "forecast.md", "exec"), names)
+    checked = names["plan"].checked
+    assert PLAIN in checked and names["plan"].mesh.size == 2
+    assert checked[names["plan"].strategy.name] == min(
+        seconds for name, seconds in checked.items() if name != PLAIN
+    )
+
+
+@_aot
 def test_compared_for_gpus_that_are_not_there() -> None:
     found = compare_compiled(_cnn, *_arguments(), target="h200:4")
     names = [each.strategy for each in found.results]

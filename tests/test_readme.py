@@ -27,7 +27,7 @@ MOST_CHANGED_LINES = 6
 def blocks(language: str, *pages: str) -> list[str]:
     """The blocks of code of some pages, in order."""
     text = "\n".join(PAGES[ROOT / page] for page in pages)
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}(?: [^\n]*)?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 LINEN, NNX = blocks("diff", "README.md", "docs/loops.md")
@@ -46,6 +46,13 @@ def run(program: str, **names: Any) -> dict[str, Any]:
     namespace = {"__name__": "readme", **names}
     exec(compile(program, "README.md", "exec"), namespace)
     return namespace
+
+
+def run_page(page: str, **names: Any) -> dict[str, Any]:
+    """All Python of a page, block after block, in one namespace that begins with some names."""
+    for block in blocks("python", page):
+        names = run(block, **names)
+    return names
 
 
 @pytest.fixture(autouse=True)
@@ -69,28 +76,23 @@ def test_nnx_loop() -> None:
     assert actual["plan"].result.optimal
 
 
-def test_linen_loop_then_the_steps_and_the_contracts() -> None:
+def test_linen_loop_then_the_pages_that_go_on_from_it() -> None:
     expected, actual = run(version(LINEN, "-")), run(version(LINEN, "+"))
     np.testing.assert_allclose(actual["losses"], expected["losses"], rtol=1e-4)
     assert len(set(expected["losses"])) == len(expected["losses"])
-    rebound, page, why, constrained, steps, strategies, same_numbers, same_bytes = blocks(
-        "python", "docs/loops.md", "docs/plans.md", "docs/steps.md", "docs/contracts.md"
-    )
-    namespace = run(rebound, **actual)
-    arguments = (actual["state"].params, namespace["images"], namespace["labels"])
+    names = run_page("docs/loops.md", **actual)
+    arguments = (actual["state"].params, names["images"], names["labels"])
     for new, fn in (("smaller", "loss_fn"), ("evaluate", "accuracy")):
-        np.testing.assert_allclose(namespace[new](*arguments), namespace[fn](*arguments), rtol=1e-5)
-    run(page, **actual)
+        np.testing.assert_allclose(names[new](*arguments), names[fn](*arguments), rtol=1e-5)
+    names = run_page("docs/plans.md", **actual)
     assert Path("plan.html").read_text().startswith("<!DOCTYPE html>")
-    namespace = run(constrained, **run(why, **actual))
-    assert not any(c.axes("height") for c in namespace["plan"].strategy.configs.values())
-    namespace = run(steps, **actual)
-    assert namespace["plan"].strategy == actual["plan"].strategy
-    namespace = run(strategies, **namespace)
-    assert namespace["plan"].strategy == namespace["result"].strategy
-    namespace = run(same_bytes, **run(same_numbers, **namespace))
-    compiled_bytes = sum(c.count * c.operand_bytes for c in namespace["compiled"])
-    assert compiled_bytes == sum(c.num_bytes for c in namespace["plan"].collectives) > 0
+    assert not any(c.axes("height") for c in names["plan"].strategy.configs.values())
+    names = run_page("docs/choosing.md", **actual)
+    assert names["plan"].strategy == names["result"].strategy == actual["plan"].strategy
+    assert names["solution"].choices == (1, 0) and names["solution"].cost_s == 3
+    names = run_page("docs/contracts.md", **actual)
+    compiled_bytes = sum(c.count * c.operand_bytes for c in names["compiled"])
+    assert compiled_bytes == sum(c.num_bytes for c in names["plan"].collectives) > 0
 
 
 def test_machines_that_are_not_here() -> None:
@@ -101,14 +103,31 @@ def test_machines_that_are_not_here() -> None:
     params = jax.ShapeDtypeStruct((144, 10), jnp.float32)
     batch = jax.ShapeDtypeStruct((64, 12, 12, 1), jnp.float32), jax.ShapeDtypeStruct((64,), int)
     given = {"loss_fn": loss_fn, "params": params, "batch": batch, "jax": jax, "jnp": jnp}
-    plan, scaling, thresholds = blocks("python", "docs/clusters.md")
-    namespace = run(plan, jaxlwp=jaxlwp, **given)
+    namespace = run_page("docs/clusters.md", jaxlwp=jaxlwp, **given)
     assert namespace["plan"].space.devices.num_devices == 32
     assert jaxlwp.Strategy.load("plan.json") == namespace["plan"].strategy
-    namespace = run(scaling, **namespace)
     assert namespace["hours"] > 0
-    namespace = run(thresholds, **namespace)
     assert [sample.value for sample in namespace["sizes"].samples] == [1, 8, 64]
+    namespace = run_page("docs/systems.md", jaxlwp=jaxlwp, **given)
+    assert namespace["plan"].space.devices.num_devices == 16 and namespace["seconds"] > 0
+
+
+def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_page("docs/memory.md")
+    assert names["limited"].memory.peak_bytes <= 0.5 * names["memory"].peak_bytes
+    printed = capsys.readouterr().out
+    assert "memory_bytes: 100,000,000 is too little" in printed and "less memory" in printed
+
+
+def test_a_system_of_ones_own() -> None:
+    """The two TOML texts of docs/systems.md are one file, with a GPU by name or as a table."""
+    system, gpu = blocks("toml", "docs/systems.md")
+    Path("cluster.toml").write_text(system)
+    known = jaxlwp.devices.load_system("cluster.toml", hosts=4)
+    assert known.num_hosts == 4 and known.gpu.name == jaxlwp.devices.preset("h200").gpu.name
+    without = "\n".join(line for line in system.splitlines() if not line.startswith("gpu ="))
+    Path("cluster.toml").write_text(f"{without}\n{gpu}")
+    assert jaxlwp.devices.load_system("cluster.toml", hosts=4).gpu.name == "mine"
 
 
 def test_what_is_saved_is_searched_again() -> None:

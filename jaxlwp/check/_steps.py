@@ -28,6 +28,7 @@ from jaxlwp.plan import (
 from jaxlwp.program import Arguments
 
 ROUNDS = 7
+"""How often each strategy's step is timed, if nothing else is asked for."""
 
 
 Progress = Callable[[str, int, int], None]

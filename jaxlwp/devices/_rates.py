@@ -182,6 +182,7 @@ def _given(mesh: AnyMesh, rates: Rates, levels: dict[str, int]) -> DeviceGraph:
 
 
 KIND = "rates"
+"""Kind under which measured rates are kept in a `Store`."""
 
 
 def rates_key(mesh: AnyMesh) -> str:

@@ -129,7 +129,7 @@ class ComputationGraph:
       owners: argument value -> (layer index, dimension names) of its first use.
       gradients: values that have a cotangent when the loss is differentiated by the parameters;
         none if the function is only evaluated.
-      argument_names: name of each program input, such as "params['Conv_0']['kernel']".
+      argument_names: name of each program input, such as `params['Conv_0']['kernel']`.
       num_parameters: how many of the program's inputs are leaves of the first argument.
       changed: positions of the inputs that the function replaces (state of NNX modules); their
         new values are the program's last outputs.

@@ -59,7 +59,7 @@ def min_marginals(
 ) -> tuple[FloatArray, ...]:
     """For every layer and config, what the best strategy that uses it costs: exactly, to rounding.
 
-    Example:
+    Examples:
         Both layers would rather have config 0, but not together:
 
         >>> inf = float("inf")
@@ -95,7 +95,7 @@ def k_best(
 ) -> tuple[RankedChoices, ...]:
     """The k cheapest strategies, the cheapest first.
 
-    Example:
+    Examples:
         >>> [(s.choices, s.cost_s) for s in k_best([[1, 5], [0, 2]], [], [], 3)]
         [((0, 0), 1.0), ((0, 1), 3.0), ((1, 0), 5.0)]
 

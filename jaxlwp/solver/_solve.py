@@ -143,7 +143,7 @@ def solve(
 ) -> Solution:
     """Finds one config per layer such that the sum of all costs is least.
 
-    Example:
+    Examples:
         Two layers of two configs. Each likes its config 0, but the pair (0, 0) is not allowed:
 
         >>> inf = float("inf")

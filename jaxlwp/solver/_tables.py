@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
+"""Costs in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ one weird trick (Krizhevsky, arXiv 1404.5997), convolution and pooling by sample
 by channel; and height."""
 
 BASELINES = tuple(PREFERENCES)
+"""Names of the baselines: "data", "model", "owt" (one weird trick), "spatial"."""
 
 
 def baseline(

@@ -27,7 +27,7 @@ Split = Config | Mapping[str, int | str | Sequence[str]]
 class Constraints:
     """What a strategy must keep to.
 
-    Example:
+    Examples:
         >>> Constraints(
         ...     pin={"Dense_0": {"channel": 8}, "Conv_0": {"sample": ("hosts", "gpus")}},
         ...     forbid={"*": ("height", "width")},
@@ -40,7 +40,7 @@ class Constraints:
         dimension its degree or the mesh axes that split it; dimensions that are left out are not
         split. `{}` is the replicated layer.
       forbid: dimensions that no layer is split by; or layer name or pattern -> dimensions.
-      replicated: names or patterns of parameters, such as "params['Conv_0']['kernel']", that every
+      replicated: names or patterns of parameters, such as `params['Conv_0']['kernel']`, that every
         device holds whole.
     """
 
