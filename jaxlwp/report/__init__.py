@@ -14,9 +14,9 @@ from jaxlwp.report._diff import diff_text
 from jaxlwp.report._page import page_data, page_html, save_page
 from jaxlwp.report._plan_html import plan_html
 from jaxlwp.report._plan_table import plan_text
-from jaxlwp.report._problem_text import problem_text, result_text
 from jaxlwp.report._plot import plot_comparison, plot_pareto, plot_scaling, plot_threshold
 from jaxlwp.report._plot_plan import plot_plan
+from jaxlwp.report._problem_text import problem_text, result_text
 from jaxlwp.report._studies import scaling_text, threshold_text
 from jaxlwp.report._tables import (
     alternatives_table,
