@@ -37,14 +37,14 @@ TOLERANCE = 1e-4
 
 
 def close(
-    actual: Any, expected: Any, noise: str | None = None, tolerance: float = TOLERANCE
+    actual: Any, expected: Any, noise: tuple[str, ...] = (), tolerance: float = TOLERANCE
 ) -> None:
-    """Equal up to rounding, but for leaves whose path contains `noise`."""
+    """Equal up to rounding, but for leaves whose path contains one of `noise`."""
     (have, _), (want, _) = map(jax.tree_util.tree_flatten_with_path, (actual, expected))
     for (path, a), (expected_path, b) in zip(have, want, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert path == expected_path
-        if noise and noise in name or callable(b):  # Equinox has functions among its leaves
+        if any(each in name for each in noise) or callable(b):  # Equinox has functions among its leaves
             continue
         largest = float(np.max(np.abs(b)))
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * largest, err_msg=name)
@@ -69,7 +69,9 @@ PROGRAMS = {
 }
 # A bias in front of a normalization changes nothing: its gradient is zero, but for rounding, and
 # Adam makes of rounding what it makes of gradients.
-NOISE = {"mnist_nnx": "conv2/bias"}
+# The mean that the normalization keeps has that bias in it: by XLA's flags alone, on one device and
+# without a plan, it moves by 1.5e-4 of its largest element.
+NOISE = {"mnist_nnx": ("conv2/bias", "batch_norm1/mean")}
 HALF = {"mixed_precision": float(jnp.finfo(jnp.float16).eps)}
 """Of what is computed in half precision: its sums are rounded in another order."""
 
@@ -103,7 +105,7 @@ def test_loop_gives_the_numbers_of_one_device(name: str) -> None:
     expected, actual = (run(version(name, sign), name) for sign in "-+")
     close(actual["history"], expected["history"], tolerance=tolerance)
     for result in results:
-        close(actual[result], expected[result], NOISE.get(name), tolerance)
+        close(actual[result], expected[result], NOISE.get(name, ()), tolerance)
     arrays = [x for x in jax.tree.leaves(actual[results[0]]) if isinstance(x, jax.Array)]
     assert {len(x.sharding.device_set) for x in arrays} == {8}
     for plan in (x for x in actual.values() if isinstance(x, jaxlwp.Plan) and x.trains):
