@@ -61,7 +61,7 @@ PROGRAMS = {
     "equinox_mnist": ("model", "opt_state"),
     "haiku_mnist": ("params", "net_state", "opt_state"),
     "keras_mnist": ("state",),
-    "mixed_precision": ("state",),
+    "mixed_precision": ("params",),
     "accumulation_ema": ("params", "average", "opt_state"),
     "gan": ("g_params", "d_params", "g_state", "d_state"),
     "contrastive": ("params", "opt_state"),
