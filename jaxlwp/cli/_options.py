@@ -9,10 +9,11 @@ from pathlib import Path
 
 import click
 
+from jaxlwp._files import unwritable
+from jaxlwp.cli._shell import PIPE, pipe_json
 from jaxlwp.cli._workload import DEFAULT_BATCH
 from jaxlwp.devices import GivenRates, Rates
 from jaxlwp.mesh import is_first_process
-from jaxlwp.report import unwritable
 
 Command = Callable[..., None]
 
@@ -52,6 +53,30 @@ def _not_negative(_: click.Context, option: click.Parameter, value: float | None
             "least 0: give one, or leave all rates out to measure them"
         )
     return value
+
+
+_UNITS = {
+    prefix + unit: base**power
+    for base, unit in ((1000, "b"), (1024, "ib"))
+    for power, prefix in enumerate(("", "k", "m", "g", "t"))
+    if prefix or unit == "b"
+}
+"""Bytes of each unit, in small letters."""
+
+
+def bytes_option(_: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """A number of bytes, with or without a unit."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)\s*([a-z]*)", value.strip().lower(), re.ASCII)
+    unit = _UNITS.get(found[2] or "b") if found else None
+    size = float(found[1]) * unit if found and unit else 0.0
+    if not 0 < size < math.inf:
+        raise click.ClickException(
+            f"{option.opts[0]}: {value!r} given; give a positive number of bytes, as in 16GB, "
+            "16GiB (1,073,741,824 bytes each) or 16e9"
+        )
+    return size
 
 
 def sizes_option(
@@ -108,10 +133,20 @@ def json_option(what: str) -> Callable[[Command], Command]:
     return click.option(
         "--json",
         "json_file",
+        metavar="FILE",
         type=click.Path(path_type=Path),
-        callback=target_file,
-        help=f"Write {what} to this JSON file.",
+        callback=_json_target,
+        help=f"Write {what} to this JSON file; '-' prints it, in place of anything else.",
     )
+
+
+def _json_target(
+    context: click.Context, option: click.Parameter, value: Path | None
+) -> Path | None:
+    if value == PIPE:
+        pipe_json()
+        return value
+    return target_file(context, option, value)
 
 
 _DEVICES = "How many devices; all by default. Without accelerators they are simulated."

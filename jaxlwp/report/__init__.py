@@ -1,17 +1,17 @@
 """Text and pictures of what all other folders return.
 
 `_rows` has what is known of each layer of a plan; `_plan_table` makes a table of it that fits the
-terminal, `_plan_html` one for notebooks, `_page` a page (`page.html`) with the network as a graph.
-`_tables` has all other tables, `_studies` those of systems, `_plot` the pictures. `_files` writes
-files in one step.
+terminal, `_plan_html` one for notebooks, `_page` a page (`page.html`) with the network as a graph,
+`_plan_json` JSON for scripts. `_tables` has all other tables, `_studies` those of systems, `_plot`
+the pictures.
 
 The reprs of plans and results, and `Plan.report`, import this folder when they are called, and
 nothing else does but the command line.
 """
 
-from jaxlwp.report._files import unwritable, write_file
 from jaxlwp.report._page import page_data, page_html, save_page
 from jaxlwp.report._plan_html import plan_html
+from jaxlwp.report._plan_json import plan_json
 from jaxlwp.report._plan_table import plan_text
 from jaxlwp.report._studies import scaling_text, threshold_text
 from jaxlwp.report._tables import (
@@ -20,6 +20,7 @@ from jaxlwp.report._tables import (
     compiled_text,
     explanation_table,
     forecast_text,
+    num_bytes,
     pareto_table,
     render,
     simulation_text,
@@ -32,17 +33,17 @@ __all__ = [
     "compiled_text",
     "explanation_table",
     "forecast_text",
+    "num_bytes",
     "page_data",
     "page_html",
     "pareto_table",
     "plan_html",
+    "plan_json",
     "plan_text",
     "render",
     "save_page",
     "scaling_text",
     "threshold_text",
     "simulation_text",
-    "unwritable",
     "verification_text",
-    "write_file",
 ]

@@ -13,11 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlwp._files import unwritable, write_file
 from jaxlwp.cost import strategy_collectives, use_collectives
 from jaxlwp.graph import Layer
 from jaxlwp.mesh import partition_spec
 from jaxlwp.optimize import Alternative, Explanation, explain
-from jaxlwp.report._files import unwritable, write_file
 from jaxlwp.report._plan_table import constants_text, plan_notes, plan_proof, shows_memory
 from jaxlwp.report._rows import OUTPUTS, LayerRow, layer_rows
 from jaxlwp.solver import Cost

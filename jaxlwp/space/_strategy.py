@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from jaxlwp._files import is_text, parse_json, read_text, write_file
 from jaxlwp.graph import ComputationGraph
 from jaxlwp.mesh import is_first_process
 from jaxlwp.space._config import Config
@@ -72,33 +74,37 @@ class Strategy:
           ValueError: the text is not a strategy of this format version.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             version = data["format_version"]
             if version != FORMAT_VERSION:
-                raise ValueError(f"format_version {version}, expected {FORMAT_VERSION}")
-            configs = {
-                name: Config.of({d: tuple(axes) for d, axes in splits.items()})
-                for name, splits in data["configs"].items()
-            }
+                raise ValueError(f"format_version {version!a:.60}, expected {FORMAT_VERSION}")
+            sizes = {name: _size(n, name) for name, n in data["axis_sizes"].items()}
             return cls(
-                name=data["name"],
-                configs=configs,
-                axis_sizes={name: int(size) for name, size in data["axis_sizes"].items()},
-                fingerprint=data["fingerprint"],
+                name=_text(data["name"], "name"),
+                configs={
+                    name: Config.of({d: _axes(axes, sizes) for d, axes in splits.items()})
+                    for name, splits in data["configs"].items()
+                },
+                axis_sizes=sizes,
+                fingerprint=_text(data["fingerprint"], "fingerprint"),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"Strategy.from_json: not a strategy file: {error!r}; write one with to_json"
-            ) from error
+        except KeyError as error:
+            problem = f"{error} is missing"
+        except (TypeError, AttributeError, ValueError) as error:
+            problem = str(error)
+        raise ValueError(
+            f"Strategy.from_json: not a strategy file ({problem}); give one that `jaxlwp plan "
+            "--save` or Strategy.save wrote"
+        )
 
     def save(self, path: str | Path) -> None:
-        """Write as a JSON file, replacing it in one step; of several processes, the first does."""
-        if not is_first_process():
-            return
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(self.to_json())
-        partial.replace(target)
+        """Write as a JSON file, replacing it in one step; of several processes, the first does.
+
+        Raises:
+          OSError: it cannot be written there.
+        """
+        if is_first_process():
+            write_file(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Strategy:
@@ -108,7 +114,28 @@ class Strategy:
           ValueError: the file is not a strategy.
           OSError: the file cannot be read.
         """
-        return cls.from_json(Path(path).read_text())
+        return cls.from_json(read_text(Path(path), "a strategy that `jaxlwp plan --save` wrote"))
+
+
+def _text(value: Any, name: str) -> str:
+    if not is_text(value):
+        raise ValueError(f"{name} is {value!a:.60}, no text")
+    return str(value)
+
+
+def _axes(value: Any, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(axis, str) for axis in value):
+        raise ValueError(f"mesh axes are {value!a:.60}, no list of names")
+    unknown = [axis for axis in value if axis not in sizes]
+    if unknown:
+        raise ValueError(f"mesh axis {unknown[0]!a:.60} has no size in axis_sizes")
+    return tuple(value)
+
+
+def _size(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"mesh axis {name!a:.60} has the size {value!a:.60}")
+    return value
 
 
 def make_strategy(
