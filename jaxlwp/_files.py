@@ -41,6 +41,9 @@ def write_file(path: Path, text: str) -> None:
     try:
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
+    except OSError as error:
+        problem = unwritable(path) or f"{reason(error)}; give another path, or make room"
+        raise type(error)(f"cannot write {path}: {problem}") from error
     finally:
         partial.unlink(missing_ok=True)
 

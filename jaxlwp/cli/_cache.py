@@ -97,7 +97,7 @@ def _chosen_environment(store: Store, key: str | None) -> Environment | None:
     known = {environment.key: environment for environment, _ in store.environments()}
     if key not in known:
         raise click.ClickException(
-            f"--environment: {key!r} is unknown; give one of {', '.join(known) or 'none'}, as "
-            "`jaxlwp cache list` shows"
+            f"--environment: {key!r} is unknown; `jaxlwp cache list` shows those that there are: "
+            f"{', '.join(known) or 'none'}"
         )
     return known[key]

@@ -40,8 +40,7 @@ def _input_shape(
 def positive(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
     if value is not None and not 0 < value < math.inf:
         raise click.ClickException(
-            f"{option.opts[0]}: {value} given; a rate must be a positive finite number: give one, "
-            "or leave all rates out to measure them"
+            f"{option.opts[0]}: {value} given; give a positive finite number"
         )
     return value
 
@@ -49,8 +48,7 @@ def positive(_: click.Context, option: click.Parameter, value: float | None) -> 
 def _not_negative(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
     if value is not None and not 0 <= value < math.inf:
         raise click.ClickException(
-            f"{option.opts[0]}: {value} given; a latency must be a finite number of seconds of at "
-            "least 0: give one, or leave all rates out to measure them"
+            f"{option.opts[0]}: {value} given; give a finite number of seconds of at least 0"
         )
     return value
 
@@ -116,7 +114,8 @@ def target_file(_: click.Context, option: click.Parameter, value: Path | None) -
     problem = unwritable(value)
     if problem is None:
         return value
-    raise click.ClickException(f"{option.opts[0]}: cannot write {value}: {problem}")
+    name = option.opts[0] if option.param_type_name == "option" else option.human_readable_name
+    raise click.ClickException(f"{name}: cannot write {value}: {problem}")
 
 
 def _count_or_system(

@@ -92,8 +92,8 @@ def _ended(run: Callable[[], Any]) -> int:
     except click.UsageError as error:
         text = error.format_message().rstrip(".")
         see = " See" if text.endswith("?") else "; see"
-        place = f"{see} `{error.ctx.command_path} --help`" if error.ctx else ""
-        _tell_error(f"Error: {text}{place}")
+        command = error.ctx.command_path if error.ctx else "jaxlwp"
+        _tell_error(f"Error: {text}{see} `{command} --help`")
     except click.ClickException as error:
         _tell_error(f"Error: {error.format_message()}")
     except (RecursionError, NotImplementedError):

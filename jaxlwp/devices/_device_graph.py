@@ -102,8 +102,8 @@ def check_rate(place: str, name: str, value: float) -> None:
     """
     if not (0 < value < math.inf):
         raise ValueError(
-            f"{place}: {name} is {value}; a rate must be a positive finite number: measure it "
-            "(calibrate) or give one by hand"
+            f"{place}: {name} is {value}; a rate must be a positive finite number; measure it "
+            "or give one by hand"
         )
 
 
@@ -344,6 +344,8 @@ T = TypeVar("T")
 
 def _from_json(kind: Callable[..., T], data: Mapping[str, Any]) -> T:
     """A dataclass from plain data, whose fields are checked before they are used."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{data!a:.60} given in place of the fields of a {kind.__name__}")
     given = dict(data)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in given and field.type in _KINDS:

@@ -326,9 +326,11 @@ def read_export(path: Path) -> list[tuple[Environment, dict[str, dict[str, Measu
       ValueError: the file is not there, or not one that `export` wrote.
     """
     try:
-        return _exported(parse_json(read_text(path, EXPORTED)))
+        text = read_text(path, EXPORTED)
     except OSError as error:
         raise ValueError(str(error)) from error
+    try:
+        return _exported(parse_json(text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as exported measurements ({type(error).__name__}: {error}); "

@@ -73,6 +73,10 @@ class Strategy:
         Raises:
           ValueError: the text is not a strategy of this format version.
         """
+        return cls._read(text, "Strategy.from_json")
+
+    @classmethod
+    def _read(cls, text: str, place: str) -> Strategy:
         try:
             data = parse_json(text)
             version = data["format_version"]
@@ -93,8 +97,8 @@ class Strategy:
         except (TypeError, AttributeError, ValueError) as error:
             problem = str(error)
         raise ValueError(
-            f"Strategy.from_json: not a strategy file ({problem}); give one that `jaxlwp plan "
-            "--save` or Strategy.save wrote"
+            f"{place}: not a strategy file ({problem}); give one that `jaxlwp plan --save` or "
+            "Strategy.save wrote"
         )
 
     def save(self, path: str | Path) -> None:
@@ -114,7 +118,8 @@ class Strategy:
           ValueError: the file is not a strategy.
           OSError: the file cannot be read.
         """
-        return cls.from_json(read_text(Path(path), "a strategy that `jaxlwp plan --save` wrote"))
+        wanted = "one that `jaxlwp plan --save` or Strategy.save wrote"
+        return cls._read(read_text(Path(path), wanted), str(path))
 
 
 def _text(value: Any, name: str) -> str:
