@@ -1,5 +1,1 @@
-"""What users get wrong, and the line that each gets.
-
-`cases` has the table, which docs/errors.md shows; `desk` is what its calls and commands meet: one
-small function, its plan, and a folder with files that are wrong.
-"""
+"""What the wrong calls and command lines of docs/errors.md meet; tests/test_bad_input.py runs them."""

@@ -17,14 +17,8 @@ from jax.sharding import Mesh
 import jaxlwp
 from jaxlwp.cli import main
 from jaxlwp.devices import (
-    Environment,
-    Gpu,
-    Level,
-    Measurement,
     MeshAxis,
-    Store,
     load_system,
-    preset,
 )
 from jaxlwp.measure import load_profile
 
@@ -69,13 +63,13 @@ def namespace() -> dict[str, Any]:
     names = {
         **vars(jaxlwp),
         "parallelize": plan_with,
-        **{n.__name__: n for n in (load_system, preset, load_profile, loss_fn, scores, printing)},
-        **{n.__name__: n for n in (Gpu, Level, MeshAxis, Environment, Measurement, Store, Path)},
+        **{n.__name__: n for n in (load_system, load_profile, loss_fn, scores, printing)},
+        "MeshAxis": MeshAxis,
     }
     return names | {
         **{"params": params, "x": x, "y": y, "mesh": mesh, "plan": plan, "space": plan.space},
         **{"jax": jax, "jnp": jnp, "np": np, "optax": optax, "plan_of_absent_gpus": away},
-        **{"measurement": Measurement, "link_rates": plan.space.devices.to_json()},
+        "link_rates": plan.space.devices.to_json(),
     }
 
 
