@@ -35,7 +35,7 @@ HERE = Environment(**ENVIRONMENT)
 few = settings(
     max_examples=40, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-many = settings(few, max_examples=2000, derandomize=False)
+many = settings(few, max_examples=500, derandomize=False)
 
 # --- what is drawn -------------------------------------------------------------------------------
 
