@@ -117,7 +117,24 @@ FILES: dict[str, str | bytes] = {
     "hosts.toml": SYSTEM,
     "no_such_import.py": "import surely_not_installed\n",
     "mine.py": """
+import flax.linen as nn
+from typing import ClassVar
+
 number = 3
+
+class Shapeless(nn.Module):
+    def __call__(self, x):
+        return x
+
+class Needy(Shapeless):
+    features: int
+    input_shape: ClassVar = (8, 8, 1)
+
+class Wordless(nn.Module):
+    input_shape: ClassVar = (8, 8, 1)
+
+    def __call__(self, x):
+        return x.sum((1, 2, 3))
 
 class Net: ...
 
