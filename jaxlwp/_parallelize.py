@@ -104,7 +104,7 @@ def parallelize(
         differs between them.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
-    _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes)
+    _check_kinds(fn, devices, mesh, strategy, rates, optimizer, memory_bytes, constraints)
     if not train and optimizer is not None:
         raise ValueError(
             "optimizer: given with train=False, which evaluates only; leave it out, or train"
@@ -168,6 +168,7 @@ def _check_kinds(
     rates: Any,
     optimizer: Any,
     memory_bytes: Any,
+    constraints: Any,
 ) -> None:
     """Check the kinds of the arguments, each in one line: place, value, rule, remedy."""
 
@@ -207,6 +208,12 @@ def _check_kinds(
             "optimizer",
             optimizer,
             "an optax transformation, as in optimizer=optax.sgd(1e-2, momentum=0.9)",
+        )
+    if not (constraints is None or isinstance(constraints, Constraints)):
+        refuse(
+            "constraints",
+            constraints,
+            "jaxlwp.Constraints, as in Constraints(pin={'conv1': {'sample': 2}})",
         )
     number = isinstance(memory_bytes, (int, float, np.number)) and not isinstance(
         memory_bytes, bool

@@ -120,7 +120,7 @@ def test_small_states_stay_on_the_devices() -> None:
 
 
 def test_no_rounds() -> None:
-    with pytest.raises(ValueError, match="rounds is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="rounds is 0; give at least 1"):
         compare(_loss, *_arguments(8), rounds=0, rates=RATES)
 
 

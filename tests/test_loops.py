@@ -44,7 +44,9 @@ def close(
     for (path, a), (expected_path, b) in zip(have, want, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert path == expected_path
-        if any(each in name for each in noise) or callable(b):  # Equinox has functions among its leaves
+        if any(each in name for each in noise) or callable(
+            b
+        ):  # Equinox has functions among its leaves
             continue
         largest = float(np.max(np.abs(b)))
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * largest, err_msg=name)

@@ -238,7 +238,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"wrote {path}" in result.output and len(Scripts(path.read_text()).texts) == 2
     result = CliRunner().invoke(main, [*options, str(tmp_path / "none" / "plan.html")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert (
         result.output.startswith("Error: --html: cannot write") and result.output.count("\n") == 1
     )

@@ -258,7 +258,9 @@ def compare(
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     if rounds < 1:
-        raise ValueError(f"compare: rounds is {rounds}; it must be at least 1: 7 give a median")
+        raise ValueError(
+            f"compare: rounds is {rounds}; give at least 1, or leave it out for {ROUNDS}"
+        )
     progress = on_progress or silent
     arguments = canonical("compare", fn, (params, *batch), keywords)
     plans, left_out = _make_plans(

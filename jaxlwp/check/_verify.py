@@ -139,8 +139,8 @@ def verify(
       Print it.
 
     Raises:
-      ValueError: an unknown target, or one of another size, or arguments beside a target, or no
-        target for a plan whose devices are not there.
+      ValueError: other arguments than those of the plan, an unknown target, or one of another
+        size, or arguments beside a target, or no target for a plan whose devices are not there.
       RuntimeError: the compiler for the target is not installed.
     """
     optimizer = optimizer or OPTIMIZER
@@ -149,6 +149,10 @@ def verify(
             f"verify: target {target!r} is compiled for only, but arguments were given to run the "
             "step with; leave one of the two out"
         )
+    given = None
+    if arguments:
+        given = canonical("verify", plan.function, arguments, keywords or {})
+        plan.check_arguments("verify", given)
     if target is not None:
         step = compile_for(plan, target, optimizer=optimizer)
         compiled, memory_bytes = step.compiled_bytes_by_kind, step.memory.reserved_bytes
@@ -164,8 +168,7 @@ def verify(
     for collective in plan.collectives:
         predicted[collective.kind] = predicted.get(collective.kind, 0) + collective.num_bytes
     measured_s = None
-    if arguments:
-        given = canonical("verify", plan.function, arguments, keywords or {})
+    if given is not None:
         measured_s = statistics.median(step_times(plan, given, optimizer, rounds))
     return Verification(
         strategy=plan.strategy.name,

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import click
 from rich.table import Table
 
-from jaxlwp.cli._shell import one_line_errors
+from jaxlwp.cli._options import json_option, target_file
+from jaxlwp.cli._shell import Shell, notice, show, write_json
 from jaxlwp.devices import Environment, Store
 from jaxlwp.report import render
 
 
-@click.group()
+@click.group(cls=Shell)
 def cache() -> None:
     """Show, move and clear what was measured."""
 
 
 @cache.command("list")
-def cache_list() -> None:
+@json_option("the list")
+def cache_list(json_file: Path | None) -> None:
     """What was measured, and where it is kept."""
-    with one_line_errors(), Store() as store:
+    with Store() as store:
         known, path = store.environments(), store.path
     table = Table(title=f"measurements in {path}", title_justify="left")
     for column in ("environment", "devices", "versions", "measured"):
@@ -33,41 +37,58 @@ def cache_list() -> None:
             f"JAX {environment.jax}, jaxlib {environment.jaxlib}",
             ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())),
         )
-    click.echo(render(table))
+    show(render(table))
+    content = {
+        "file": str(path),
+        "environments": [
+            {"key": each.key, **dataclasses.asdict(each), "measured": kinds}
+            for each, kinds in known
+        ],
+    }
+    write_json(json_file, json.dumps(content, indent=2))
 
 
+_COUNT = json_option("how many measurements these were")
 _ENVIRONMENT = click.option(
     "--environment", help="One environment only, by its key in `jaxlwp cache list`."
 )
 
 
 @cache.command("export")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path), callback=target_file)
 @_ENVIRONMENT
-def cache_export(file: Path, environment: str | None) -> None:
+@_COUNT
+def cache_export(file: Path, environment: str | None, json_file: Path | None) -> None:
     """Write measurements to FILE, to plan on another machine (`jaxlwp plan --profile FILE`)."""
-    with one_line_errors(), Store() as store:
+    with Store() as store:
         count = store.export(file, _chosen_environment(store, environment))
-    click.echo(f"wrote {count:,} measurements to {file}")
+    _counted(f"wrote {count:,} measurements to {file}", count, json_file)
 
 
 @cache.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
-def cache_import(file: Path) -> None:
+@_COUNT
+def cache_import(file: Path, json_file: Path | None) -> None:
     """Add the measurements in FILE; of two for the same thing the newer one stays."""
-    with one_line_errors(), Store() as store:
+    with Store() as store:
         count = store.import_file(file)
-    click.echo(f"added {count:,} measurements")
+    _counted(f"added {count:,} measurements", count, json_file)
 
 
 @cache.command("clear")
 @_ENVIRONMENT
 @click.option("--kind", type=click.Choice(["layer", "rates"]), help="One kind only.")
-def cache_clear(environment: str | None, kind: str | None) -> None:
+@_COUNT
+def cache_clear(environment: str | None, kind: str | None, json_file: Path | None) -> None:
     """Drop measurements, to take them again."""
-    with one_line_errors(), Store() as store:
+    with Store() as store:
         count = store.forget(_chosen_environment(store, environment), kind)
-    click.echo(f"dropped {count:,} measurements")
+    _counted(f"dropped {count:,} measurements", count, json_file)
+
+
+def _counted(text: str, count: int, json_file: Path | None) -> None:
+    notice(text)
+    write_json(json_file, json.dumps({"measurements": count}))
 
 
 def _chosen_environment(store: Store, key: str | None) -> Environment | None:
@@ -76,7 +97,7 @@ def _chosen_environment(store: Store, key: str | None) -> Environment | None:
     known = {environment.key: environment for environment, _ in store.environments()}
     if key not in known:
         raise click.ClickException(
-            f"--environment: {key!r} is unknown; give one of {', '.join(known) or 'none'}, as "
-            "`jaxlwp cache list` shows"
+            f"--environment: {key!r} is unknown; `jaxlwp cache list` shows those that there are: "
+            f"{', '.join(known) or 'none'}"
         )
     return known[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -33,11 +34,13 @@ from jaxlwp.cli._options import (
 )
 from jaxlwp.cli._search import constraints_of, explained, memory_option, search_options
 from jaxlwp.cli._shell import (
+    Shell,
     describe,
     join_processes,
-    one_line_errors,
+    notice,
     progress_bars,
     provide_devices,
+    show,
     write_file,
     write_json,
 )
@@ -58,14 +61,14 @@ from jaxlwp.devices import (
 )
 from jaxlwp.graph import trace
 from jaxlwp.measure import LayerTimer, TimingCache, load_profile
-from jaxlwp.optimize import pareto
-from jaxlwp.report import page_html
+from jaxlwp.optimize import explain, pareto
+from jaxlwp.report import page_html, plan_json
 from jaxlwp.space import BASELINES, Strategy
 
 # --- commands --------------------------------------------------------------------------------
 
 
-@click.group()
+@click.group(cls=Shell, name="jaxlwp")
 @click.version_option(__version__, prog_name="jaxlwp")
 @click.option(
     "--distributed",
@@ -135,6 +138,7 @@ def main(distributed: bool) -> None:
     is_flag=True,
     help="Plan an evaluation: a module's outputs, or whatever a function returns; no gradients.",
 )
+@json_option("the plan: strategy, layers, costs")
 def plan(
     model: str,
     devices: int | str | None,
@@ -156,13 +160,14 @@ def plan(
     curve: bool,
     objective: str,
     sum_dtype: str | None,
+    json_file: Path | None,
     rates: str | None,
     **by_hand: float | None,
 ) -> None:
     """Find a strategy for MODEL and print it, a row per layer."""
     given = given_rates(rates, by_hand)
     there = None if isinstance(devices, str) else provide_devices(devices)
-    with one_line_errors(), progress_bars() as progress:
+    with progress_bars() as progress:
         wanted = Strategy.load(strategy) if strategy.endswith(".json") else strategy
         work = load_workload(
             model,
@@ -196,27 +201,35 @@ def plan(
             train=not forward,
             on_progress=progress,
         )
-        texts = [] if why is None else [explained(found.space, why)]
-        if curve:
-            texts.append(str(pareto(found.space, progress=progress)))
+        explanation = None if why is None else explain(found.space)
+        texts, layers = explained(explanation, why)
+        points = pareto(found.space, progress=progress) if curve else None
+        if points is not None:
+            texts.append(str(points))
+        content = ""
+        if json_file is not None:
+            content = plan_json(
+                found,
+                model=model,
+                batch=batch_size(work.batch),
+                explanation=explanation,
+                explained=layers,
+                curve=points,
+            )
         page = None if html is None else page_html(found)
     where = str(system) if there is None else describe(there)
-    click.echo(f"{model}, batch {batch_size(work.batch)}, on {where}")
-    click.echo(str(found))
+    show(f"{model}, batch {batch_size(work.batch)}, on {where}")
+    show(str(found))
     for text in texts:
-        click.echo(text)
+        show(text)
     if save is not None:
-        with one_line_errors():
-            write_file(save, found.recorded.to_json())
-        click.echo(f"wrote {save}")
+        write_file(save, found.recorded.to_json())
     if problem is not None:
-        with one_line_errors():
-            found.space.save(problem)
-        click.echo(f"wrote {problem}")
+        found.space.save(problem)
+        notice(f"wrote {problem}")
     if html is not None and page is not None:
-        with one_line_errors():
-            write_file(html, page)
-        click.echo(f"wrote {html}")
+        write_file(html, page)
+    write_json(json_file, content)
 
 
 @main.command("compare")
@@ -255,7 +268,7 @@ def compare_command(
     if target is not None:
         _refuse_beside_target(devices, given)
         system = None if rates is None else _system(target, rates)
-        with one_line_errors(), progress_bars() as progress:
+        with progress_bars() as progress:
             work = load_workload(
                 model, batch=batch, input_shape=input_shape, dtype=dtype, abstract=True
             )
@@ -272,7 +285,7 @@ def compare_command(
         _show(compiled, json_file)
         return
     chosen = provide_devices(devices)
-    with one_line_errors(), progress_bars() as progress:
+    with progress_bars() as progress:
         _check_divides(batch or DEFAULT_BATCH, len(chosen))
         progress("making the model", 0, 1)
         work = load_workload(model, batch=batch, input_shape=input_shape, dtype=dtype)
@@ -293,7 +306,7 @@ def compare_command(
 
 
 def _show(comparison: Comparison | CompiledComparison, json_file: Path | None) -> None:
-    click.echo(str(comparison))
+    show(str(comparison))
     write_json(json_file, comparison.to_json())
 
 
@@ -322,9 +335,8 @@ def _refuse_beside_target(devices: int | None, given: GivenRates | None) -> None
 
 def _system(target: str, rates: str) -> System:
     """The system that rates name, with the target's hosts."""
-    with one_line_errors():
-        parsed = Target.parse(target)
-        return preset(rates, hosts=parsed.hosts, gpus=parsed.gpus_per_host)
+    parsed = Target.parse(target)
+    return preset(rates, hosts=parsed.hosts, gpus=parsed.gpus_per_host)
 
 
 def _rated(mesh: Mesh, given: GivenRates | None, progress: Progress) -> DeviceGraph:
@@ -338,6 +350,7 @@ def _rated(mesh: Mesh, given: GivenRates | None, progress: Progress) -> DeviceGr
 @main.command("profile")
 @model_options
 @click.option("--again", is_flag=True, help="Measure what was measured before, too.")
+@json_option("what was measured, how many figures and where they are kept,")
 def profile_command(
     model: str,
     devices: int | None,
@@ -345,13 +358,14 @@ def profile_command(
     input_shape: tuple[int, ...] | None,
     dtype: str | None,
     again: bool,
+    json_file: Path | None,
 ) -> None:
     """Measure every layer of MODEL in every way to split it, and keep the times.
 
     It can be interrupted, and goes on where it was.
     """
     chosen = provide_devices(devices)
-    with one_line_errors(), progress_bars() as progress:
+    with progress_bars() as progress:
         work = load_workload(
             model, batch=batch, input_shape=input_shape, dtype=dtype, abstract=True
         )
@@ -376,7 +390,17 @@ def profile_command(
             timer = LayerTimer(space.graph, rated, here, cache)
             programs = timer.measure(pairs, progress)
             path = store.path
-    click.echo(
-        f"{model}, batch {batch_size(work.batch)}, on {describe(chosen)}: {len(pairs):,} pairs of "
-        f"layer and config are measured, {programs:,} programs now; kept in {path}"
+    size = batch_size(work.batch)
+    notice(
+        f"{model}, batch {size}, on {describe(chosen)}: {len(pairs):,} pairs of layer and config "
+        f"are measured, {programs:,} programs now; kept in {path}"
     )
+    content = {
+        "model": model,
+        "batch": size,
+        "devices": len(chosen),
+        "pairs": len(pairs),
+        "programs": programs,
+        "file": str(path),
+    }
+    write_json(json_file, json.dumps(content, indent=2))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from jaxlwp.cli._shell import PIPE, pipe_json
 from jaxlwp.cli._workload import DEFAULT_BATCH
 from jaxlwp.devices import GivenRates, Rates
 from jaxlwp.files import unwritable
@@ -39,8 +40,7 @@ def _input_shape(
 def positive(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
     if value is not None and not 0 < value < math.inf:
         raise click.ClickException(
-            f"{option.opts[0]}: {value} given; a rate must be a positive finite number: give one, "
-            "or leave all rates out to measure them"
+            f"{option.opts[0]}: {value} given; give a positive finite number"
         )
     return value
 
@@ -48,10 +48,33 @@ def positive(_: click.Context, option: click.Parameter, value: float | None) -> 
 def _not_negative(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
     if value is not None and not 0 <= value < math.inf:
         raise click.ClickException(
-            f"{option.opts[0]}: {value} given; a latency must be a finite number of seconds of at "
-            "least 0: give one, or leave all rates out to measure them"
+            f"{option.opts[0]}: {value} given; give a finite number of seconds of at least 0"
         )
     return value
+
+
+_UNITS = {
+    prefix + unit: base**power
+    for base, unit in ((1000, "b"), (1024, "ib"))
+    for power, prefix in enumerate(("", "k", "m", "g", "t"))
+    if prefix or unit == "b"
+}
+"""Bytes of each unit, in small letters."""
+
+
+def bytes_option(_: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """A number of bytes, with or without a unit."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)\s*([a-z]*)", value.strip().lower(), re.ASCII)
+    unit = _UNITS.get(found[2] or "b") if found else None
+    size = float(found[1]) * unit if found and unit else 0.0
+    if not 0 < size < math.inf:
+        raise click.ClickException(
+            f"{option.opts[0]}: {value!r} given; give a positive number of bytes, as in 16GB, "
+            "16GiB (1,073,741,824 bytes each) or 16e9"
+        )
+    return size
 
 
 def sizes_option(
@@ -91,7 +114,8 @@ def target_file(_: click.Context, option: click.Parameter, value: Path | None) -
     problem = unwritable(value)
     if problem is None:
         return value
-    raise click.ClickException(f"{option.opts[0]}: cannot write {value}: {problem}")
+    name = option.opts[0] if option.param_type_name == "option" else option.human_readable_name
+    raise click.ClickException(f"{name}: cannot write {value}: {problem}")
 
 
 def _count_or_system(
@@ -108,10 +132,20 @@ def json_option(what: str) -> Callable[[Command], Command]:
     return click.option(
         "--json",
         "json_file",
+        metavar="FILE",
         type=click.Path(path_type=Path),
-        callback=target_file,
-        help=f"Write {what} to this JSON file.",
+        callback=_json_target,
+        help=f"Write {what} to this JSON file; '-' prints it, in place of anything else.",
     )
+
+
+def _json_target(
+    context: click.Context, option: click.Parameter, value: Path | None
+) -> Path | None:
+    if value == PIPE:
+        pipe_json()
+        return value
+    return target_file(context, option, value)
 
 
 _DEVICES = "How many devices; all by default. Without accelerators they are simulated."

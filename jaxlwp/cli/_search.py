@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
 from jaxlwp.cli._options import (
     Command,
+    bytes_option,
     json_option,
     pins_option,
     positive,
     target_file,
     with_options,
 )
-from jaxlwp.cli._shell import one_line_errors, progress_bars, write_file, write_json
-from jaxlwp.cost import Problem, load_problem, restrict
-from jaxlwp.optimize import OBJECTIVES, diff_strategies, explain, pareto, search
+from jaxlwp.cli._shell import progress_bars, show, write_file, write_json
+from jaxlwp.cost import load_problem, restrict
+from jaxlwp.optimize import OBJECTIVES, Explanation, diff_strategies, explain, pareto, search
 from jaxlwp.report import alternatives_table, problem_text, render, result_text
 from jaxlwp.space import Constraints, Strategy
 
 memory_option = click.option(
     "--memory",
     "memory_bytes",
-    type=float,
-    callback=positive,
-    help="Bytes of each device that a training step may take, as in 70e9.",
+    metavar="SIZE",
+    callback=bytes_option,
+    help="Bytes of each device that a training step may take, as in 16GB, 16GiB or 70e9.",
 )
 _OPTIONS: tuple[Callable[[Command], Command], ...] = (
     memory_option,
@@ -82,13 +83,19 @@ def constraints_of(
     return Constraints(pin=pin, forbid=forbid, replicated=replicated)
 
 
-def explained(space: Problem, why: str) -> str:
-    """What the other configs of a layer, or of all layers, would cost."""
-    explanation = explain(space)
+def explained(explanation: Explanation | None, why: str | None) -> tuple[list[str], Sequence[str]]:
+    """What the other configs of a layer, or of all layers, would cost; and which layers these are.
+
+    Raises:
+      ValueError: there is no such layer.
+    """
+    if explanation is None or why is None:
+        return [], ()
     if why == "all":
-        return str(explanation)
+        return [str(explanation)], [layer.name for layer in explanation.space.graph.layers]
     layer, _, dimension = why.partition(":")
-    return render(alternatives_table(explanation, layer, (dimension,) if dimension else ()))
+    table = alternatives_table(explanation, layer, (dimension,) if dimension else ())
+    return [render(table)], [layer]
 
 
 _FILE = click.Path(path_type=Path)
@@ -113,7 +120,7 @@ _FILE = click.Path(path_type=Path)
     metavar="FILE",
     help="Show what this strategy, from --save, costs here beside the one found; may be repeated.",
 )
-@click.option("--show", is_flag=True, help="Show the problem: layers, configs, baselines.")
+@click.option("--show", "shown", is_flag=True, help="Show the problem: layers, configs, baselines.")
 @click.option("--save", type=_FILE, callback=target_file, help="Write the strategy found here.")
 @json_option("what was found")
 def search_command(
@@ -127,7 +134,7 @@ def search_command(
     objective: str,
     slots: float,
     others: tuple[Path, ...],
-    show: bool,
+    shown: bool,
     save: Path | None,
     json_file: Path | None,
 ) -> None:
@@ -135,23 +142,20 @@ def search_command(
 
     PROBLEM is a file that `jaxlwp plan --save-problem` or `space.save` wrote.
     """
-    with one_line_errors(), progress_bars() as progress:
+    with progress_bars() as progress:
         whole = space = load_problem(problem)
         if constraints := constraints_of(pin, forbid, replicated):
             space = restrict(whole, constraints)
-        texts = [problem_text(space)] if show else []
+        texts = [problem_text(space)] if shown else []
         found = search(space, objective=objective, memory_bytes=memory_bytes, optimizer_slots=slots)
         given = {str(path): whole.evaluate(Strategy.load(path)) for path in others}
         texts.append(result_text(found, given))
-        if why is not None:
-            texts.append(explained(space, why))
+        texts += explained(None if why is None else explain(space), why)[0]
         if curve:
             texts.append(str(pareto(space, optimizer_slots=slots, progress=progress)))
-    click.echo("\n".join(texts))
+    show("\n".join(texts))
     if save is not None:
-        with one_line_errors():
-            write_file(save, found.strategy.to_json())
-        click.echo(f"wrote {save}")
+        write_file(save, found.strategy.to_json())
     write_json(json_file, found.to_json())
 
 
@@ -165,7 +169,6 @@ def diff_command(a: Path, b: Path, json_file: Path | None) -> None:
     The layers whose configs differ, what each strategy was predicted to take, and whether they are
     for other models, meshes or rates.
     """
-    with one_line_errors():
-        found = diff_strategies(Strategy.load(a), Strategy.load(b), names=(str(a), str(b)))
-    click.echo(str(found))
+    found = diff_strategies(Strategy.load(a), Strategy.load(b), names=(str(a), str(b)))
+    show(str(found))
     write_json(json_file, found.to_json())

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from jaxlwp.cli._options import at_least_one, data_options, json_option, positive, sizes_option
-from jaxlwp.cli._shell import one_line_errors, progress_bars, write_json
+from jaxlwp.cli._shell import progress_bars, show, write_json
 from jaxlwp.cli._workload import DEFAULT_BATCH, load_workload
 from jaxlwp.devices import System, filled, preset
 from jaxlwp.simulate import Scaling, Workload, batch_threshold, link_threshold, scaling
@@ -77,7 +77,7 @@ def simulate(
         return work.loss, work.params, work.batch
 
     each = batch or DEFAULT_BATCH
-    with one_line_errors(), progress_bars() as progress:
+    with progress_bars() as progress:
         systems = _systems(system, hosts, gpus)
         found = scaling(
             workload,
@@ -92,7 +92,7 @@ def simulate(
             texts.append(_hours(found, examples))
         if thresholds:
             texts += _thresholds(workload, systems[-1], total or each * systems[-1].num_devices)
-    click.echo("\n".join(texts))
+    show("\n".join(texts))
     write_json(json_file, found.to_json())
 
 

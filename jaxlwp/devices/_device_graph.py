@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxlwp.devices._links import Crossed, stage_seconds, staged
 from jaxlwp.space import Collective
@@ -43,7 +44,10 @@ class MeshAxis:
           ValueError: a size below 1, a negative or NaN latency, a rate that is not positive.
         """
         if self.size < 1:
-            raise ValueError(f"MeshAxis {self.name!r}: size {self.size} must be at least 1")
+            raise ValueError(
+                f"MeshAxis {self.name!r}: size is {self.size}; give a number of devices of at "
+                "least 1"
+            )
         check_rate(f"MeshAxis {self.name!r}", "bytes_per_s", self.bytes_per_s)
         if not (0 <= self.latency_s < math.inf):
             raise ValueError(
@@ -98,8 +102,8 @@ def check_rate(place: str, name: str, value: float) -> None:
     """
     if not (0 < value < math.inf):
         raise ValueError(
-            f"{place}: {name} is {value}; a rate must be a positive finite number: measure it "
-            "(calibrate) or give one by hand"
+            f"{place}: {name} is {value}; a rate must be a positive finite number; measure it "
+            "or give one by hand"
         )
 
 
@@ -304,24 +308,56 @@ class DeviceGraph:
           ValueError: fields are missing or unknown, or a value is not allowed.
         """
         try:
-            axes = tuple(MeshAxis(**axis) for axis in data["axes"])
-            links = tuple(
-                LinkFit(**{**link, "axes_per_group": tuple(link["axes_per_group"])})
-                for link in data.get("links", ())
-            )
-            touch = tuple((size, byte_s) for size, byte_s in data.get("first_touch_byte_s", ()))
-            dtypes = tuple((dtype, rate) for dtype, rate in data.get("dtype_flops_per_s", ()))
             fields = {
-                "axes": axes,
-                "links": links,
-                "first_touch_byte_s": touch,
-                "dtype_flops_per_s": dtypes,
+                "axes": tuple(_from_json(MeshAxis, axis) for axis in data["axes"]),
+                "links": tuple(_from_json(LinkFit, link) for link in data.get("links", ())),
+                "first_touch_byte_s": tuple(
+                    (_of_kind("bytes", "float", size), _of_kind("seconds", "float", byte_s))
+                    for size, byte_s in data.get("first_touch_byte_s", ())
+                ),
+                "dtype_flops_per_s": tuple(
+                    (_of_kind("dtype", "str", dtype), _of_kind("rate", "float", rate))
+                    for dtype, rate in data.get("dtype_flops_per_s", ())
+                ),
             }
-            return cls(**{**data, **fields})
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"DeviceGraph.from_json: {error}; expected the fields that to_json writes"
-            ) from error
+            return _from_json(cls, {**data, **fields})
+        except KeyError as error:
+            problem = f"{error} is missing"
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
+            problem = str(error)
+        raise ValueError(
+            f"DeviceGraph.from_json: {problem}; expected the fields that to_json writes"
+        )
+
+
+_KINDS: dict[Any, tuple[type, ...]] = {
+    "float": (int, float),
+    "int": (int,),
+    "str": (str,),
+    "bool": (bool,),
+    "tuple[int, ...]": (list, tuple),
+}
+"""What a field of a kind may be in a file."""
+
+T = TypeVar("T")
+
+
+def _from_json(kind: Callable[..., T], data: Mapping[str, Any]) -> T:
+    """A dataclass from plain data, whose fields are checked before they are used."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{data!a:.60} given in place of the fields of a {kind.__name__}")
+    given = dict(data)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in given and field.type in _KINDS:
+            given[field.name] = _of_kind(field.name, field.type, given[field.name])
+    return kind(**given)
+
+
+def _of_kind(name: str, kind: Any, value: Any) -> Any:
+    right = isinstance(value, _KINDS[kind]) and isinstance(value, bool) == (kind == "bool")
+    if not right or (isinstance(value, int) and abs(value) > sys.float_info.max):
+        raise ValueError(f"{name} is {value!a:.60}, no {kind}")
+    return tuple(value) if isinstance(value, list) else value
 
 
 BUCKET_BYTES = 30 * 2**20

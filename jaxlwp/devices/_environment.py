@@ -6,12 +6,14 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import math
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from jaxlwp.files import is_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,22 @@ class Environment:
     jaxlib: str
     host: str = ""
     at_once: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values, which may be from a file.
+
+        Raises:
+          ValueError: a text is none, or a number.
+        """
+        for field_ in dataclasses.fields(self):
+            value = getattr(self, field_.name)
+            if field_.name != "at_once" and not is_text(value):
+                raise ValueError(f"Environment: {field_.name} is {value!a:.60}; it must be text")
+        if isinstance(self.at_once, bool) or not isinstance(self.at_once, int) or self.at_once < 1:
+            raise ValueError(
+                f"Environment: at_once is {self.at_once!a:.60}; it must be a whole number of at "
+                "least 1"
+            )
 
     @property
     def key(self) -> str:
@@ -98,11 +116,11 @@ class Measurement:
         figures = [(name, getattr(self, name)) for name in ("seconds", "spread", "samples")]
         for name, value in (*figures, *(("each_s", each) for each in self.each_s)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 0 <= value < math.inf):
+            if not (number and 0 <= value <= sys.float_info.max):
                 raise ValueError(
                     f"Measurement: {name} is {value!r}; it must be a finite number of at least 0"
                 )
-        if not all(isinstance(getattr(self, name), str) for name in ("date", "program")):
+        if not all(is_text(getattr(self, name)) for name in ("date", "program")):
             raise ValueError("Measurement: date and program must be text")
         if not isinstance(self.data, Mapping):
             raise ValueError(f"Measurement: data is {self.data!r}; it must be a mapping")

@@ -63,20 +63,27 @@ def choose_devices(devices: Sequence[Any] | int | None) -> Sequence[Any]:
     """The devices to use: all, the first so many, or the ones given.
 
     Raises:
-      ValueError: more devices than exist.
+      ValueError: none, more devices than exist, or what is no device.
     """
     if devices is None:
         return jax.devices()
     if isinstance(devices, (int, np.integer)):
         present = jax.devices()
-        if not 1 <= devices <= len(present):
+        if devices < 1:
+            raise ValueError(f"devices: {devices} asked for; give a number of at least 1")
+        if devices > len(present):
             raise ValueError(
                 f"devices: {devices} asked for, {len(present)} exist ({present[0].device_kind}); "
                 "ask for fewer, or simulate with "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}"
             )
         return present[:devices]
-    return devices
+    listed = list(devices)
+    if not listed or not all(hasattr(each, "device_kind") for each in listed):
+        raise ValueError(
+            f"devices: {listed!r:.80} given; give some of jax.devices(), or how many of them"
+        )
+    return listed
 
 
 def make_mesh(devices: Sequence[Any]) -> Mesh:

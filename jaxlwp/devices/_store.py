@@ -19,7 +19,7 @@ import os
 import sqlite3
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from jaxlwp.devices._sqlite import (
     locked,
     undecodable_is_damage,
 )
-from jaxlwp.files import write_file
+from jaxlwp.files import is_text, parse_json, read_text, write_file
 
 
 def default_path() -> Path:
@@ -60,6 +60,7 @@ class Store:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or default_path()
         self._lock = threading.RLock()
+        self._named_as_damaged: set[str] = set()
         self._connection = self._opened()
 
     def _opened(self) -> sqlite3.Connection:
@@ -160,16 +161,27 @@ class Store:
         for environment, kind, _, _ in self._rows("", ()):
             of = counts.setdefault(environment, {})
             of[kind] = of.get(kind, 0) + 1
-        known = self._environments()
+        known = self._environments(counts)
         return [(known[key], kinds) for key, kinds in sorted(counts.items()) if key in known]
 
-    def _environments(self) -> dict[str, Environment]:
+    def _environments(self, used: Iterable[str]) -> dict[str, Environment]:
+        """The environments whose description is sound, by key; names those that are not, once."""
         result = {}
         for key, content in self._select("SELECT key, content FROM environments", ()):
             with contextlib.suppress(ValueError, TypeError):
-                environment = Environment(**json.loads(content))
+                environment = Environment(**parse_json(content))
                 if environment.key == key:
                     result[key] = environment
+        nameless = sorted(set(used) - set(result) - self._named_as_damaged)
+        if nameless:
+            self._named_as_damaged.update(nameless)
+            warnings.warn(
+                f"{self.path}: the descriptions of {len(nameless)} environments are damaged "
+                f"({', '.join(nameless)}); what was measured in them is kept, but not listed or "
+                "exported: measure there again, which restores the description, or drop all with "
+                "`jaxlwp cache clear`",
+                stacklevel=4,
+            )
         return result
 
     def _rows(
@@ -183,7 +195,12 @@ class Store:
                 bad += 1
                 continue
             environment, kind, key, program, content, _ = row
-            yield environment, kind, key, Measurement(program=program, **json.loads(content))
+            try:
+                measurement = Measurement(program=program, **parse_json(content))
+            except (ValueError, TypeError):  # written so by somebody who knows the checksum
+                bad += 1
+                continue
+            yield environment, kind, key, measurement
         if bad:
             warnings.warn(
                 f"{self.path}: {bad} damaged entries are not used; they will be measured again",
@@ -260,10 +277,11 @@ class Store:
         Raises:
           OSError: one of the two files cannot be used.
         """
-        known = self._environments()
+        rows = list(self._rows("", ()))
+        known = self._environments(row[0] for row in rows)
         content: dict[str, Any] = {"format_version": FORMAT_VERSION, "environments": []}
         groups: dict[str, list[dict[str, Any]]] = {}
-        for key, kind, name, measurement in self._rows("", ()):
+        for key, kind, name, measurement in rows:
             if key in known and environment in (None, known[key]):
                 groups.setdefault(key, []).append(
                     {"kind": kind, "key": name, **measurement.to_json()}
@@ -308,22 +326,34 @@ def read_export(path: Path) -> list[tuple[Environment, dict[str, dict[str, Measu
       ValueError: the file is not there, or not one that `export` wrote.
     """
     try:
-        content = json.loads(path.read_text())
-        if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {content['format_version']}, not {FORMAT_VERSION}")
-        result = []
-        for group in content["environments"]:
-            kinds: dict[str, dict[str, Measurement]] = {}
-            for entry in group["entries"]:
-                kind, key = entry.pop("kind"), entry.pop("key")
-                kinds.setdefault(str(kind), {})[str(key)] = Measurement(**entry)
-            result.append((Environment(**group["environment"]), kinds))
-        return result
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = read_text(path, EXPORTED)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    try:
+        return _exported(parse_json(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as exported measurements ({type(error).__name__}: {error}); "
-            "give a file that `jaxlwp cache export` wrote"
+            f"give {EXPORTED}"
         ) from error
+
+
+EXPORTED = "a file that `jaxlwp cache export` wrote"
+
+
+def _exported(content: Any) -> list[tuple[Environment, dict[str, dict[str, Measurement]]]]:
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format version {content['format_version']}, not {FORMAT_VERSION}")
+    result = []
+    for group in content["environments"]:
+        kinds: dict[str, dict[str, Measurement]] = {}
+        for entry in group["entries"]:
+            kind, key = entry.pop("kind"), entry.pop("key")
+            if not (is_text(kind) and is_text(key)):
+                raise ValueError(f"an entry has the kind {kind!a:.60} and the key {key!a:.60}")
+            kinds.setdefault(kind, {})[key] = Measurement(**entry)
+        result.append((Environment(**group["environment"]), kinds))
+    return result
 
 
 def _row(environment: str, kind: str, key: str, measurement: Measurement) -> tuple[str, ...]:

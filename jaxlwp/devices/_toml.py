@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxlwp.files import read_text
+
 
 def read_toml(path: Path) -> Table:
     """The top table of a file.
@@ -17,12 +19,14 @@ def read_toml(path: Path) -> Table:
       ValueError: the file cannot be read, or is no TOML.
     """
     try:
-        return Table(str(path), tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
-        raise ValueError(f"{path}: {reason}; give a TOML file of a system") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: no TOML ({error}); write fields as in devices = 8") from error
+        text = read_text(path, "a TOML file of a system")
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    try:
+        return Table(str(path), tomllib.loads(text))
+    except (ValueError, RecursionError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path}: no TOML ({what}); write fields as in devices = 8") from error
 
 
 @dataclass(frozen=True)

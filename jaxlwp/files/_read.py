@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from jaxlwp.files._text import is_text, parse_json
+
 
 @dataclass(frozen=True)
 class Read:
@@ -58,9 +60,7 @@ class Read:
         """A text."""
         if not isinstance(self.value, str):
             self.refuse("a text")
-        try:
-            self.value.encode()
-        except UnicodeEncodeError:  # half a character, which could not be written again
+        if not is_text(self.value):  # half a character, which could not be written again
             self.refuse("a text of whole characters")
         return self.value
 
@@ -106,9 +106,7 @@ def read_json(content: str | bytes) -> Read:
       ValueError: it is no JSON text, or nested too deeply to be one of ours.
     """
     try:
-        return Read(json.loads(content))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        return Read(parse_json(content))
     except ValueError as error:
         raise ValueError(f"it is no JSON ({' '.join(str(error).split())})") from error
 

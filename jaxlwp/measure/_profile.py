@@ -79,10 +79,17 @@ def load_profile(path: str | Path) -> Profile:
             "one: export it with --environment"
         )
     environment, kinds = groups[0]
+    try:
+        rates = {
+            key: DeviceGraph.from_json(entry.data) for key, entry in kinds.get(KIND, {}).items()
+        }
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: its rates cannot be read ({error}); export them again with `jaxlwp cache "
+            "export`"
+        ) from error
     return Profile(
         environment=environment,
-        rates={
-            key: DeviceGraph.from_json(entry.data) for key, entry in kinds.get(KIND, {}).items()
-        },
+        rates=rates,
         layers=kinds.get(TimingCache.kind, {}),
     )

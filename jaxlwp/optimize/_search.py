@@ -208,8 +208,8 @@ class Goal:
 
 
 def _objective(objective: str | Objective, memory_bytes: float | None) -> Objective:
-    if isinstance(objective, str):
-        if objective not in OBJECTIVES:
+    if isinstance(objective, str) or not hasattr(objective, "rows"):
+        if objective not in tuple(OBJECTIVES):
             raise ValueError(
                 f"objective: {objective!r} is unknown; give one of {', '.join(OBJECTIVES)}, or an "
                 "Objective"

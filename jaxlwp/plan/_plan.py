@@ -175,7 +175,7 @@ class Plan:
         """
         check_set_mesh("plan", need_devices("plan", self.mesh))
         arguments = canonical("plan", self.function, (params, *batch), keywords)
-        flat = self._check_arguments(arguments)
+        flat = self.check_arguments("plan", arguments)
         results = self._function(*flat)
         count = len(results) - len(self.graph.changed)
         for position, value in zip(self.graph.changed, results[count:], strict=True):
@@ -184,11 +184,20 @@ class Plan:
             _write_back(arguments, jax.tree.unflatten(self.in_tree, flat))
         return jax.tree.unflatten(self.out_tree, results[:count])
 
-    def _check_arguments(self, arguments: Arguments) -> list[Any]:
+    def check_arguments(self, where: str, arguments: Arguments) -> list[Any]:
+        """The leaves of arguments, which are those that the plan was made for.
+
+        Args:
+          where: who is called, for the error.
+          arguments: positional ones, and those by name.
+
+        Raises:
+          ValueError: they differ in structure, shape or dtype.
+        """
         flat, tree = jax.tree.flatten(arguments)
         if tree != self.in_tree:
             raise ValueError(
-                f"plan: the arguments have the structure {tree}, but the plan was made for "
+                f"{where}: the arguments have the structure {tree}, but the plan was made for "
                 f"{self.in_tree}; pass parameters and batch as to parallelize, or make a new plan"
             )
         program = self.graph.program
@@ -196,7 +205,7 @@ class Plan:
             want, have = program.values[index], jax.typeof(leaf)
             if tuple(have.shape) != want.shape or have.dtype != want.dtype:
                 raise ValueError(
-                    f"plan: {name} is {have.dtype}{list(have.shape)}, but the plan was made for "
+                    f"{where}: {name} is {have.dtype}{list(have.shape)}, but the plan was made for "
                     f"{want.dtype}{list(want.shape)}; pass arrays of that shape (drop or pad the "
                     "last incomplete batch), or make a plan for the new one"
                 )

@@ -271,7 +271,7 @@ def _fitting(
 def _too_little(plan: Plan, memory_bytes: float, peak_bytes: int) -> MemoryLimitError:
     return MemoryLimitError(
         f"memory_bytes: strategy {plan.strategy.name!r} needs about {peak_bytes:,} bytes on each "
-        f"device, with a margin of {MEMORY_MARGIN - 1:.0%} more than {memory_bytes:,.0f} given: "
+        f"device, with a margin of {MEMORY_MARGIN - 1:.0%} more than {memory_bytes:,.0f} given; "
         "search for a strategy, or use more devices, a smaller batch, a higher limit",
         MEMORY_MARGIN * peak_bytes,
         plan.space.choices(plan.strategy),

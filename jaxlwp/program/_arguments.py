@@ -37,21 +37,31 @@ def canonical(
     Raises:
       ValueError: the function cannot be called with these arguments.
     """
-    if not keywords or fn is None:
-        return positional, dict(keywords)
     try:
-        signature = inspect.signature(fn)
+        # A decorator may take other arguments by position than what it wraps.
+        signature = inspect.signature(fn, follow_wrapped=bool(keywords)) if fn else None
     except (TypeError, ValueError):
+        signature = None
+    if signature is None:
         return positional, dict(keywords)
     try:
         bind = signature.bind_partial if partial else signature.bind
         bound = bind(*positional, **keywords)
     except TypeError as error:
+        named = f" and {', '.join(sorted(keywords))}" if keywords else ""
         raise ValueError(
-            f"{where}: {getattr(fn, '__name__', 'the function')}{signature} cannot be called with "
-            f"{len(positional)} positional arguments and {', '.join(sorted(keywords))}: {error}"
+            f"{where}: {getattr(fn, '__name__', 'the function')}{_names_of(signature)} cannot be "
+            f"called with {len(positional)} positional arguments{named}: {error}; pass what it "
+            "takes, the parameters first"
         ) from error
-    return bound.args, dict(bound.kwargs)
+    return (bound.args, dict(bound.kwargs)) if keywords else (positional, {})
+
+
+def _names_of(signature: inspect.Signature) -> inspect.Signature:
+    """Without types."""
+    empty = inspect.Parameter.empty
+    named = [each.replace(annotation=empty) for each in signature.parameters.values()]
+    return signature.replace(parameters=named, return_annotation=empty)
 
 
 def argument_name(path: tuple[Any, ...]) -> str:

@@ -191,14 +191,17 @@ def plot_pareto(curve: ParetoCurve, *, name: str = "", ax: Axes | None = None) -
         color=made.BLUE,
         label="by layers, what the search limits",
     )
-    axes.plot(
-        [point.memory.peak_bytes / 1e9 for point in points],
-        times_ms,
-        "D",
-        color=made.RED,
-        markerfacecolor="none",
-        label="by the program, as compiled for GPUs",
-    )
+    programs = [
+        (point.memory.peak_bytes / 1e9, 1e3 * point.seconds) for point in points if point.memory
+    ]
+    if programs:  # a saved problem has none
+        axes.plot(
+            *zip(*programs, strict=True),
+            "D",
+            color=made.RED,
+            markerfacecolor="none",
+            label="by the program, as compiled for GPUs",
+        )
     devices = points[0].result.space.devices
     head = f"{name} on " if name else ""
     title = f"{head}{devices.num_devices} x {devices.device_kind}: time against memory, predicted"

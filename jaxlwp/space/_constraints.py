@@ -57,7 +57,7 @@ class Constraints:
         for name in ("forbid", "replicated"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(
-                    f"Constraints.{name} is {getattr(self, name)!r}: give a list of names, as in "
+                    f"Constraints.{name} is {getattr(self, name)!r}; give a list of names, as in "
                     f"({getattr(self, name)!r},)"
                 )
         for dimension in (d for _, listed in self.forbidden() for d in listed):

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxlwp._version import __version__
-from jaxlwp.files import Read, check_format, read_json, write_file
+from jaxlwp.files import Read, check_format, read_json, read_text, write_file
 from jaxlwp.graph import Outlined
 from jaxlwp.mesh import is_first_process
 from jaxlwp.space._config import Config
@@ -139,7 +139,8 @@ class Strategy:
           ValueError: the file is not a strategy, or of a newer version.
           OSError: the file cannot be read.
         """
-        return _read(Path(path).read_bytes(), f"Strategy.load: {path}")
+        wanted = "one that `jaxlwp plan --save` or Strategy.save wrote"
+        return _read(read_text(Path(path), wanted), f"Strategy.load: {path}")
 
 
 def make_strategy(

@@ -1,0 +1,1 @@
+"""What the wrong calls and command lines of docs/errors.md meet."""
