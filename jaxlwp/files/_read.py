@@ -107,7 +107,7 @@ def read_json(content: str | bytes) -> Read:
     """
     try:
         return Read(parse_json(content))
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeError) as error:
         raise ValueError(f"it is no JSON ({' '.join(str(error).split())})") from error
 
 

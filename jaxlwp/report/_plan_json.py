@@ -57,7 +57,7 @@ def plan_json(
         "cost": _cost(plan.cost),
         "memory": _memory(plan.memory),
         "layers": [_layer(row, devices.axis_sizes) for row in layer_rows(plan, memory=True)],
-        "strategy": json.loads(plan.strategy.to_json()),
+        "strategy": json.loads(plan.recorded.to_json()),
     }
     if explanation is not None:
         content["why"] = {name: _configs(explanation, name) for name in explained}

@@ -140,7 +140,7 @@ class Strategy:
           OSError: the file cannot be read.
         """
         wanted = "one that `jaxlwp plan --save` or Strategy.save wrote"
-        return _read(read_text(Path(path), wanted), f"Strategy.load: {path}")
+        return _read(read_text(Path(path), wanted), str(path))
 
 
 def make_strategy(
