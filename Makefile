@@ -70,7 +70,7 @@ $(NEWEST_READY): pyproject.toml
 
 NEWEST_TESTS := $(addprefix tests/, test_architecture.py test_borders.py test_config.py \
 	test_constants.py test_forecast.py test_forward.py test_habits.py test_kernels.py test_measure.py \
-	test_memory.py test_plan.py test_resize.py test_sums.py test_verify.py test_vmap.py \
+	test_memory.py test_pages.py test_plan.py test_resize.py test_sums.py test_verify.py test_vmap.py \
 	contracts/test_halos.py contracts/test_meshes.py contracts/test_pointwise.py \
 	contracts/test_priced.py contracts/test_programs.py)
 COMING_TESTS := $(addprefix tests/, test_habits.py test_memory.py contracts/test_priced.py \

@@ -40,10 +40,11 @@ def problems(site: Path, screenshots: Path | None, size: tuple[int, int], dark: 
     pages = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
     pages = [page for page in pages if not page.startswith("repository/")]
     with tempfile.TemporaryDirectory() as folder, chromium.running(Path(folder)) as browser:
+        empty = Path(folder) / "empty.html"
+        empty.write_text("<!DOCTYPE html><title>empty</title>")
         with served(site) as address:
-            browser.open(site / "404.html", *size)
+            browser.open(empty, *size)
             browser.resize(*size, dark=dark)
-            browser.problems.clear()
             browser.requests.clear()
             for page in pages:
                 browser.navigate(f"{address}/{page}")

@@ -24,6 +24,7 @@ from tests.test_readme import PAGES, ROOT, blocks, run_page
 
 TESTED = {
     "README.md": "test_readme.py",
+    "docs/checkpoints.md": "test_checkpoints.py",
     "docs/choosing.md": "test_readme.py",
     "docs/clusters.md": "test_readme.py",
     "docs/comparison.md": "test_pages.py",
@@ -34,7 +35,9 @@ TESTED = {
     "docs/memory.md": "test_readme.py",
     "docs/operators.md": "test_pages.py",
     "docs/plans.md": "test_readme.py",
+    "docs/plots.md": "test_notebooks.py",
     "docs/processes.md": "test_restart.py",
+    "docs/saving.md": "test_readme.py",
     "docs/simulate.md": "test_simulate.py",
     "docs/systems.md": "test_readme.py",
 }
