@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -31,7 +32,8 @@ STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 1000px; margin: 20px auto; color: #222 }
 pre { font: 13px/1.35 monospace; overflow-x: auto; margin: 0 }
 .code { background: #f5f5f5; border: 1px solid #ddd; padding: 8px; margin: 10px 0 4px }
-.output { padding: 4px 8px; overflow-x: auto } .error { background: #fdd } img { max-width: 100% }
+.output { padding: 4px 8px; overflow-x: auto } pre.output { white-space: pre-wrap }
+.error { background: #fdd } img { max-width: 100% }
 table { border-collapse: collapse } td, th { padding: 2px 8px }
 """
 
@@ -86,11 +88,15 @@ def main(folder: str, *notebooks: str) -> None:
         resources = {"metadata": {"path": str(path.parent)}}
         NotebookClient(notebook, timeout=3600, allow_errors=True, resources=resources).execute()
         taken_s = time.perf_counter() - start
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of all kernels up to now
         target = Path(folder) / f"{path.stem}.html"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(page(notebook))
         photos = photograph(target) if browser() else []
-        print(f"{path}: {taken_s:.0f} s, {target}, {len(photos)} screenshots")
+        print(
+            f"{path}: {taken_s:.0f} s, {target}, {len(photos)} screenshots; "
+            f"processor seconds so far {used.ru_utime + used.ru_stime:.0f}"
+        )
 
 
 if __name__ == "__main__":

@@ -66,10 +66,17 @@ def finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
+class _InFull(LogFormatter):
+    """Numbers in full (40,000 and not 4e+04) at the places that matplotlib would label."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:,.10g}" if super().__call__(x, pos) else ""
+
+
 def plain_log(axis: Axis) -> None:
     """Numbers of a logarithmic axis in full, those between powers too where there is room."""
     for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
-        set_formatter(LogFormatter(minor_thresholds=(1.2, 0.4)))
+        set_formatter(_InFull(minor_thresholds=(1.2, 0.4)))
 
 
 def ticks_at(axes: Axes, values: Sequence[float]) -> None:

@@ -81,7 +81,7 @@ def plot_scaling(
         axes.set_yscale("log")
         made.plain_log(axes.yaxis)
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * max(axes.dataLim.y1, 100))  # not cut off at the top
     weak = f"batch {points[0].batch // points[0].devices} a GPU (weak scaling)"
     batch = weak if scaling.weak else f"batch {points[0].batch} in all (strong scaling)"
     title = f"{scaling.model} on {scaling.gpu}, {batch}, predicted"
@@ -100,7 +100,8 @@ def _line(
 ) -> None:
     """A line with a marker for each point, hollow where `full` is False."""
     colour, marker = style
-    drawn = axes.plot(x, y, marker=marker, color=colour, label=label)[0]
+    order = 3 if label in ("found", "search") else 2  # what is found lies on top of its equals
+    drawn = axes.plot(x, y, marker=marker, color=colour, label=label, zorder=order)[0]
     drawn.set_markevery([n for n, fits in enumerate(full) if fits])
     if not all(full):
         hollow = [(a, b) for a, b, fits in zip(x, y, full, strict=True) if not fits]
@@ -116,8 +117,8 @@ def _line(
 def plot_threshold(threshold: Threshold, *, name: str = "", ax: Axes | None = None) -> Figure:
     """Steps of the strategy found and of a baseline, against link rates or batches.
 
-    A dashed line is the threshold, from which on the baseline is as good; a dotted one the rate
-    that the system has.
+    A dashed line is the threshold, from which on the baseline is as good (takes no more than
+    `within` longer); a dotted one the rate that the system has.
 
     Args:
       threshold: from `jaxlwp.simulate.link_threshold` or `batch_threshold`.
@@ -143,7 +144,7 @@ def plot_threshold(threshold: Threshold, *, name: str = "", ax: Axes | None = No
         _line(axes, made.style(strategy), strategy, values, taken_ms, [True] * len(values))
     if threshold.value is not None:
         value = threshold.value * scale
-        label = f"as good from {value:.3g} {unit} on"
+        label = f"within {threshold.within:.0%} from {value:.3g} {unit} on"
         axes.axvline(value, linestyle="--", color="black", linewidth=1, label=label)
     if threshold.now is not None:
         now = threshold.now * scale
@@ -183,8 +184,10 @@ def plot_pareto(curve: ParetoCurve, *, name: str = "", ax: Axes | None = None) -
     figure, axes = made.drawing(ax, (6.4, 4.0))
     points = sorted(curve.points, key=lambda point: point.estimated_bytes)
     times_ms = [1e3 * point.seconds for point in points]
+    large = max(point.estimated_bytes for point in points) > 5e8
+    unit, size = ("GB", 1e9) if large else ("MB", 1e6)
     axes.plot(
-        [point.estimated_bytes / 1e9 for point in points],
+        [point.estimated_bytes / size for point in points],
         times_ms,
         drawstyle="steps-post",  # between two limits the strategy of the lower one is the best
         marker="o",
@@ -192,7 +195,7 @@ def plot_pareto(curve: ParetoCurve, *, name: str = "", ax: Axes | None = None) -
         label="by layers, what the search limits",
     )
     programs = [
-        (point.memory.peak_bytes / 1e9, 1e3 * point.seconds) for point in points if point.memory
+        (point.memory.peak_bytes / size, 1e3 * point.seconds) for point in points if point.memory
     ]
     if programs:  # a saved problem has none
         axes.plot(
@@ -205,7 +208,7 @@ def plot_pareto(curve: ParetoCurve, *, name: str = "", ax: Axes | None = None) -
     devices = points[0].result.space.devices
     head = f"{name} on " if name else ""
     title = f"{head}{devices.num_devices} x {devices.device_kind}: time against memory, predicted"
-    made.finish(axes, title, "GB of a device", "milliseconds a step")
+    made.finish(axes, title, f"{unit} of a device", "milliseconds a step")
     axes.legend(frameon=False, fontsize=8)
     return figure
 

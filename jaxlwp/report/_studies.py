@@ -35,7 +35,7 @@ def scaling_text(scaling: Scaling) -> str:
                 *place,
                 outcome.strategy,
                 seconds(outcome.step_s),
-                f"{outcome.examples_per_s:,.4g}",
+                _rate(outcome.examples_per_s),
                 f"{outcome.efficiency:.0%}",
                 num_bytes(outcome.sent_bytes),
                 num_bytes(outcome.memory_bytes) + ("" if outcome.fits else " *"),
@@ -43,6 +43,11 @@ def scaling_text(scaling: Scaling) -> str:
             place = [""] * len(place)
         table.add_section()
     return render(table)
+
+
+def _rate(value: float) -> str:
+    """Four digits that matter, in full from a thousand on."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def threshold_text(threshold: Threshold) -> str:
