@@ -213,12 +213,12 @@ def test_written_in_one_step(
     assert path.read_text(encoding="utf-8") == page_html(lenet) + "\n"
     path.write_text("before")
 
-    def full(self: Path, text: str, encoding: str) -> None:
-        with self.open("w") as file:
-            file.write(text[:10])
+    def full(self: Path, data: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(data[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         lenet.report(path)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]

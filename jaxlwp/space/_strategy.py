@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -54,7 +55,10 @@ class Record:
     @property
     def step_s(self) -> float | None:
         """Predicted seconds of a step; None if not known."""
-        return sum(self.predicted_s.values()) if self.predicted_s else None
+        # As `Cost.total_s` adds: from Python 3.12 on, `sum` rounds otherwise.
+        return (
+            functools.reduce(operator.add, self.predicted_s.values()) if self.predicted_s else None
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
