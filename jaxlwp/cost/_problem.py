@@ -197,6 +197,7 @@ class Problem(abc.ABC):
 
 
 AnyProblem = TypeVar("AnyProblem", bound=Problem)
+"""A problem of either kind, the same in and out."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
