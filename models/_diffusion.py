@@ -135,11 +135,11 @@ class Attention(nn.Module):
 def on_pixels(tokens_to_tokens: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """Applies a function of tokens [batch, tokens, channels] to the pixels of feature maps."""
     batch, height, width, channels = x.shape
-    out: jax.Array = tokens_to_tokens(x.reshape(batch, height * width, channels)).reshape(x.shape)
-    return out
+    return tokens_to_tokens(x.reshape(batch, height * width, channels)).reshape(x.shape)
 
 
 def doubled(x: jax.Array) -> jax.Array:
     """Returns feature maps of twice the height and width: every pixel four times."""
     batch, height, width, channels = x.shape
-    return jax.image.resize(x, (batch, 2 * height, 2 * width, channels), "nearest")
+    out: jax.Array = jax.image.resize(x, (batch, 2 * height, 2 * width, channels), "nearest")
+    return out

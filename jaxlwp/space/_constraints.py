@@ -13,11 +13,13 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from jaxlwp.graph import ComputationGraph, Layer
-from jaxlwp.space._config import DIMENSIONS, Config
-from jaxlwp.space._layout import degree, even_layout, layout_axes
+from jaxlwp.graph import ComputationGraph, Layer, Use
+from jaxlwp.ops import OUTPUT
+from jaxlwp.space._config import DIMENSIONS, Config, Layout
+from jaxlwp.space._layout import degree, even_layout
+from jaxlwp.space._moves import plan_moves
 
 Split = Config | Mapping[str, int | str | Sequence[str]]
 """A config, or for each split dimension its degree or its mesh axes."""
@@ -42,11 +44,14 @@ class Constraints:
       forbid: dimensions that no layer is split by; or layer name or pattern -> dimensions.
       replicated: names or patterns of parameters, such as "params['Conv_0']['kernel']", that every
         device holds whole.
+      stored: names or patterns of parameters -> the layout in which each is stored, for each
+        dimension the mesh axes that split it. All layers read it without moving it.
     """
 
     pin: Mapping[str, Split] = field(default_factory=dict)
     forbid: Mapping[str, Sequence[str]] | Sequence[str] = ()
     replicated: Sequence[str] = ()
+    stored: Mapping[str, Layout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the form.
@@ -101,7 +106,7 @@ class Constraints:
             text = f"forbid {', '.join(dimensions)}"
             for n in _matching(text, pattern, names, "layer") if dimensions else ():
                 checks[n].append((text, functools.partial(_leaves_whole, tuple(dimensions))))
-        for n, text, check in self._replicated(graph, axis_sizes):
+        for n, text, check in self._stored(graph, axis_sizes):
             checks[n].append((text, check))
         return tuple(
             _kept(layer, choices, required, axis_sizes)
@@ -109,11 +114,16 @@ class Constraints:
         )
 
     def pinned(
-        self, layer: Layer, axis_groups: Sequence[Sequence[str]], axis_sizes: Mapping[str, int]
+        self,
+        graph: ComputationGraph,
+        layer: Layer,
+        axis_groups: Sequence[Sequence[str]],
+        axis_sizes: Mapping[str, int],
     ) -> list[Config]:
-        """The configs with the degrees that a layer is pinned to, none if it is not.
+        """The configs with the splits that a layer is pinned to, or that its parameters ask for.
 
         Args:
+          graph: the computation graph.
           layer: the layer.
           axis_groups: mesh axes in groups that are interchangeable, slowest link level first.
           axis_sizes: devices along each mesh axis.
@@ -124,29 +134,111 @@ class Constraints:
                 found += _named(split, layer, axis_sizes)
                 if not isinstance(split, Config):
                     found += _of_degrees(split, axis_groups, axis_sizes)
+        for _, value, layout in self._layouts(graph):
+            owner, labels = graph.owners.get(value, (None, ()))
+            if owner == layer.index:
+                splits = {name: axes for name, axes in zip(labels, layout, strict=True) if name}
+                found.append(Config.of(splits).splitting(axis_sizes))
         return found
 
-    def _replicated(
-        self, graph: ComputationGraph, axis_sizes: Mapping[str, int]
-    ) -> Iterable[tuple[int, str, Callable[[Config], bool]]]:
+    def _layouts(self, graph: ComputationGraph) -> Iterable[tuple[str, int, Layout]]:
+        """Parameters whose layout is given: where that is said, the value, and the layout."""
         names = graph.argument_names[: graph.num_parameters]
-        values = graph.program.inputs[: graph.num_parameters]
         for pattern in self.replicated:
             for n in _matching(f"replicated {pattern!r}", pattern, names, "parameter"):
-                if values[n] not in graph.owners:
-                    continue  # nothing reads it: it is replicated anyway
-                owner, labels = graph.owners[values[n]]
-                shape = graph.program.values[values[n]].shape
+                value = graph.program.inputs[n]
+                rank = len(graph.program.values[value].shape)
+                yield f"replicated {names[n]}", value, ((),) * rank
+        for pattern, layout in self.stored.items():
+            for n in _matching(f"stored {pattern!r}", pattern, names, "parameter"):
+                yield f"stored {names[n]} as {layout}", graph.program.inputs[n], layout
 
-                def whole(
-                    config: Config,
-                    shape: tuple[int, ...] = shape,
-                    labels: Sequence[str | None] = labels,
-                ) -> bool:
-                    stored = even_layout(shape, config.layout(labels), axis_sizes)
-                    return not layout_axes(stored)
+    def _stored(
+        self, graph: ComputationGraph, axis_sizes: Mapping[str, int]
+    ) -> Iterable[tuple[int, str, Callable[[Config], bool]]]:
+        readers: dict[int, list[tuple[int, Use]]] = {}
+        for layer in graph.layers:
+            for use in layer.uses:
+                readers.setdefault(use.value, []).append((layer.index, use))
+        for text, value, layout in self._layouts(graph):
+            if value not in graph.owners:
+                continue  # nothing reads it: it is replicated anyway
+            owner, labels = graph.owners[value]
+            shape = graph.program.values[value].shape
+            yield owner, text, functools.partial(_stores, shape, labels, layout, axis_sizes)
+            for reader, use in readers.get(value, ()):
+                yield reader, text, functools.partial(_reads, use, layout, axis_sizes)
 
-                yield owner, f"replicated {names[n]}", whole
+
+def _stores(
+    shape: Sequence[int],
+    labels: Sequence[str | None],
+    layout: Layout,
+    axis_sizes: Mapping[str, int],
+    config: Config,
+) -> bool:
+    """Whether a layer under a config stores an argument that it owns in a layout."""
+    return even_layout(shape, config.layout(labels), axis_sizes) == layout
+
+
+def _reads(use: Use, layout: Layout, axis_sizes: Mapping[str, int], config: Config) -> bool:
+    """Whether a layer under a config reads what is stored in a layout without moving it."""
+    moves = plan_moves(
+        shape=use.info.shape,
+        source=layout,
+        target=config.layout(use.labels),
+        active=frozenset(axis for name in use.active for axis in config.axes(name)),
+        axis_sizes=axis_sizes,
+    )
+    return all(move.kind in ("slice", "cast") for move in moves)
+
+
+def outputs_kept(
+    graph: ComputationGraph, constraints: Constraints | None, axis_sizes: Mapping[str, int]
+) -> Constraints | None:
+    """The constraints, and that outputs are where they are wanted (`trace(outputs=...)`).
+
+    Args:
+      graph: the computation graph.
+      constraints: the user's own.
+      axis_sizes: devices along each mesh axis.
+
+    Raises:
+      ValueError: an output is wanted split by axes that the mesh does not have, or unevenly.
+    """
+    pins = {}
+    for layer in graph.layers:
+        if layer.kind != OUTPUT:
+            continue
+        member = layer.members[-1]
+        layout, shape = member.equation.params["layout"], layer.output.shape
+        for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
+            _check_output(dim, size, axes, axis_sizes)
+        if not any(layout):
+            continue  # it cannot be split anyway
+        labels = member.signature.results[0]
+        splits = {name: axes for name, axes in zip(labels, layout, strict=True) if name}
+        pins[layer.name] = Config.of(splits).splitting(axis_sizes)
+    if not pins:
+        return constraints
+    constraints = constraints or Constraints()
+    return replace(constraints, pin={**constraints.pin, **pins})
+
+
+def _check_output(dim: int, size: int, axes: Sequence[str], axis_sizes: Mapping[str, int]) -> None:
+    unknown = [axis for axis in axes if axis not in axis_sizes]
+    if unknown:
+        raise ValueError(
+            f"outputs: dimension {dim} is to be split over mesh axis {unknown[0]!r}; there are "
+            f"{', '.join(axis_sizes)}"
+        )
+    parts = degree(axes, axis_sizes)
+    if size % parts:
+        raise ValueError(
+            f"outputs: dimension {dim} of size {size} is to be split over {parts} devices "
+            f"({', '.join(axes)}), which do not divide it; JAX returns even parts only: leave out "
+            "an axis"
+        )
 
 
 def _check_dimension(place: str, dimension: str) -> None:
