@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import lax
+from jax import export, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxlwp
@@ -148,7 +148,9 @@ def moved_parameters(program: Any) -> list[str]:
 
     @functools.cache
     def arguments_of(name: str) -> frozenset[str]:
-        instruction = instructions[name]
+        instruction = instructions.get(name)
+        if instruction is None:  # a number, of a constant
+            return frozenset()
         if instruction.opcode == "parameter":
             return frozenset(re.findall(r'op_name="(\w+)', instruction.attributes))
         return frozenset().union(*map(arguments_of, instruction.operands))
@@ -156,7 +158,7 @@ def moved_parameters(program: Any) -> list[str]:
     return [i.name for i in collectives if arguments_of(i.name) == {"params"}]
 
 
-@pytest.mark.parametrize("strategy", ["model", "owt"])
+@pytest.mark.parametrize("strategy", ["model", pytest.param("owt", marks=pytest.mark.slow)])
 def test_parameters_stay_where_training_has_them(strategy: str) -> None:
     """No collective of the compiled evaluation moves a parameter; without the option some do."""
     params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), arguments(4, 8))
@@ -263,7 +265,14 @@ def test_a_sampler_scans_over_a_plan() -> None:
         return jax.jit(sample, donate_argnums=1)
 
     want = sampled(denoise)(params, x.copy())
-    have = sampled(plan)(plan.place(params), plan.place_batch(x))
+    # The step is in the loop's program once, whatever the number of steps.
+    step = jax.jit(plan).lower(params, x, times[0])
+    loop = sampled(plan).lower(params, x)
+    lines = [len(lowered.as_text().splitlines()) for lowered in (step, loop)]
+    assert lines[1] <= 1.5 * lines[0]
+    noise = plan.place_batch(x.copy())
+    have = sampled(plan)(plan.place(params), noise)
+    assert noise.is_deleted()  # donated
     np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)
     looped = jax.jit(
         lambda params, x: lax.fori_loop(0, 20, lambda i, x: plan(params, x, times[i]), x)
@@ -280,6 +289,22 @@ def test_a_sampler_scans_over_a_plan() -> None:
     np.testing.assert_allclose(whiled, want, rtol=1e-5, atol=1e-5)
     mapped = jax.jit(lambda xs: lax.map(lambda x: plan(params, x, times[0]), xs))(x[None])
     np.testing.assert_allclose(mapped[0], denoise(params, x, times[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_plan_is_lowered_compiled_and_exported() -> None:
+    params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), arguments(2, 8))
+    plan = jaxlwp.parallelize(
+        network, params, x, devices=4, strategy="spatial", rates=RATES, train=False
+    )
+    placed = plan.place(params), plan.place_batch(x)
+    want = network(params, x)
+    step = jax.jit(plan, in_shardings=plan.shardings)
+    exported = export.export(step)(params, x)
+    assert exported.nr_devices == 4
+    for run in (step.lower(params, x).compile(), jax.jit(exported.call)):
+        have = run(*placed)
+        for name, value in want.items():
+            np.testing.assert_allclose(have[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_checked_compared_and_verified(quick_measurements: None) -> None:
