@@ -79,13 +79,11 @@ def parallelize(
         precision. `jnp.float32` makes these sums exact to float32, and sends twice the bytes.
       train: False plans a function that is only evaluated: no gradients are priced, no optimizer
         is there, and memory is that of the forward pass.
-      outputs: where outputs go: "replicated" brings every one whole to every device, PartitionSpecs
-        over the mesh's axes (in the form of the function's output, or the first levels of it, as
-        `jax.jit` takes `out_shardings`) into these layouts, at a price; by default, and where None
-        is given, they stay as the layers that make them have them.
-      params_as: the plan of a training step: with `train=False`, parameters stay as it stores them
-        and no layer moves them. Its mesh and rates are taken unless others are given. What that
-        costs is `Plan.elsewhere_s` beside `Plan.cost`.
+      outputs: where they go: "replicated" brings all whole to every device, PartitionSpecs (in the
+        form in which `jax.jit` takes `out_shardings`) into these layouts, at a price; by default,
+        and where None is given, they stay as the layers that make them have them.
+      params_as: the plan of a training step, whose mesh and rates are the default: with
+        `train=False`, parameters stay as it stores them (`Plan.elsewhere_s`: what that costs).
       check: "measure" runs a few training steps of the plan and of data parallelism and returns
         the faster; names of baselines run those besides, `jaxlwp.BASELINES` all of them. One that
         needs more memory than there is, or than `memory_bytes`, is not run. `params` and `batch`
@@ -104,8 +102,7 @@ def parallelize(
       ValueError: an argument of a wrong kind, more devices than exist, a loss that is not a scalar,
         an unknown strategy or one for another model, a batch that the devices do not divide under
         strategy "data", a rate that is not a positive number, an unknown system or one that the
-        mesh does not fit, an unknown check or place of outputs, parameters that cannot
-        stay as another plan stores them, what would run on devices that are
+        mesh does not fit, an unknown check or place of outputs, what would run on devices that are
         not there, constraints that nothing keeps to, a `sum_dtype` that is no floating-point dtype,
         a check by compiling on processors; in several processes, all of which must call it, what
         differs between them.
