@@ -21,7 +21,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-newest test-gpu-aot lint graph format demo notebook docs picture \
-	bench-search bench-space bench-compile bench-compare bench-memory bench-costs bench-gpu \
+	bench-search bench-space bench-compile bench-compare bench-memory bench-costs bench-gpu bench-forward \
 	bench-truth bench-cluster cluster-test gpu-check paper fuzz clean
 
 help:  ## Show this list
@@ -160,6 +160,9 @@ bench-gpu: $(AOT_READY)  ## Plans beside plain JAX, compiled for GPUs that are n
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.gpu
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.gpu --small --only plain one found data spatial
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.gpu --slow --targets h200:2x8 --only plain found data owt
+
+bench-forward: $(AOT_READY)  ## Decoders and volumes that are only evaluated, one example on 4 and 8 GPUs (an hour; resumes)
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tests.benchmarks.forward
 
 bench-truth: $(AOT_READY) $(AOT12_READY)  ## Forecasts beside published GPU measurements (an hour; resumes)
 	JAX_PLATFORMS=cpu $(AOT12_VENV)/bin/python -m tests.benchmarks.truth

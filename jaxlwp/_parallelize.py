@@ -41,7 +41,8 @@ def parallelize(
     objective: str | Objective = "sum",
     sum_dtype: Any = None,
     train: bool = True,
-    outputs: str | None = None,
+    outputs: Any = None,
+    params_as: Plan | None = None,
     check: str | Sequence[str] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     **keywords: Any,
@@ -78,8 +79,11 @@ def parallelize(
         precision. `jnp.float32` makes these sums exact to float32, and sends twice the bytes.
       train: False plans a function that is only evaluated: no gradients are priced, no optimizer
         is there, and memory is that of the forward pass.
-      outputs: "replicated" brings every output whole to every device, at a price; by default they
-        stay as the layers that make them have them.
+      outputs: where they go: "replicated" brings all whole to every device, PartitionSpecs (in the
+        form in which `jax.jit` takes `out_shardings`) into these layouts, at a price; by default,
+        and where None is given, they stay as the layers that make them have them.
+      params_as: the plan of a training step, whose mesh and rates are the default: with
+        `train=False`, parameters stay as it stores them (`Plan.elsewhere_s`: what that costs).
       check: "measure" runs a few training steps of the plan and of data parallelism and returns
         the faster; names of baselines run those besides, `jaxlwp.BASELINES` all of them. One that
         needs more memory than there is, or than `memory_bytes`, is not run. `params` and `batch`
@@ -131,6 +135,7 @@ def parallelize(
         sum_dtype=sum_dtype,
         train=train,
         outputs=outputs,
+        params_as=params_as,
         on_progress=on_progress,
         check=check,
     )

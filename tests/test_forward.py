@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
+import re
 from typing import Any
 
 import jax
@@ -11,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import lax
-from jax.sharding import Mesh
+from jax import export, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxlwp
+from jaxlwp.check import compiled_collectives
+from jaxlwp.check._hlo import kind_of
+from jaxlwp.check._module import parse
 from jaxlwp.check._verify import check_layers
 from jaxlwp.devices import preset
 from jaxlwp.plan import with_strategy
@@ -106,6 +111,90 @@ def test_outputs_are_whole_where_that_is_asked_for(sizes: tuple[int, ...]) -> No
         assert have[name].sharding.is_fully_replicated
 
 
+def test_outputs_go_where_they_are_wanted() -> None:
+    """PartitionSpecs for some outputs, axes in another order than the mesh's; None for others."""
+    given = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), arguments(2, 8))
+    wanted = {"image": PartitionSpec(None, ("b", "a")), "score": None}
+    options: Any = {"mesh": mesh_of(2, 2), "rates": RATES, "measure": False, "train": False}
+    plan = jaxlwp.parallelize(network, *given, outputs=wanted, **options)
+    assert jaxlwp.parallelize(network, *given, **options).cost.total_s <= plan.cost.total_s
+    smaller = plan.rebind(given[1][:1])
+    plans = (plan, with_strategy(plan, plan.space.baseline("model")), smaller)
+    for each in plans:
+        assert each.lowered.output_layouts()[0] == ((), ("b", "a"), (), ())
+        assert all(layer.agrees for layer in check_layers(each))
+    have = jax.jit(plans[1])(*given)
+    assert have["image"].sharding.is_equivalent_to(
+        NamedSharding(plan.mesh, wanted["image"]), have["image"].ndim
+    )
+    np.testing.assert_allclose(have["image"], network(*given)["image"], rtol=1e-4, atol=1e-5)
+    moved = [layer for layer in check_layers(plans[1]) if layer.name == "output_0"]
+    assert moved[0].predicted  # from channels to rows
+
+
+def test_one_place_for_all_outputs() -> None:
+    whole = planned(strategy="spatial", outputs=PartitionSpec())
+    assert whole.cost == planned(strategy="spatial", outputs="replicated").cost
+    sides = planned(strategy="spatial", outputs=PartitionSpec(("device0", "device1")))
+    assert {layout[0] for layout in sides.lowered.output_layouts()} == {("device0", "device1")}
+
+
+def moved_parameters(program: Any) -> list[str]:
+    """Collectives of a compiled program that read parameters, and nothing of the batch."""
+    module = parse(program.as_text())
+    instructions = {i.name: i for i in module.instructions(module.entry)}
+    collectives = [i for i in instructions.values() if kind_of(i) is not None]
+    assert len(collectives) == len(compiled_collectives(program.as_text()))  # none elsewhere
+
+    @functools.cache
+    def arguments_of(name: str) -> frozenset[str]:
+        instruction = instructions.get(name)
+        if instruction is None:  # a number, of a constant
+            return frozenset()
+        if instruction.opcode == "parameter":
+            return frozenset(re.findall(r'op_name="(\w+)', instruction.attributes))
+        return frozenset().union(*map(arguments_of, instruction.operands))
+
+    return [i.name for i in collectives if arguments_of(i.name) == {"params"}]
+
+
+@pytest.mark.parametrize("strategy", ["model", pytest.param("owt", marks=pytest.mark.slow)])
+def test_parameters_stay_where_training_has_them(strategy: str) -> None:
+    """No collective of the compiled evaluation moves a parameter; without the option some do."""
+    params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), arguments(4, 8))
+
+    def loss(params: Any, x: Any) -> Any:
+        out = network(params, x)
+        return (out["image"] ** 2).mean() + out["score"].mean()
+
+    trained = jaxlwp.parallelize(
+        loss, params, x, mesh=mesh_of(2, 2), rates=RATES, measure=False, strategy=strategy
+    )
+    one = x[:1]
+    plan = jaxlwp.parallelize(network, params, one, train=False, params_as=trained)
+    assert plan.mesh == trained.mesh and plan.param_shardings == trained.param_shardings
+    assert any(not s.is_fully_replicated for s in jax.tree.leaves(plan.param_shardings))
+    free = jaxlwp.parallelize(
+        network, params, one, mesh=trained.mesh, rates=RATES, measure=False, train=False
+    )
+    assert plan.elsewhere_s == free.cost.total_s <= plan.cost.total_s
+    assert "parameters stay as the plan given stores them" in str(plan)
+    shardings = (trained.param_shardings, plan.batch_shardings[0])
+
+    def compiled(step: Any) -> Any:
+        jitted = jax.jit(lambda params, x: step(params, x), in_shardings=shardings)
+        return jitted.lower(params, one).compile()
+
+    program = compiled(plan)
+    assert not moved_parameters(program)
+    have = program(trained.place(params), jax.device_put(one, plan.batch_shardings[0]))
+    np.testing.assert_allclose(have["image"], network(params, one)["image"], rtol=1e-4, atol=1e-5)
+    whole = with_strategy(
+        free, free.space.strategy("whole", [len(c) - 1 for c in free.space.configs])
+    )
+    assert moved_parameters(compiled(whole))
+
+
 def shapes(batch: int = 8, size: int = 64) -> Any:
     given = arguments(batch, size)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), given)
@@ -176,7 +265,14 @@ def test_a_sampler_scans_over_a_plan() -> None:
         return jax.jit(sample, donate_argnums=1)
 
     want = sampled(denoise)(params, x.copy())
-    have = sampled(plan)(plan.place(params), plan.place_batch(x))
+    # The step is in the loop's program once, whatever the number of steps.
+    step = jax.jit(plan).lower(params, x, times[0])
+    loop = sampled(plan).lower(params, x)
+    lines = [len(lowered.as_text().splitlines()) for lowered in (step, loop)]
+    assert lines[1] <= 1.5 * lines[0]
+    noise = plan.place_batch(x.copy())
+    have = sampled(plan)(plan.place(params), noise)
+    assert noise.is_deleted()  # donated
     np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)
     looped = jax.jit(
         lambda params, x: lax.fori_loop(0, 20, lambda i, x: plan(params, x, times[i]), x)
@@ -193,6 +289,22 @@ def test_a_sampler_scans_over_a_plan() -> None:
     np.testing.assert_allclose(whiled, want, rtol=1e-5, atol=1e-5)
     mapped = jax.jit(lambda xs: lax.map(lambda x: plan(params, x, times[0]), xs))(x[None])
     np.testing.assert_allclose(mapped[0], denoise(params, x, times[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_plan_is_lowered_compiled_and_exported() -> None:
+    params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), arguments(2, 8))
+    plan = jaxlwp.parallelize(
+        network, params, x, devices=4, strategy="spatial", rates=RATES, train=False
+    )
+    placed = plan.place(params), plan.place_batch(x)
+    want = network(params, x)
+    step = jax.jit(plan, in_shardings=plan.shardings)
+    exported = export.export(step)(params, x)
+    assert exported.nr_devices == 4
+    for run in (step.lower(params, x).compile(), jax.jit(exported.call)):
+        have = run(*placed)
+        for name, value in want.items():
+            np.testing.assert_allclose(have[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_checked_compared_and_verified(quick_measurements: None) -> None:
@@ -214,5 +326,23 @@ def test_what_cannot_be_is_said_in_one_line() -> None:
         planned(optimizer=optax.sgd(1e-3))
     with pytest.raises(ValueError, match="outputs: 'left' is unknown"):
         planned(outputs="left")
+    with pytest.raises(ValueError, match="over mesh axis 'rows'; there are device0"):
+        planned(outputs={"image": PartitionSpec("rows"), "score": None})
+    with pytest.raises(ValueError, match="dimension 1 of size 5 .* which do not divide it"):
+        planned(outputs={"image": None, "score": PartitionSpec(None, "device0")})
+    with pytest.raises(ValueError, match="3 entries, and the output 2 dimensions"):
+        planned(outputs={"image": None, "score": PartitionSpec("device0", None, "device1")})
+    with pytest.raises(ValueError, match="does not have the form of the function's output"):
+        planned(outputs=[None])
+    beside = planned(strategy="spatial")
+    with pytest.raises(ValueError, match="params_as: given for a plan that trains"):
+        jaxlwp.parallelize(network, *shapes(), params_as=beside)
+    with pytest.raises(ValueError, match="the plan's mesh is taken"):
+        jaxlwp.parallelize(network, *shapes(), devices="h100:2", train=False, params_as=beside)
+    with pytest.raises(ValueError, match=r"params_as: params\['left'\] is of shape \[3\]"):
+        left = {"left": jax.ShapeDtypeStruct((3,), jnp.float32)}
+        jaxlwp.parallelize(
+            lambda p, x: x + p["left"], left, shapes()[1], train=False, params_as=beside
+        )
     with pytest.raises(ValueError, match="or give train=False"):
         jaxlwp.parallelize(network, *shapes(), devices="h100:4")

@@ -19,6 +19,7 @@ from models import (
     AlexNet,
     AlexNetNNX,
     ConvNeXtTiny,
+    DenoisingUNet,
     DenseNet121,
     EfficientNetB0,
     HandPose,
@@ -36,7 +37,9 @@ from models import (
     SqueezeNet11,
     UNet,
     UNet3D,
+    VAEDecoder,
 )
+from models.denoiser import timestep_embedding
 from models.handpose import expected_position
 
 # As published: torchvision's documentation, unless something else is said. LeNet-5 has a full
@@ -78,6 +81,9 @@ PUBLISHED: dict[str, tuple[Any, int]] = {
     "convnext_tiny": (ConvNeXtTiny(), 28_589_128),
     "squeezenet1_0": (SqueezeNet(), 1_248_424),
     "squeezenet1_1": (SqueezeNet11(), 1_235_496),
+    # As diffusers has them: AutoencoderKL without its encoder, UNet2DConditionModel.
+    "vae decoder": (VAEDecoder(), 49_490_179 + 20),
+    "denoising unet": (DenoisingUNet(), 859_520_964),
     "speech m5": (SpeechM5(), _speech_count(128, 128, 256, 512)),
     "speech m11": (SpeechCNN(), _speech_count(64, *[64] * 2, *[128] * 2, *[256] * 3, *[512] * 2)),
     "speech m18": (SpeechM18(), _speech_count(64, *[64] * 4, *[128] * 4, *[256] * 4, *[512] * 4)),
@@ -120,6 +126,10 @@ TINY_HANDPOSE = HandPose(
     num_keypoints=4, stage_sizes=(1, 1), bottleneck=False, width=8, deconv_widths=(8,)
 )
 TINY_SQUEEZENET = SqueezeNet(num_classes=8, stages=((8,), (8,)), width=8)
+TINY_DECODER = VAEDecoder(channels=(16, 16, 8), blocks=1, groups=4)
+TINY_DENOISER = DenoisingUNet(
+    channels=(8, 16), attends=(True, False), blocks=1, heads=2, words=3, features=6, groups=4
+)
 TINY: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "lenet5": (LeNet5(num_classes=8), (14, 14, 1), (8,)),
     "lenet5 wide": (LeNet5(num_classes=8), (28, 32, 1), (8,)),
@@ -151,6 +161,11 @@ TINY: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "squeezenet1_1": (SqueezeNet11(num_classes=8), (17, 17, 3), (8,)),
     "speech": (TINY_SPEECH, (256, 1), (8,)),
     "speech short": (TINY_SPEECH, (100, 2), (8,)),
+    "vae decoder": (TINY_DECODER, (8, 8, 4), (32, 32, 3)),
+    "vae decoder wide": (TINY_DECODER.clone(panorama=True), (6, 12, 4), (24, 48, 3)),
+    "denoising unet": (TINY_DENOISER, (8, 8, 4), (8, 8, 4)),
+    "denoising unet class": (TINY_DENOISER.clone(num_classes=5), (8, 8, 4), (8, 8, 4)),
+    "denoising unet wide": (TINY_DENOISER.clone(panorama=True), (6, 12, 3), (6, 12, 3)),
     "handpose": (TINY_HANDPOSE, (32, 32, 3), (8, 8, 4)),
     "handpose wide": (TINY_HANDPOSE, (32, 48, 3), (8, 12, 4)),
     "handpose coordinates": (TINY_HANDPOSE.clone(output="coordinates"), (32, 32, 3), (4, 2)),
@@ -231,12 +246,58 @@ def test_count_of_3d_unet_is_the_published_one_without_scales() -> None:
     assert _count([leaf for path, leaf in params.items() if path[-1] != "scale"]) == 19_069_955
 
 
+def _tokens(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("model", [TINY_DECODER, TINY_DENOISER], ids=["decoder", "denoiser"])
+def test_a_panorama_has_no_edge_from_left_to_right(model: Any) -> None:
+    """Latents turned by some columns give the outputs turned; not so without the option."""
+    x = _tokens(0, 1, 8, 12, 4)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    for panorama in (True, False):
+        run = jax.jit(model.clone(panorama=panorama).apply)
+        straight, turned = run(variables, x), run(variables, jnp.roll(x, 4, axis=2))
+        scale = straight.shape[2] // x.shape[2]
+        off = np.max(np.abs(jnp.roll(straight, 4 * scale, axis=2) - turned))
+        assert (off < 1e-4) == panorama, off
+
+
+def test_timestep_and_condition_change_the_noise() -> None:
+    x, classes = _tokens(0, 2, 8, 8, 4), jnp.array([1, 3])
+    texts, times = _tokens(1, 2, 3, 6), jnp.array([1.0, 500.0])
+    for model, condition in (
+        (TINY_DENOISER, texts),
+        (TINY_DENOISER.clone(num_classes=5), classes),
+    ):
+        variables = jax.jit(model.init)(jax.random.key(1), x)
+        run = jax.jit(model.apply)
+        noise = run(variables, x, times, condition)
+        for other in (
+            run(variables, x, times + 1, condition),
+            run(variables, x, times, 0 * condition),
+        ):
+            assert np.all(np.max(np.abs(other - noise), axis=(1, 2, 3)) > 1e-5)
+
+
+def test_timesteps_are_embedded_as_published() -> None:
+    embedding = timestep_embedding(jnp.array([3.0]), 4)[0]
+    np.testing.assert_allclose(
+        embedding, [math.cos(3), math.cos(0.03), math.sin(3), math.sin(0.03)], rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "input_shape"), [(TINY_UNET, (18, 16, 1)), (TINY_UNET3D, (8, 8, 9, 3))]
 )
 def test_unet_refuses_sizes_that_do_not_halve(model: Any, input_shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"multiples of {2**model.depth}"):
         _variables(model, input_shape)
+
+
+def test_denoiser_refuses_sizes_that_do_not_halve() -> None:
+    with pytest.raises(ValueError, match="multiples of 2"):
+        _variables(TINY_DENOISER, (8, 9, 4))
 
 
 def test_speech_counts_round_to_the_published_ones() -> None:

@@ -154,10 +154,19 @@ def test_plans_that_only_evaluate() -> None:
 
     params, images = jnp.full((3, 3, 1, 1), 0.1), jnp.ones((1, 16, 16, 1))
     given = {"predict": predict, "params": params, "images": images, "jax": jax, "jnp": jnp}
-    planned, sampler = blocks("python", "docs/evaluation.md")
+    planned, decoder, sampler, beside = blocks("python", "docs/evaluation.md")
     namespace = run(planned, jaxlwp=jaxlwp, **given)
     np.testing.assert_allclose(namespace["outputs"], predict(params, images), rtol=1e-5)
+    small = decoder.replace("VAEDecoder(", "VAEDecoder((16, 8), blocks=1, groups=4, ")
+    assert small != decoder
+    assert run(small.replace("512, 512", "16, 16"))["plan"].space.devices.num_devices == 8
     samples = run(sampler, **namespace)["samples"]
+    training_plan = jaxlwp.parallelize(
+        lambda params, images: predict(params, images).sum(), params, images, devices="h100:8"
+    )
+    given |= {"image": images[:, :8], "training_plan": training_plan, "jaxlwp": jaxlwp}
+    plan = run(beside, **given)["plan"]
+    assert plan.param_shardings == training_plan.param_shardings
     for _ in range(20):
         images = images - 0.1 * predict(params, images)
     np.testing.assert_allclose(samples, images, rtol=1e-4, atol=1e-5)

@@ -139,6 +139,7 @@ def _constraints_data(constraints: Constraints | None) -> dict[str, Any] | None:
         "pin": {pattern: _split_data(split) for pattern, split in constraints.pin.items()},
         "forbid": {pattern: list(names) for pattern, names in constraints.forbidden() if names},
         "replicated": list(constraints.replicated),
+        "stored": {pattern: list(map(list, axes)) for pattern, axes in constraints.stored.items()},
     }
 
 
@@ -277,6 +278,10 @@ def _constraints(told: Read | None) -> Constraints | None:
             for pattern, names in told.get("forbid").entries().items()
         },
         replicated=tuple(name.text() for name in told.get("replicated").each()),
+        stored={
+            pattern: tuple(tuple(axis.text() for axis in axes.each()) for axes in layout.each())
+            for pattern, layout in told.get("stored").entries().items()
+        },
     )
 
 

@@ -183,7 +183,7 @@ class ComputationGraph:
         )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
-    @property
+    @functools.cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """The leaves of the first argument."""
         inputs = self.program.inputs[: self.num_parameters]

@@ -240,9 +240,8 @@ class Grouping:
         an image stays the height through transposes and reshapes. What comes from the batch's
         leading dimension is the sample, wherever it is; other names go by position.
         """
-        weights = tuple(self.of_parameters.issuperset([i]) for i in eqn.operands)
         turned = RULES[eqn.name].weight_first
-        if turned is not None and weights[0] and not all(weights):
+        if turned is not None and self.weight_is_first(eqn, signature):
             signature = turned(eqn)
         names = {n: n for n in sorted(signature.names) if not n.startswith("#")}
 
@@ -272,6 +271,24 @@ class Grouping:
         for letters in tensors:
             give(letters, tuple(f"dim{dim}" for dim in range(len(letters))))
         return rename(signature, names)
+
+    def weight_is_first(self, eqn: Equation, signature: Signature) -> bool:
+        """Whether of a contraction's operands the first has the channels that it makes.
+
+        That is the one of parameters; between two activations, as in attention, the one whose own
+        dimensions, those that are in the result alone with it, are channels already.
+        """
+        weights = tuple(self.of_parameters.issuperset([i]) for i in eqn.operands)
+        if any(weights):
+            return weights[0] and not weights[1]
+        shared = set(signature.operands[0]).intersection(signature.operands[1])
+
+        def own(side: int) -> set[str | None]:
+            labels = zip(self.names_of(eqn.operands[side]), signature.operands[side], strict=True)
+            return {name for name, letter in labels if letter not in shared}
+
+        first, second = own(0), own(1)
+        return "channel" in first and "channel" not in second
 
     def default_names(self, value: int, known: list[str | None]) -> Labels:
         """Names of an activation's dimensions by their position, given those that are known."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxlwp.graph._constants import KnownValues, with_constants
 from jaxlwp.graph._graph import ComputationGraph, Layer, Member, Use
 from jaxlwp.graph._group import Draft, Grouping, pull, whole
+from jaxlwp.graph._outputs import wanted_layouts
 from jaxlwp.mesh import no_mesh
 from jaxlwp.ops import (
     LINEAR,
@@ -27,7 +28,7 @@ from jaxlwp.ops import (
     Signature,
     unread_results,
     with_borders,
-    with_whole_outputs,
+    with_placed_outputs,
 )
 from jaxlwp.program import MOVE, Equation, Program, Value, argument_name, flatten, without_dead_code
 
@@ -39,7 +40,7 @@ def trace(
     keywords: Mapping[str, Any] | None = None,
     differentiated: bool = True,
     sum_dtype: Any = None,
-    outputs: str | None = None,
+    outputs: Any = None,
 ) -> ComputationGraph:
     """Trace a training function into its computation graph.
 
@@ -52,8 +53,9 @@ def trace(
       differentiated: gradients of the loss will be taken; False for evaluation.
       sum_dtype: the least dtype in which gradients of parameters are added up over devices; by
         default that in which the layer computes.
-      outputs: "replicated" brings all outputs whole to every device; by default they stay as the
-        layers that make them have them.
+      outputs: "replicated" brings all outputs whole to every device; a pytree of `PartitionSpec`
+        and None, like the function's output or the first levels of it, into these layouts; by
+        default, and where None is given, they stay as the layers that make them have them.
 
     Returns:
       The graph; see `ComputationGraph`.
@@ -64,15 +66,11 @@ def trace(
     """
     given = (params, *args), dict(keywords or {})
     sum_dtype = _float_dtype(sum_dtype)
-    if outputs not in (None, "replicated"):
-        raise ValueError(
-            f"outputs: {outputs!r} is unknown; give 'replicated', or None to leave them as the "
-            "layers that make them have them"
-        )
     _check_leaves(given)
     shapes = jax.tree.map(_shape_of, given)
     leaves, tree = jax.tree.flatten(shapes)
     changed: list[int] = []
+    results: list[Any] = []
 
     def flat_fn(*flat: Any) -> Any:
         arguments = jax.tree.unflatten(tree, flat)
@@ -81,6 +79,7 @@ def trace(
         after = jax.tree.leaves(arguments)
         pairs = enumerate(zip(flat, after, strict=True))
         changed[:] = [i for i, (old, new) in pairs if new is not old]
+        results[:] = [jax.tree.map(_shape_of, out)]
         return *jax.tree.leaves(out), *(after[i] for i in changed)
 
     with no_mesh():  # the plan's mesh is another matter than the one that is set
@@ -88,7 +87,7 @@ def trace(
     paths = jax.tree_util.tree_flatten_with_path(given)[0]
     names = tuple(argument_name(path) for path, _ in paths)
     if outputs is not None:
-        program = with_whole_outputs(program, len(program.outputs) - len(changed))
+        program = with_placed_outputs(program, wanted_layouts(outputs, results[0]))
     count = len(jax.tree.leaves(params))
     gradients = values_with_cotangent(program, count) if differentiated else frozenset()
     return build_graph(program, names, count, tuple(changed), gradients, sum_dtype)

@@ -21,7 +21,7 @@ from jaxlwp.ops import (
     _shape,
 )
 from jaxlwp.ops._derivative import LINEAR, ZERO_DERIVATIVE
-from jaxlwp.ops._output import with_whole_outputs
+from jaxlwp.ops._output import OUTPUT, OutputLayout, with_placed_outputs
 from jaxlwp.ops._rule import (
     Labels,
     Local,
@@ -121,12 +121,14 @@ operator, or None. Called where some operands depend on no argument of the progr
 
 __all__ = [
     "LINEAR",
+    "OUTPUT",
     "PARTS",
     "RECOGNISED",
     "RULES",
     "ZERO_DERIVATIVE",
     "Labels",
     "Local",
+    "OutputLayout",
     "Reach",
     "Rule",
     "Signature",
@@ -138,5 +140,5 @@ __all__ = [
     "unread_results",
     "values_needed",
     "with_borders",
-    "with_whole_outputs",
+    "with_placed_outputs",
 ]

@@ -1,7 +1,8 @@
-"""Outputs that are wanted whole on every device.
+"""Outputs that are wanted in a given layout, such as whole on every device.
 
-An operator of our own stands behind what makes such an output. It is split by nothing, so that what
-it reads is brought to every device: a change of layout like any other, priced and lowered as such.
+An operator of our own stands behind what makes such an output. It is split as the output is wanted
+(`jaxlwp.space.outputs_kept`), so that what it reads is brought there: a change of layout like any
+other, priced and lowered as such.
 """
 
 from __future__ import annotations
@@ -15,43 +16,50 @@ from jaxlwp.program import Equation, Program, StandIn
 
 OUTPUT = "output"
 
-_GATHERED = StandIn(OUTPUT, lambda x: x)
+OutputLayout = tuple[tuple[str, ...], ...]
+"""For each dimension of an output, the mesh axes that split it, major to minor."""
+
+_PLACED = StandIn(OUTPUT, lambda x, **_: x)
 
 
-def with_whole_outputs(program: Program, count: int) -> Program:
-    """The program, its first outputs whole on every device.
+def with_placed_outputs(program: Program, layouts: Sequence[OutputLayout | None]) -> Program:
+    """The program, its first outputs in given layouts.
 
     Args:
       program: the program.
-      count: how many.
+      layouts: of these outputs; None leaves one as the layer that makes it has it.
     """
-    values, equations = list(program.values), list(program.equations)
-    gathered: dict[int, int] = {}
-    for output in program.outputs[:count]:
-        if output in gathered or output in program.constants:
+    values, equations, outputs = list(program.values), list(program.equations), []
+    placed: dict[tuple[int, OutputLayout], int] = {}
+    for output, layout in zip(program.outputs, layouts, strict=False):
+        if layout is None or (output in program.constants and not any(layout)):
+            outputs.append(output)
             continue
-        gathered[output] = len(values)
-        values.append(values[output])
-        equations.append(
-            Equation(
-                primitive=_GATHERED,
-                params={},
-                operands=(output,),
-                results=(gathered[output],),
-                operand_values=(values[output],),
-                result_values=(values[output],),
-                scope="",
+        key = output, layout
+        if key not in placed:
+            placed[key] = len(values)
+            values.append(values[output])
+            equations.append(
+                Equation(
+                    primitive=_PLACED,
+                    params={"layout": layout},
+                    operands=(output,),
+                    results=(placed[key],),
+                    operand_values=(values[output],),
+                    result_values=(values[output],),
+                    scope="",
+                )
             )
-        )
-    outputs = [gathered.get(v, v) if n < count else v for n, v in enumerate(program.outputs)]
+        outputs.append(placed[key])
+    outputs += program.outputs[len(layouts) :]
     return replace(
         program, values=tuple(values), equations=tuple(equations), outputs=tuple(outputs)
     )
 
 
 def _signature(eqn: Equation) -> Signature:
-    whole = (None,) * len(eqn.operand_values[0].shape)
-    return Signature(role="anchor", operands=(whole,), results=(whole,))
+    labels = tuple(f"#{dim}" if axes else None for dim, axes in enumerate(eqn.params["layout"]))
+    return Signature(role="anchor", operands=(labels,), results=(labels,))
 
 
 def _lower(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:

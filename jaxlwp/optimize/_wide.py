@@ -153,7 +153,8 @@ class _Growth:
         """The patterns as far as a layer can have them, and what it is pinned to."""
         sizes = self.devices.axis_sizes
         if self.constraints is not None:
-            pinned = self.constraints.pinned(layer, self.devices.axis_groups, sizes)
+            groups = self.devices.axis_groups
+            pinned = self.constraints.pinned(self.graph, layer, groups, sizes)
             patterns = (*patterns, *pinned)
         found = (p.within(layer.dimensions, layer.even, sizes) for p in patterns)
         return list(dict.fromkeys(found))

@@ -41,7 +41,7 @@ from jaxlwp.optimize import SearchResult, search
 from jaxlwp.plan._placing import check_leaves, check_share, leaf_type, local_box, put_share
 from jaxlwp.program import Arguments, Value, canonical
 from jaxlwp.solver import Cost
-from jaxlwp.space import BASELINES, Collective, Layout, Strategy
+from jaxlwp.space import BASELINES, Collective, Layout, Strategy, outputs_kept
 
 OPTIMIZER = optax.sgd(1e-4, momentum=0.9)
 """What a training step is assumed to update its parameters with."""
@@ -63,6 +63,9 @@ class Plan:
       function: the function that was traced.
       in_tree: structure of ((params, *batch), arguments that are passed by name only).
       out_tree: structure of the function's output.
+      outputs: where outputs go, as it was given to `parallelize`.
+      elsewhere_s: predicted seconds of the best plan that may store parameters otherwise, if they
+        stay as another plan stores them (`params_as`).
       checked: seconds of a step by name of the strategy, if `parallelize` was asked to
         check; the plan's is the least. Infinite for one that needs more memory than there is.
       checked_by: "measured", or "forecast" for seconds by compiled programs, among which are those
@@ -76,6 +79,8 @@ class Plan:
     function: Callable[..., Any] | None = field(default=None, repr=False)
     in_tree: Any = field(repr=False)
     out_tree: Any = field(repr=False)
+    outputs: Any = None
+    elsewhere_s: float | None = None
     checked: dict[str, float] = field(default_factory=dict)
     checked_by: str = "measured"
 
@@ -88,11 +93,6 @@ class Plan:
     def trains(self) -> bool:
         """The function is a loss whose gradients are taken; else it is only evaluated."""
         return bool(self.graph.gradients)
-
-    @property
-    def _gathers(self) -> bool:
-        """Outputs are brought whole to every device."""
-        return any(layer.kind == "output" for layer in self.graph.layers)
 
     @property
     def cost(self) -> Cost:
@@ -264,25 +264,28 @@ class Plan:
         if params is None:
             params = self.argument_shapes[0]
         arguments = canonical("rebind", fn, (params, *batch), keywords or {})
-        outputs = output_shapes(fn, arguments)
+        results = output_shapes(fn, arguments)
+        # PartitionSpecs are for the outputs of this function alone.
+        outputs = self.outputs if fn == self.function or self.outputs == "replicated" else None
         graph = trace(
             fn,
             *arguments[0],
             keywords=arguments[1],
-            differentiated=self.trains and is_loss(outputs),
+            differentiated=self.trains and is_loss(results),
             sum_dtype=self.graph.sum_dtype,
-            outputs="replicated" if self._gathers else None,
+            outputs=outputs,
         )
         space = _kept(graph, self.space.devices, self.strategy)
-        return bind(
+        plan = bind(
             space,
             dataclasses.replace(search(space).strategy, name=self.strategy.name),
             self.mesh,
             arguments[0],
-            jax.tree.structure(outputs),
+            jax.tree.structure(results),
             function=fn,
             keywords=arguments[1],
         )
+        return dataclasses.replace(plan, outputs=outputs)
 
     def place(self, state: Any) -> Any:
         """Put a training state on the mesh.
@@ -640,7 +643,7 @@ def with_strategy(plan: Plan, strategy: Strategy) -> Plan:
       ValueError: the strategy is for another mesh or model.
     """
     plan.space.choices(strategy)
-    return dataclasses.replace(plan, strategy=strategy, result=None, checked={})
+    return dataclasses.replace(plan, strategy=strategy, result=None, elsewhere_s=None, checked={})
 
 
 def baselines(plan: Plan, names: Sequence[str] = BASELINES) -> dict[str, Plan]:
@@ -666,7 +669,8 @@ def _kept(graph: ComputationGraph, devices: DeviceGraph, strategy: Strategy) -> 
         else next(others)
         for layer in graph.layers
     ]
-    return price(graph, devices, configs=configs)
+    constraints = outputs_kept(graph, None, devices.axis_sizes)
+    return price(graph, devices, constraints=constraints, configs=configs)
 
 
 def output_shapes(fn: Callable[..., Any], arguments: Arguments) -> Any:

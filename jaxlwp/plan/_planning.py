@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -42,10 +43,11 @@ from jaxlwp.plan._agreement import (
     given_parts,
     shared,
 )
+from jaxlwp.plan._beside import check_beside, kept_in_place
 from jaxlwp.plan._plan import Plan, bind, is_loss, output_shapes, plan_memory
 from jaxlwp.program import Arguments
 from jaxlwp.solver import MemoryLimitError
-from jaxlwp.space import Constraints, Strategy
+from jaxlwp.space import Constraints, Strategy, outputs_kept
 
 _CALLER = 3
 """Frames from here to who calls `parallelize`."""
@@ -66,7 +68,8 @@ def plan_for(
     objective: str | Objective = "sum",
     sum_dtype: Any = None,
     train: bool = True,
-    outputs: str | None = None,
+    outputs: Any = None,
+    params_as: Plan | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     check: Any = None,
 ) -> Plan:
@@ -87,6 +90,7 @@ def plan_for(
       sum_dtype: of the sums of gradients.
       train: whether the function is a loss that is differentiated.
       outputs: where they go.
+      params_as: the plan beside which the new one evaluates.
       on_progress: called as `on_progress(what, done, total)`.
       check: what the caller does with the plan: the same in all processes.
 
@@ -94,7 +98,9 @@ def plan_for(
       ValueError: as `parallelize`, but for arguments of a wrong kind.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
-    chosen, known = _chosen_mesh(devices, mesh)
+    if params_as is not None:
+        check_beside(params_as, train)
+    chosen, known = _chosen_mesh(devices, mesh, params_as)
     rates = known if rates is None else rates
     if not isinstance(chosen, Mesh) and measure:
         raise ValueError(
@@ -130,6 +136,7 @@ def plan_for(
                 "sum_dtype": sum_dtype,
                 "train": train,
                 "outputs": outputs,
+                "params_as": params_as and params_as.strategy,
                 "check": check,
             }
             parts.update(given_parts(together, graph, given, profile, options))
@@ -140,24 +147,38 @@ def plan_for(
         strategy.for_graph(graph)
         if other := strategy.unlike(graph):
             warnings.warn(other, stacklevel=_CALLER)
-    space = _priced(
-        graph,
-        rated,
-        strategy,
-        constraints=constraints,
-        objective=objective,
-        memory_bytes=memory_bytes,
-        optimizer_slots=slots,
-        progress=on_progress,
-    )
     timer = None
-    if isinstance(rates, Profile):
-        space = measured_space(space, rates.times(graph, rated))
-    elif measure or (measure is None and rates is None):
+    if not isinstance(rates, Profile) and (measure or (measure is None and rates is None)):
         assert isinstance(chosen, Mesh)
         timer = layer_timer(graph, rated, chosen)
 
-    def planned(limit_bytes: float | None, objective: str | Objective = objective) -> Plan:
+    def space_under(constraints: Constraints | None) -> SearchSpace:
+        space = _priced(
+            graph,
+            rated,
+            strategy,
+            constraints=outputs_kept(graph, constraints, rated.axis_sizes),
+            objective=objective,
+            memory_bytes=memory_bytes,
+            optimizer_slots=slots,
+            progress=on_progress,
+        )
+        if isinstance(rates, Profile):
+            return measured_space(space, rates.times(graph, rated))
+        return space
+
+    own = constraints
+    if params_as is not None:
+        check_beside(params_as, train, rated)
+        own = kept_in_place(graph, constraints, params_as)
+
+    space = space_under(own)
+
+    def planned(
+        limit_bytes: float | None,
+        objective: str | Objective = objective,
+        space: SearchSpace = space,
+    ) -> Plan:
         result, found = None, space
         if strategy == "search":
             options: dict[str, Any] = {
@@ -175,24 +196,32 @@ def plan_for(
             if timer:
                 timer.measure(space.pairs(picked), on_progress)
                 found = measured_space(space, timer)
-        return bind(found, picked, chosen, arguments[0], out_tree, result, fn, arguments[1])
+        plan = bind(found, picked, chosen, arguments[0], out_tree, result, fn, arguments[1])
+        return replace(plan, outputs=outputs)
 
     if memory_bytes is None:
         plan = planned(None)
     else:
         plan = _fitting(planned, memory_bytes, optimizer, slots)
+    if params_as is not None and strategy == "search":
+        free = planned(None, space=space_under(constraints))
+        plan = replace(plan, elsewhere_s=free.cost.total_s)
     if together is not None:
         check_strategy(together, plan.strategy)
     return plan
 
 
 def _chosen_mesh(
-    devices: GivenDevices | None, mesh: Mesh | None
+    devices: GivenDevices | None, mesh: Mesh | None, beside: Plan | None
 ) -> tuple[AnyMesh, System | DeviceGraph | None]:
     """The mesh given, that of the devices given, the one that is set, or one of all devices.
 
-    Beside it is what is known of devices that need not be there: then the mesh has axes alone.
+    That of the plan beside which a plan is made comes before the last two. Beside the mesh is what
+    is known of devices that need not be there: then it has axes alone; and the other plan's rates.
     """
+    if beside is not None and devices is None and mesh is None:
+        space = beside.space
+        return beside.mesh, None if space.measured else space.devices
     if isinstance(devices, (str, os.PathLike)):
         devices = preset(devices)
     if isinstance(devices, System):

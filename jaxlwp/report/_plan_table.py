@@ -155,7 +155,10 @@ def plan_notes(plan: Plan) -> str:
         f"compute {seconds(cost.compute_s)} ms, transfer {seconds(cost.transfer_s)} ms, sync "
         f"{seconds(cost.sync_s)} ms, besides (update, new memory, input, dispatch) "
         f"{seconds(cost.overhead_s)} ms; rates: {plan.space.devices.source}"
-        f"\n{_memory_note(plan)}" + _measured_notes(plan) + _replication_notes(plan)
+        f"\n{_memory_note(plan)}"
+        + _elsewhere_note(plan)
+        + _measured_notes(plan)
+        + _replication_notes(plan)
     )
 
 
@@ -178,6 +181,16 @@ def _memory_note(plan: Plan) -> str:
     )
     listed = ", ".join(f"{name} {num_bytes(value)}" for name, value in parts if value)
     return f"memory of a device: {num_bytes(memory.peak_bytes)} as compiled for GPUs ({listed})"
+
+
+def _elsewhere_note(plan: Plan) -> str:
+    """What it costs that parameters stay as another plan stores them."""
+    if plan.elsewhere_s is None:
+        return ""
+    return (
+        "\nparameters stay as the plan given stores them; stored as is best for this one, it is "
+        f"predicted to take {seconds(plan.elsewhere_s)} ms"
+    )
 
 
 def _measured_notes(plan: Plan) -> str:

@@ -8,7 +8,7 @@ and `_constraints` (what the user forbids).
 
 from jaxlwp.space._baselines import BASELINES, baseline
 from jaxlwp.space._config import DIMENSIONS, Config, Layout, dimension_order, enumerate_configs
-from jaxlwp.space._constraints import Constraints, Split
+from jaxlwp.space._constraints import Constraints, Split, outputs_kept
 from jaxlwp.space._exchange import (
     COLLECTIVES,
     Collective,
@@ -60,6 +60,7 @@ __all__ = [
     "make_strategy",
     "move_collectives",
     "move_exchanges",
+    "outputs_kept",
     "plan_moves",
     "plan_options",
     "read_config",

@@ -13,11 +13,13 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from jaxlwp.graph import LayerOutline, Outlined
-from jaxlwp.space._config import DIMENSIONS, Config
-from jaxlwp.space._layout import degree, even_layout, layout_axes
+from jaxlwp.graph import ComputationGraph, LayerOutline, Outlined, Use
+from jaxlwp.ops import OUTPUT
+from jaxlwp.space._config import DIMENSIONS, Config, Layout
+from jaxlwp.space._layout import degree, even_layout
+from jaxlwp.space._moves import plan_moves
 
 Split = Config | Mapping[str, int | str | Sequence[str]]
 """A config, or for each split dimension its degree or its mesh axes."""
@@ -42,11 +44,14 @@ class Constraints:
       forbid: dimensions that no layer is split by; or layer name or pattern -> dimensions.
       replicated: names or patterns of parameters, such as `params['Conv_0']['kernel']`, that every
         device holds whole.
+      stored: names or patterns of parameters -> the layout in which each is stored, for each
+        dimension the mesh axes that split it. All layers read it without moving it.
     """
 
     pin: Mapping[str, Split] = field(default_factory=dict)
     forbid: Mapping[str, Sequence[str]] | Sequence[str] = ()
     replicated: Sequence[str] = ()
+    stored: Mapping[str, Layout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the form.
@@ -102,7 +107,7 @@ class Constraints:
             text = f"forbid {', '.join(dimensions)}"
             for n in _matching(text, pattern, names, "layer") if dimensions else ():
                 checks[n].append((text, functools.partial(_leaves_whole, tuple(dimensions))))
-        for n, text, check in self._replicated(graph, axis_sizes):
+        for n, text, check in self._stored(graph, axis_sizes):
             checks[n].append((text, check))
         return tuple(
             _kept(layer, choices, required, axis_sizes)
@@ -111,13 +116,15 @@ class Constraints:
 
     def pinned(
         self,
+        graph: Outlined,
         layer: LayerOutline,
         axis_groups: Sequence[Sequence[str]],
         axis_sizes: Mapping[str, int],
     ) -> list[Config]:
-        """The configs with the degrees that a layer is pinned to, none if it is not.
+        """The configs with the splits that a layer is pinned to, or that its parameters ask for.
 
         Args:
+          graph: the computation graph.
           layer: the layer.
           axis_groups: mesh axes in groups that are interchangeable, slowest link level first.
           axis_sizes: devices along each mesh axis.
@@ -128,29 +135,123 @@ class Constraints:
                 found += _named(split, layer, axis_sizes)
                 if not isinstance(split, Config):
                     found += _of_degrees(split, axis_groups, axis_sizes)
+        for _, n, layout in self._layouts(graph):
+            if graph.parameters[n].layer == layer.index:
+                named = zip(graph.parameters[n].labels, layout, strict=True)
+                splits = {name: axes for name, axes in named if name}
+                found.append(Config.of(splits).splitting(axis_sizes))
         return found
 
-    def _replicated(
+    def _layouts(self, graph: Outlined) -> Iterable[tuple[str, int, Layout]]:
+        """Parameters whose layout is given: where that is said, which parameter, and the layout."""
+        names = [parameter.name for parameter in graph.parameters]
+        for pattern in self.replicated:
+            for n in _matching(f"replicated {pattern!r}", pattern, names, "parameter"):
+                yield f"replicated {names[n]}", n, ((),) * len(graph.parameters[n].shape)
+        for pattern, layout in self.stored.items():
+            for n in _matching(f"stored {pattern!r}", pattern, names, "parameter"):
+                yield f"stored {names[n]} as {layout}", n, layout
+
+    def _stored(
         self, graph: Outlined, axis_sizes: Mapping[str, int]
     ) -> Iterable[tuple[int, str, Callable[[Config], bool]]]:
         parameters = graph.parameters
-        names = [parameter.name for parameter in parameters]
-        for pattern in self.replicated:
-            for n in _matching(f"replicated {pattern!r}", pattern, names, "parameter"):
-                owner, labels = parameters[n].layer, parameters[n].labels
-                shape = parameters[n].shape
-                if owner is None:
-                    continue  # nothing reads it: it is replicated anyway
+        for text, n, layout in self._layouts(graph):
+            owner, labels, shape = parameters[n].layer, parameters[n].labels, parameters[n].shape
+            if owner is None:
+                continue  # nothing reads it: it is replicated anyway
+            yield owner, text, functools.partial(_stores, shape, labels, layout, axis_sizes)
+            if any(layout):  # of what is whole every reader takes its part
+                for reader, use in _readers(text, graph, n):
+                    yield reader, text, functools.partial(_reads, use, layout, axis_sizes)
 
-                def whole(
-                    config: Config,
-                    shape: tuple[int, ...] = shape,
-                    labels: Sequence[str | None] = labels,
-                ) -> bool:
-                    stored = even_layout(shape, config.layout(labels), axis_sizes)
-                    return not layout_axes(stored)
 
-                yield owner, f"replicated {names[n]}", whole
+def _readers(place: str, graph: Outlined, parameter: int) -> Iterable[tuple[int, Use]]:
+    """The layers that read a parameter, and how.
+
+    Raises:
+      ValueError: the graph has no program, which alone knows that.
+    """
+    if not isinstance(graph, ComputationGraph):
+        raise ValueError(
+            f"constraints: {place}: a saved problem does not know which layers read a parameter; "
+            "give this constraint to parallelize or price"
+        )
+    value = graph.program.inputs[parameter]
+    return (
+        (layer.index, use) for layer in graph.layers for use in layer.uses if use.value == value
+    )
+
+
+def _stores(
+    shape: Sequence[int],
+    labels: Sequence[str | None],
+    layout: Layout,
+    axis_sizes: Mapping[str, int],
+    config: Config,
+) -> bool:
+    """Whether a layer under a config stores an argument that it owns in a layout."""
+    return even_layout(shape, config.layout(labels), axis_sizes) == layout
+
+
+def _reads(use: Use, layout: Layout, axis_sizes: Mapping[str, int], config: Config) -> bool:
+    """Whether a layer under a config reads what is stored in a layout without moving it."""
+    moves = plan_moves(
+        shape=use.info.shape,
+        source=layout,
+        target=config.layout(use.labels),
+        active=frozenset(axis for name in use.active for axis in config.axes(name)),
+        axis_sizes=axis_sizes,
+    )
+    return all(move.kind in ("slice", "cast") for move in moves)
+
+
+def outputs_kept(
+    graph: ComputationGraph, constraints: Constraints | None, axis_sizes: Mapping[str, int]
+) -> Constraints | None:
+    """The constraints, and that outputs are where they are wanted (`trace(outputs=...)`).
+
+    Args:
+      graph: the computation graph.
+      constraints: the user's own.
+      axis_sizes: devices along each mesh axis.
+
+    Raises:
+      ValueError: an output is wanted split by axes that the mesh does not have, or unevenly.
+    """
+    pins = {}
+    for layer in graph.layers:
+        if layer.kind != OUTPUT:
+            continue
+        member = layer.members[-1]
+        layout, shape = member.equation.params["layout"], layer.output.shape
+        for dim, (size, axes) in enumerate(zip(shape, layout, strict=True)):
+            _check_output(dim, size, axes, axis_sizes)
+        if not any(layout):
+            continue  # it cannot be split anyway
+        labels = member.signature.results[0]
+        splits = {name: axes for name, axes in zip(labels, layout, strict=True) if name}
+        pins[layer.name] = Config.of(splits).splitting(axis_sizes)
+    if not pins:
+        return constraints
+    constraints = constraints or Constraints()
+    return replace(constraints, pin={**constraints.pin, **pins})
+
+
+def _check_output(dim: int, size: int, axes: Sequence[str], axis_sizes: Mapping[str, int]) -> None:
+    unknown = [axis for axis in axes if axis not in axis_sizes]
+    if unknown:
+        raise ValueError(
+            f"outputs: dimension {dim} is to be split over mesh axis {unknown[0]!r}; there are "
+            f"{', '.join(axis_sizes)}"
+        )
+    parts = degree(axes, axis_sizes)
+    if size % parts:
+        raise ValueError(
+            f"outputs: dimension {dim} of size {size} is to be split over {parts} devices "
+            f"({', '.join(axes)}), which do not divide it; JAX returns even parts only: leave out "
+            "an axis"
+        )
 
 
 def _check_dimension(place: str, dimension: str) -> None:

@@ -19,6 +19,7 @@ from jaxlwp.check._hlo import bytes_by_kind
 from jaxlwp.plan._plan import bind
 from models import (
     ConvNeXtTiny,
+    DenoisingUNet,
     DenseNet121,
     EfficientNetB0,
     HandPose,
@@ -31,6 +32,7 @@ from models import (
     SqueezeNet,
     UNet,
     UNet3D,
+    VAEDecoder,
 )
 
 RATES = jaxlwp.Rates(
@@ -49,14 +51,21 @@ class Entry:
       input_shape: shape of one example.
       target: shape of what is predicted for one example: () for a class, else real numbers.
       batch: examples.
+      conditions: shapes of what else the model takes of one example.
+      classes: of a last condition that is a class of one example; 0 if there is none.
     """
 
     model: Any
     input_shape: tuple[int, ...]
     target: tuple[int, ...] = ()
     batch: int = 8
+    conditions: tuple[tuple[int, ...], ...] = ()
+    classes: int = 0
 
 
+DENOISER = DenoisingUNet(
+    channels=(8, 16), attends=(True, False), blocks=1, heads=2, words=3, features=6, groups=4
+)
 ZOO: dict[str, Entry] = {
     "resnet18": Entry(
         model=ResNet18(num_classes=CLASSES, stage_sizes=(1, 1), width=8), input_shape=(32, 32, 3)
@@ -115,6 +124,21 @@ ZOO: dict[str, Entry] = {
         model=SpeechCNN(num_classes=CLASSES, stages=((8, 1), (16, 2)), poolings=1),
         input_shape=(512, 1),
     ),
+    "vae_decoder": Entry(
+        model=VAEDecoder(channels=(16, 8), blocks=1, groups=4),
+        input_shape=(8, 6, 4),
+        target=(16, 12, 3),
+    ),
+    "denoising_unet": Entry(
+        model=DENOISER, input_shape=(8, 8, 4), target=(8, 8, 4), conditions=((), (3, 6))
+    ),
+    "denoising_unet_class": Entry(
+        model=DENOISER.clone(num_classes=5, panorama=True),
+        input_shape=(8, 8, 4),
+        target=(8, 8, 4),
+        conditions=((),),
+        classes=5,
+    ),
     "handpose": Entry(
         model=HandPose(
             num_keypoints=4, stage_sizes=(1, 1), bottleneck=False, width=8, deconv_widths=(8,)
@@ -142,9 +166,10 @@ class Case:
     """A traced and priced network.
 
     Attributes:
-      loss: `loss(params, stats, x, target, key)` gives (loss, (outputs, new statistics)).
+      loss: `loss(params, stats, inputs, target, key)` gives (loss, (outputs, new statistics)).
       params: parameters.
       stats: running statistics.
+      batch: shapes of the other arguments.
       space: every strategy on eight devices.
       mesh: the devices.
     """
@@ -152,27 +177,41 @@ class Case:
     loss: Callable[..., Any]
     params: Any
     stats: Any
+    batch: tuple[Any, ...]
     space: jaxlwp.cost.SearchSpace
     mesh: jax.sharding.Mesh
 
 
 def random_batch(name: str, draw: int) -> tuple[Any, ...]:
-    """Data, targets and a dropout key."""
+    """The model's inputs, targets and a dropout key."""
     entry = ZOO[name]
     keys = jax.random.split(jax.random.key(draw), 3)
-    x = jax.random.normal(keys[0], (entry.batch, *entry.input_shape))
+    inputs = random_inputs(entry, keys[0])
     if entry.target:
-        return x, jax.random.normal(keys[1], (entry.batch, *entry.target)), keys[2]
-    return x, jax.random.randint(keys[1], (entry.batch,), 0, CLASSES), keys[2]
+        return inputs, jax.random.normal(keys[1], (entry.batch, *entry.target)), keys[2]
+    return inputs, jax.random.randint(keys[1], (entry.batch,), 0, CLASSES), keys[2]
+
+
+def random_inputs(entry: Entry, key: Any, dtype: Any = jnp.float32) -> tuple[Any, ...]:
+    """What a model is called with: data, and conditions."""
+    shapes = (entry.input_shape, *entry.conditions)
+    keys = jax.random.split(key, len(shapes) + 1)
+    drawn = tuple(
+        jax.random.normal(key, (entry.batch, *shape), dtype)
+        for key, shape in zip(keys[1:], shapes, strict=True)
+    )
+    if not entry.classes:
+        return drawn
+    return (*drawn, jax.random.randint(keys[0], (entry.batch,), 0, entry.classes))
 
 
 def loss_of(entry: Entry, model: Any) -> Callable[..., Any]:
     """The training loss; running statistics come back as auxiliary output."""
 
-    def loss(params: Any, stats: Any, x: Any, target: Any, key: Any) -> Any:
+    def loss(params: Any, stats: Any, inputs: Any, target: Any, key: Any) -> Any:
         variables = {"params": params} | stats
         y, changed = model.apply(
-            variables, x, train=True, mutable=list(stats), rngs={"dropout": key}
+            variables, *inputs, train=True, mutable=list(stats), rngs={"dropout": key}
         )
         y = y.astype(jnp.float32)
         if entry.target:
@@ -190,13 +229,14 @@ def case(name: str, seed: int, dtype: str = "float32") -> Case:
     batch = random_batch(name, 0)
     keys = jax.random.split(jax.random.key(seed), 2)
     init = jax.jit(functools.partial(model.init, train=True))
-    variables = init({"params": keys[0], "dropout": keys[1]}, batch[0])
+    variables = init({"params": keys[0], "dropout": keys[1]}, *batch[0])
     params = perturbed(variables.pop("params"), seed)
     loss = loss_of(entry, model)
     mesh = jaxlwp.make_mesh(jax.devices()[:8])
     graph = jaxlwp.trace(loss, params, variables, *batch)
     space = jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=RATES))
-    return Case(loss=loss, params=params, stats=variables, space=space, mesh=mesh)
+    shapes = jax.eval_shape(lambda: random_batch(name, 0))
+    return Case(loss=loss, params=params, stats=variables, batch=shapes, space=space, mesh=mesh)
 
 
 def perturbed(params: Any, seed: int) -> Any:
@@ -234,16 +274,9 @@ def plan_for(this: Case, strategy: str | int) -> jaxlwp.Plan:
         chosen = this.space.strategy(
             f"random {strategy}", [draw.randrange(len(c)) for c in this.space.configs]
         )
-    arguments = (this.params, this.stats, *_batch_of(this))
+    arguments = (this.params, this.stats, *this.batch)
     out_tree = jax.tree.structure(jax.eval_shape(this.loss, *arguments))
     return bind(this.space, chosen, this.mesh, arguments, out_tree)
-
-
-def _batch_of(this: Case) -> tuple[Any, ...]:
-    values, program = this.space.graph.program.values, this.space.graph.program
-    return tuple(
-        jax.ShapeDtypeStruct(values[i].shape, values[i].dtype) for i in program.inputs[-3:]
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,7 +303,7 @@ class Compiled:
 def compile_step(this: Case, plan: jaxlwp.Plan) -> Compiled:
     """Compile loss and gradients under a plan."""
     step = jax.jit(jax.value_and_grad(plan, has_aux=True), in_shardings=plan.shardings)
-    done = step.lower(this.params, this.stats, *_batch_of(this)).compile()
+    done = step.lower(this.params, this.stats, *this.batch).compile()
     predicted: collections.Counter[str] = collections.Counter()
     for collective in plan.collectives:
         predicted[collective.kind] += collective.num_bytes

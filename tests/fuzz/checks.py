@@ -175,7 +175,9 @@ class Reference:
 
 
 def differentiated(written: Written, function: Callable[..., Any]) -> Callable[..., Any]:
-    """((loss, outputs), gradients) of a program, or of a plan of it."""
+    """((loss, outputs), gradients) of a program, or of a plan of it; none if it is evaluated."""
+    if written.program.evaluated:
+        return lambda *args: (function(*args), ())
     return jax.value_and_grad(lambda *args: function(*args), argnums=written.argnums, has_aux=True)
 
 
@@ -189,7 +191,7 @@ def evaluate(written: Written) -> Reference | None:
     jitted = jax.tree.map(np.asarray, compiled(*written.arrays()))
     sizes = [_size(leaf) for leaf in jax.tree.leaves(jitted)]
     gradients = [_size(leaf) for leaf in jax.tree.leaves(jitted[1])]
-    if not max(sizes) < 1e8 or max(gradients) < 1e-6:
+    if not max(sizes) < 1e8 or max(gradients, default=1.0) < 1e-6:
         return None
     return Reference(written=written, jitted=jitted)
 
@@ -279,6 +281,17 @@ def _ask(reference: Reference, log: Log, limit: float) -> None:
         log.add("oracle", "one device: compiled differs from eager", _text(apart))
 
 
+def trace(written: Written) -> jaxlwp.graph.ComputationGraph:
+    """The graph of a program."""
+    evaluated = written.program.evaluated
+    return jaxlwp.trace(
+        written.function(),
+        *written.arrays(),
+        differentiated=not evaluated,
+        outputs="replicated" if evaluated == "replicated" else None,
+    )
+
+
 def _plans(
     case: Case, mesh: Any, log: Log, only: str | None, drawn_from: int | None
 ) -> tuple[dict[str, jaxlwp.Plan], Case]:
@@ -286,7 +299,7 @@ def _plans(
     plans: dict[str, jaxlwp.Plan] = {}
     function, arguments = case.written.function(), case.written.arrays()
     with log.stage("trace"):
-        graph = jaxlwp.trace(function, *arguments)
+        graph = trace(case.written)
         with no_mesh():
             out_tree = jax.tree.structure(jax.eval_shape(lambda *a: function(*a), *arguments))
         chosen = case.strategies or _drawn(case, graph, mesh, log, drawn_from)

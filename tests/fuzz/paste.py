@@ -39,7 +39,7 @@ def step(function):
     def call(*arguments):
         return function(*arguments)
 
-    return jax.value_and_grad(call, argnums=@ARGNUMS@, has_aux=True)
+    return @STEP@
 
 
 def check(plan):
@@ -80,7 +80,7 @@ mesh = Mesh(
 rates = jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)
 out_tree = jax.tree.structure(jax.eval_shape(loss, *arguments))
 with @ENTER@:
-    graph = jaxlwp.trace(loss, *arguments)
+    graph = jaxlwp.trace(loss, *arguments@OPTIONS@)
     configs = [[jaxlwp.Config.of(pins[layer.name])] for layer in graph.layers]
     space = jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=rates), configs=configs)
     strategy = space.strategy("pinned", [0] * len(configs))
@@ -94,6 +94,7 @@ TURNED = "Mesh(mesh.devices.T, mesh.axis_names[::-1], axis_types=mesh.axis_types
 def paste(case: Case, strategy: str) -> str:
     """A complete program that shows a case under one of its strategies."""
     written, mesh = case.written, case.mesh
+    evaluated = written.program.evaluated
     splits = case.strategies.get(strategy, {})
     bound = TURNED if mesh.turned else "mesh"
     calls = ["check(plan)", "compare(plan)"]
@@ -102,7 +103,11 @@ def paste(case: Case, strategy: str) -> str:
         "DEVICES": DEVICES,
         "PROGRAM": written.text,
         "ARRAYS": inspect.getsource(programs.example_arrays),
-        "ARGNUMS": written.argnums,
+        "STEP": "call"
+        if evaluated
+        else f"jax.value_and_grad(call, argnums={written.argnums}, has_aux=True)",
+        "OPTIONS": (", differentiated=False" if evaluated else "")
+        + (", outputs='replicated'" if evaluated == "replicated" else ""),
         "GIVEN": "jax.device_put(arguments, plan.shardings)" if mesh.placed else "arguments",
         "PARAMETERS": written.parameters,
         "BATCH": written.batch,

@@ -83,6 +83,8 @@ class Program:
       unused: shapes of parameters that nothing reads.
       whole: arrays hold small whole numbers: arithmetic is exact, maxima have ties.
       batch_gradients: the batch is differentiated, too.
+      evaluated: it is not differentiated at all, and its outputs are "made", left as their layers
+        have them, or "replicated"; "" for a training step.
     """
 
     seed: int
@@ -94,6 +96,7 @@ class Program:
     unused: tuple[Shape, ...] = ()
     whole: bool = False
     batch_gradients: bool = False
+    evaluated: str = ""
 
     @property
     def operators(self) -> tuple[str, ...]:
@@ -102,6 +105,7 @@ class Program:
         names += [f"loss.{form}" for _, form in self.losses]
         names += [f"output.{form}" for _, form in self.outputs]
         names += ["checkpoint_block"] if self.block else []
+        names += [f"evaluated.{self.evaluated}"] if self.evaluated else []
         return tuple(dict.fromkeys(names))
 
 
@@ -326,7 +330,7 @@ def _drawn(rng: random.Random, seed: int) -> Program:
     fit(bool(parameters))
     read = {name for step in steps for name in step.operands}
     ends = [name for name in values if name not in read and name[0] == "v"]
-    return dataclasses.replace(
+    program = dataclasses.replace(
         program,
         steps=tuple(steps),
         losses=tuple(_draw_losses(rng, values, ends)),
@@ -335,6 +339,11 @@ def _drawn(rng: random.Random, seed: int) -> Program:
         unused=((rng.choice(SIZES), 3),) if rng.random() < 0.1 else (),
         batch_gradients=rng.random() < 0.3,
     )
+    evaluated = rng.choices(("", "made", "replicated"), (0.75, 0.125, 0.125))[0]
+    if not evaluated:
+        return program
+    every = (*program.outputs, *((name, "value") for name in ends))
+    return dataclasses.replace(program, evaluated=evaluated, outputs=every)
 
 
 def draw_values(rng: random.Random) -> dict[str, Value]:

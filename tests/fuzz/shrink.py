@@ -105,6 +105,8 @@ def _programs(program: Program) -> Iterator[Program]:
             yield change(program, **{form: None if form == "block" else ()})
     if program.batch_gradients:
         yield change(program, batch_gradients=False)
+    if program.evaluated == "replicated":
+        yield change(program, evaluated="made")
     for step in reversed(program.steps):
         yield _without(program, step.number)
     for n in range(len(program.losses)):
@@ -255,4 +257,4 @@ def _carried(candidate: Case, before: Case) -> dict[str, Splits]:
 
 
 def _graph(case: Case) -> jaxlwp.graph.ComputationGraph:
-    return jaxlwp.trace(case.written.function(), *case.written.arrays())
+    return checks.trace(case.written)
