@@ -100,14 +100,19 @@ def _line(
 ) -> None:
     """A line with a marker for each point, hollow where `full` is False."""
     colour, marker = style
-    order = 3 if label in ("found", "search") else 2  # what is found lies on top of its equals
-    drawn = axes.plot(x, y, marker=marker, color=colour, label=label, zorder=order)[0]
+    # What is found lies on top of its equals, which stick out.
+    order, size = (3, 6) if label in ("found", "search") else (2, 8)
+    drawn = axes.plot(
+        x, y, marker=marker, markersize=size, color=colour, label=label, zorder=order
+    )[0]
     drawn.set_markevery([n for n, fits in enumerate(full) if fits])
     if not all(full):
         hollow = [(a, b) for a, b, fits in zip(x, y, full, strict=True) if not fits]
         axes.plot(
             *zip(*hollow, strict=True),
             marker,
+            markersize=size,
+            zorder=order,
             color=colour,
             markerfacecolor="white",
             label=f"{label}: does not fit",
