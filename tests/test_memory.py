@@ -24,7 +24,7 @@ from jaxlwp.memory._memory import (
     memory_costs,
     strategy_memory,
 )
-from jaxlwp.plan._plan import plan_memory
+from jaxlwp.plan._plan import OPTIMIZER, plan_memory
 from jaxlwp.program import flatten
 from jaxlwp.space._strategy import make_strategy
 
@@ -83,6 +83,16 @@ def test_state_is_as_large_as_its_arrays(mesh222: Mesh, strategy: str) -> None:
     ):
         leaves = jax.tree.leaves(placed)
         assert predicted == sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+
+
+def test_memory_is_that_of_the_optimizer_given(mesh22: Mesh) -> None:
+    work, adam = _lenet(), optax.adam(0.1)
+    options = {"mesh": mesh22, "rates": RATES}
+    plan = parallelize(work.loss, work.params, *work.batch, optimizer=adam, **options)
+    plain = parallelize(work.loss, work.params, *work.batch, **options)
+    assert plan.memory == plan_memory(plain, adam) != plain.memory
+    assert plan.rebind(*work.batch).memory.optimizer_bytes == plan.memory.optimizer_bytes
+    assert plan_memory(plan, OPTIMIZER) == plain.memory
 
 
 def test_plan_tells_its_memory(mesh22: Mesh) -> None:

@@ -20,7 +20,7 @@ from jaxlwp.cost import collectives_by_layer
 from jaxlwp.kernels import differentiated
 from jaxlwp.lower import layer_index
 from jaxlwp.mesh import need_devices
-from jaxlwp.plan import OPTIMIZER, Plan, lower_step, plan_memory, program_memory, state_shapes
+from jaxlwp.plan import Plan, lower_step, plan_memory, program_memory, state_shapes
 from jaxlwp.program import SCAN, Equation, canonical, scan_of
 from jaxlwp.space import Collective
 
@@ -129,7 +129,7 @@ def verify(
       plan: the plan.
       *arguments: params and batch, as arrays: the step is run too; left out, it is compiled only.
       keywords: arguments of the function that are passed by name, likewise.
-      optimizer: of the training step; SGD with momentum by default.
+      optimizer: of the training step; the plan's by default.
       target: GPUs to compile for that need not exist, as in "h200:16" (needs the extra
         `jaxlwp[gpu-aot]`); see `compile_for`.
       rounds: measured steps.
@@ -143,7 +143,7 @@ def verify(
         size, or arguments beside a target, or no target for a plan whose devices are not there.
       RuntimeError: the compiler for the target is not installed.
     """
-    optimizer = optimizer or OPTIMIZER
+    optimizer = optimizer or plan.optimizer
     if target is not None and arguments:
         raise ValueError(
             f"verify: target {target!r} is compiled for only, but arguments were given to run the "

@@ -44,7 +44,7 @@ from jaxlwp.solver import Cost
 from jaxlwp.space import BASELINES, Collective, Layout, Strategy, outputs_kept
 
 OPTIMIZER = optax.sgd(1e-4, momentum=0.9)
-"""What a training step is assumed to update its parameters with."""
+"""What a training step is assumed to update its parameters with, where nothing is said."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -66,6 +66,8 @@ class Plan:
       outputs: where outputs go, as it was given to `parallelize`.
       elsewhere_s: predicted seconds of the best plan that may store parameters otherwise, if they
         stay as another plan stores them (`params_as`).
+      optimizer: what the training step updates its parameters with, as given to `parallelize`; SGD
+        with momentum where nothing was.
       checked: seconds of a step by name of the strategy, if `parallelize` was asked to
         check; the plan's is the least. Infinite for one that needs more memory than there is.
       checked_by: "measured", or "forecast" for seconds by compiled programs, among which are those
@@ -81,6 +83,7 @@ class Plan:
     out_tree: Any = field(repr=False)
     outputs: Any = None
     elsewhere_s: float | None = None
+    optimizer: optax.GradientTransformation = field(default=OPTIMIZER, repr=False)
     checked: dict[str, float] = field(default_factory=dict)
     checked_by: str = "measured"
 
@@ -107,9 +110,9 @@ class Plan:
 
     @functools.cached_property
     def memory(self) -> Memory:
-        """Predicted bytes per device of a training step with SGD with momentum, or an evaluation.
+        """Predicted bytes per device of a training step, its optimizer's state in it.
 
-        As XLA compiles it for GPUs; see `plan_memory` for other optimizers.
+        As XLA compiles it for GPUs; of a plan that only evaluates, of an evaluation.
         """
         return plan_memory(self)
 
@@ -285,7 +288,7 @@ class Plan:
             function=fn,
             keywords=arguments[1],
         )
-        return dataclasses.replace(plan, outputs=outputs)
+        return dataclasses.replace(plan, outputs=outputs, optimizer=self.optimizer)
 
     def place(self, state: Any) -> Any:
         """Put a training state on the mesh.
@@ -550,14 +553,15 @@ def place_arguments(plan: Plan, batch: Arguments) -> Arguments:
     return jax.tree.map(put_share, batch, shardings)  # type: ignore[no-any-return]
 
 
-def plan_memory(plan: Plan, optimizer: optax.GradientTransformation = OPTIMIZER) -> Memory:
-    """Memory of a plan's training step; `Plan.memory` is that with SGD with momentum.
+def plan_memory(plan: Plan, optimizer: optax.GradientTransformation | None = None) -> Memory:
+    """Memory of a plan's training step; `Plan.memory` is that with the plan's own optimizer.
 
     Args:
       plan: the plan.
-      optimizer: of the training step; its state is split as `Plan.place` splits it. Of a plan that
-        only evaluates nothing is kept.
+      optimizer: of the training step, in place of the plan's; its state is split as `Plan.place`
+        splits it. Of a plan that only evaluates nothing is kept.
     """
+    optimizer = optimizer or plan.optimizer
     state = jax.eval_shape(optimizer.init, plan.argument_shapes[0]) if plan.trains else ()
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     shards = (

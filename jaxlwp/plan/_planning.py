@@ -44,7 +44,7 @@ from jaxlwp.plan._agreement import (
     shared,
 )
 from jaxlwp.plan._beside import check_beside, kept_in_place
-from jaxlwp.plan._plan import Plan, bind, is_loss, output_shapes, plan_memory
+from jaxlwp.plan._plan import OPTIMIZER, Plan, bind, is_loss, output_shapes, plan_memory
 from jaxlwp.program import Arguments
 from jaxlwp.solver import MemoryLimitError
 from jaxlwp.space import Constraints, Strategy, outputs_kept
@@ -197,12 +197,12 @@ def plan_for(
                 timer.measure(space.pairs(picked), on_progress)
                 found = measured_space(space, timer)
         plan = bind(found, picked, chosen, arguments[0], out_tree, result, fn, arguments[1])
-        return replace(plan, outputs=outputs)
+        return replace(plan, outputs=outputs, optimizer=optimizer or OPTIMIZER)
 
     if memory_bytes is None:
         plan = planned(None)
     else:
-        plan = _fitting(planned, memory_bytes, optimizer, slots)
+        plan = _fitting(planned, memory_bytes, slots)
     if params_as is not None and strategy == "search":
         free = planned(None, space=space_under(constraints))
         plan = replace(plan, elsewhere_s=free.cost.total_s)
@@ -247,9 +247,7 @@ _ATTEMPTS = 12
 """Plans that are looked at for one memory limit, at most."""
 
 
-def _fitting(
-    planned: Callable[..., Plan], memory_bytes: float, optimizer: Any, slots: float
-) -> Plan:
+def _fitting(planned: Callable[..., Plan], memory_bytes: float, slots: float) -> Plan:
     """The plan of the highest limit for the search under which the plan's program fits.
 
     The search adds up bytes of layers, which leaves out what lives across them; the program tells.
@@ -268,7 +266,7 @@ def _fitting(
             # What takes least by the layers' bytes may still fit by the program's.
             smallest, plan = error, planned(None, PeakMemory(slots))
             limit_bytes = plan.result.value if plan.result is not None else math.inf
-        memory = plan_memory(plan, optimizer) if optimizer is not None else plan.memory
+        memory = plan_memory(plan)
         needed_bytes = MEMORY_MARGIN * memory.peak_bytes
         if plan.result is None and needed_bytes > memory_bytes:
             raise _too_little(plan, memory_bytes, memory.peak_bytes)

@@ -174,7 +174,7 @@ def _memory_note(plan: Plan) -> str:
     memory = plan.memory
     parts = (
         ("parameters", memory.parameter_bytes),
-        ("momentum", memory.optimizer_bytes),
+        ("optimizer", memory.optimizer_bytes),
         ("batch", memory.batch_bytes),
         ("kept for the backward pass", memory.kept_bytes),
         ("temporary", memory.temporary_bytes),

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxlwp.check import Progress, silent
 from jaxlwp.devices import System
-from jaxlwp.plan import MEMORY_MARGIN, OPTIMIZER, Plan, baselines, plan_for, plan_memory
+from jaxlwp.plan import MEMORY_MARGIN, Plan, baselines, plan_for, plan_memory
 from jaxlwp.program import canonical
 from jaxlwp.solver import MemoryLimitError
 from jaxlwp.space import BASELINES
@@ -237,7 +237,7 @@ def _outcome(
     name: str, plan: Plan, system: System, batch: int, one_rate: float, optimizer: Any
 ) -> Outcome:
     step_s = plan.cost.total_s
-    memory = plan_memory(plan, optimizer or OPTIMIZER)
+    memory = plan_memory(plan, optimizer)
     return Outcome(
         strategy=name,
         step_s=step_s,
