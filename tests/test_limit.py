@@ -115,7 +115,13 @@ def network(graph: tuple[int, list[tuple[int, int]]]) -> tuple[list, list, list,
     return nodes, edges, tables, memory
 
 
-@pytest.mark.parametrize("graph", [chain(21), inception(30)], ids=["chain", "inception"])
+@pytest.mark.parametrize(
+    "graph",
+    [
+        pytest.param(chain(21), id="chain"),
+        pytest.param(inception(30), id="inception", marks=pytest.mark.slow),
+    ],
+)
 def test_networks(graph: tuple[int, list[tuple[int, int]]]) -> None:
     """The less memory, the slower, never over the limit, down to the least."""
     problem = network(graph)
