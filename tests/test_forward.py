@@ -195,6 +195,27 @@ def test_parameters_stay_where_training_has_them(strategy: str) -> None:
     assert moved_parameters(compiled(whole))
 
 
+@pytest.mark.parametrize(("centred", "count"), [(False, 1), (True, 2)], ids=["square", "variance"])
+def test_small_sums_that_are_ready_together_are_one(centred: bool, count: int) -> None:
+    """A mean and a mean square are one all-reduce; a variance, which waits for it, is another."""
+
+    def normalized(scale: Any, x: Any) -> Any:
+        x = jnp.tanh(x)
+        mean = x.mean((1, 2), keepdims=True)
+        spread = ((x - mean) ** 2 if centred else x**2).mean((1, 2), keepdims=True)
+        return scale * (x - mean) * lax.rsqrt(spread + 1.0)
+
+    scale, x = jnp.float32(2.0), jnp.asarray(arguments(2, 8)[1], jnp.float32)
+    plan = jaxlwp.parallelize(
+        normalized, scale, x, devices=2, strategy="spatial", rates=RATES, train=False
+    )
+    sums = [each for each in plan.collectives if each.kind == "all-reduce"]
+    assert len(sums) == count
+    assert sum(each.num_bytes for each in sums) == 2 * (3 + 3) * 4
+    assert all(layer.agrees for layer in check_layers(plan))
+    np.testing.assert_allclose(plan(scale, x), normalized(scale, x), rtol=1e-5, atol=1e-5)
+
+
 def shapes(batch: int = 8, size: int = 64) -> Any:
     given = arguments(batch, size)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), given)

@@ -262,8 +262,8 @@ def step_collectives(step: Step, cotangents: Collection[Block]) -> Iterator[Coll
     """
     again = isinstance(step.op, Again)
     op = step.op.op if isinstance(step.op, Again) else step.op
-    block, gradient = step.operands[0] if step.operands else None, step.results[0] in cotangents
-    for collective in _op_collectives(op, block):
+    gradient = step.results[0] in cotangents
+    for collective in _op_collectives(op, step.operands[:1] if again else step.operands):
         if collective.num_bytes and (gradient if collective.backward else not again):
             yield collective
     if isinstance(op, Operate) and op.combines:
@@ -275,15 +275,17 @@ def step_collectives(step: Step, cotangents: Collection[Block]) -> Iterator[Coll
                 yield replace(sums, backward=True)
 
 
-def _op_collectives(op: Op, block: Block | None) -> Iterable[Collective]:
-    if block is None:
+def _op_collectives(op: Op, operands: Sequence[Block]) -> Iterable[Collective]:
+    if not operands:
         return ()
+    block = operands[0]
     if isinstance(op, Change):
         return move_collectives(
             op.shape, _itemsize(block), op.before, [op.move], dict(op.axes), gradient=True
         )
     if isinstance(op, AddUp):
-        return (Collective(kind="all-reduce", axes=op.axes, num_bytes=_num_bytes(block)),)
+        num_bytes = sum(map(_num_bytes, operands))
+        return (Collective(kind="all-reduce", axes=op.axes, num_bytes=num_bytes),)
     if isinstance(op, Receive):
         rows = Collective(kind="collective-permute", axes=op.axes, num_bytes=_num_bytes(block))
         return (rows, replace(rows, backward=True))

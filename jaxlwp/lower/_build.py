@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from jaxlwp.graph import ComputationGraph, pull, whole
 from jaxlwp.lower._halo import plan_halo
 from jaxlwp.lower._haloed import Haloed, put_together, with_halo
+from jaxlwp.lower._joined import joined
 from jaxlwp.lower._padding import broadcasts, elementwise, neutral, uneven_dimensions
 from jaxlwp.lower._sharing import received_once
 from jaxlwp.lower._steps import (
@@ -177,10 +178,11 @@ class Builder:
 
     def program(self, inputs: Sequence[Block], outputs: Sequence[Block]) -> DeviceProgram:
         """The program made so far."""
+        items = received_once(self.items)
         return DeviceProgram(
             inputs=tuple(inputs),
             constants=self.constants,
-            items=received_once(self.items),
+            items=items if self.graph.gradients else joined(items),
             outputs=tuple(outputs),
             values=self.values,
         )

@@ -203,7 +203,14 @@ def _dilate(op: Dilate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
 
 
 def _add_up(op: AddUp, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
-    return (all_reduce(blocks[0], op.axes),)
+    if len(blocks) == 1:
+        return (all_reduce(blocks[0], op.axes),)
+    total = all_reduce(jnp.concatenate([jnp.ravel(block) for block in blocks]), op.axes)
+    ends = itertools.accumulate(block.size for block in blocks)
+    return [
+        total[end - block.size : end].reshape(block.shape)
+        for end, block in zip(ends, blocks, strict=True)
+    ]
 
 
 def _operate(op: Operate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:

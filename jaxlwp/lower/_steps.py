@@ -156,7 +156,7 @@ class Dilate(Op):
 
 @dataclass(frozen=True)
 class AddUp(Op):
-    """Adds up partial results."""
+    """Adds up partial results, those of several operands in one go."""
 
     axes: tuple[str, ...]
 
