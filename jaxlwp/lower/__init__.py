@@ -1,9 +1,10 @@
 """The function on one device's blocks.
 
 Read `_steps` first: the program of one device as data, collectives among its steps. `_build` makes
-them of a strategy, `_sharing` lets what several of them receive be received once, `_lower`
-carries the steps out. `_halo` is the geometry of halo exchanges along one dimension, `_haloed` puts
-together what they bring along several, `_padding` says what padding holds, `_reshard` moves blocks.
+them of a strategy, `_sharing` lets what several of them receive be received once, `_joined` puts
+small sums together, `_lower` carries the steps out. `_halo` is the geometry of halo exchanges along
+one dimension, `_haloed` puts together what they bring along several, `_padding` says what padding
+holds, `_reshard` moves blocks.
 """
 
 from jaxlwp.lower._build import build, build_layer, read_elsewhere
