@@ -15,6 +15,7 @@ from jaxlwp.ops._rule import Local, Rule, Signature
 from jaxlwp.program import Equation, Program, StandIn
 
 OUTPUT = "output"
+"""Kind of the layers that bring outputs where they are wanted."""
 
 OutputLayout = tuple[tuple[str, ...], ...]
 """For each dimension of an output, the mesh axes that split it, major to minor."""
