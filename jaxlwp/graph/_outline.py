@@ -41,7 +41,7 @@ class Parameter:
     """A leaf of the function's first argument.
 
     Attributes:
-      name: such as "params['Conv_0']['kernel']".
+      name: such as `params['Conv_0']['kernel']`.
       shape: of the array.
       layer: index of the layer in whose layout it is stored; None if nothing reads it.
       labels: dimension names in that layer.
