@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jaxlwp.cost import (
     SearchSpace,
     check_mesh,
-    layer_configs,
     need_program,
-    price,
     strategy_collectives,
 )
-from jaxlwp.devices import DeviceGraph, spans_processes
+from jaxlwp.devices import spans_processes
 from jaxlwp.graph import ComputationGraph, trace
 from jaxlwp.lower import Lowered
 from jaxlwp.memory import Memory, strategy_memory
@@ -33,15 +27,23 @@ from jaxlwp.mesh import (
     AnyMesh,
     check_set_mesh,
     need_devices,
-    no_mesh,
     partition_spec,
     placed,
 )
 from jaxlwp.optimize import SearchResult, search
-from jaxlwp.plan._placing import check_leaves, check_share, leaf_type, local_box, put_share
-from jaxlwp.program import Arguments, Value, canonical
+from jaxlwp.plan._batches import batch_boxes, batch_parts, put_batch
+from jaxlwp.plan._placing import put_share
+from jaxlwp.plan._states import (
+    StateShardings,
+    abstract_state,
+    put_state,
+    state_bytes,
+    state_shardings,
+)
+from jaxlwp.plan._traced import is_loss, kept_space, output_shapes, write_back
+from jaxlwp.program import Arguments, canonical
 from jaxlwp.solver import Cost
-from jaxlwp.space import BASELINES, Collective, Layout, Strategy, outputs_kept
+from jaxlwp.space import BASELINES, Collective, Layout, Strategy
 
 OPTIMIZER = optax.sgd(1e-4, momentum=0.9)
 """What a training step is assumed to update its parameters with, where nothing is said."""
@@ -184,7 +186,7 @@ class Plan:
         for position, value in zip(self.graph.changed, results[count:], strict=True):
             flat[position] = value
         if self.graph.changed:
-            _write_back(arguments, jax.tree.unflatten(self.in_tree, flat))
+            write_back(arguments, jax.tree.unflatten(self.in_tree, flat))
         return jax.tree.unflatten(self.out_tree, results[:count])
 
     def check_arguments(self, where: str, arguments: Arguments) -> list[Any]:
@@ -278,7 +280,7 @@ class Plan:
             sum_dtype=self.graph.sum_dtype,
             outputs=outputs,
         )
-        space = _kept(graph, self.space.devices, self.strategy)
+        space = kept_space(graph, self.space.devices, self.strategy)
         plan = bind(
             space,
             dataclasses.replace(search(space).strategy, name=self.strategy.name),
@@ -313,19 +315,7 @@ class Plan:
           ValueError: the plan's devices are not there, or a leaf differs between processes.
           TypeError: a leaf is no array or number.
         """
-        mesh = need_devices("place", self.mesh)
-        leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-        together = spans_processes(mesh)
-        if together:
-            check_leaves(leaves, mesh)
-        # Copies: device_put shares the buffer that is already on its device, even if told not to.
-        own = (leaf.copy() if isinstance(leaf, jax.Array) else leaf for _, leaf in leaves)
-        put = put_share if together else jax.device_put
-        placed = [
-            put(leaf, self.sharding_for(path, leaf))
-            for (path, _), leaf in zip(leaves, own, strict=True)
-        ]
-        return jax.tree.unflatten(tree, placed)
+        return put_state(state, self.sharding_for, need_devices("place", self.mesh))
 
     def state_shardings(self, state: Any) -> Any:
         """Shardings of a training state, as `place` gives them to it.
@@ -363,13 +353,7 @@ class Plan:
           TypeError: a leaf is no array or number, nor the shape of one.
         """
         need_devices("abstract_state", self.mesh)
-
-        def abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-            given = leaf_type(path, leaf)
-            sharding = self.sharding_for(path, leaf)
-            return jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=sharding)
-
-        return jax.tree_util.tree_map_with_path(abstract, state)
+        return abstract_state(state, self.sharding_for)
 
     @functools.cached_property
     def local_batch(self) -> tuple[Any, ...]:
@@ -386,12 +370,7 @@ class Plan:
           ValueError: the plan's devices are not there.
         """
         need_devices("local_batch", self.mesh)
-        boxes: Arguments = jax.tree.map(
-            lambda shape, sharding: local_box(sharding, shape.shape),
-            self._argument_shapes,
-            self._shardings,
-        )
-        return (*boxes[0][1:], boxes[1]) if boxes[1] else boxes[0][1:]
+        return batch_boxes(self._argument_shapes, self._shardings)
 
     def place_batch(self, *batch: Any, **keywords: Any) -> Any:
         """Put a batch on the mesh as the first layers want it; returns what it was given.
@@ -413,71 +392,17 @@ class Plan:
             box), or the plan's devices are not there.
         """
         mesh = need_devices("place_batch", self.mesh)
-        given, shapes, shardings = self._batch_parts(batch, keywords)
-        leaves = jax.tree_util.tree_flatten_with_path(given)[0]
-        wanted = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
-        for (path, leaf), (want, sharding) in zip(leaves, wanted, strict=True):
-            check_share(f"args{jax.tree_util.keystr(path)}", leaf, want.shape, sharding)
-        if spans_processes(mesh):
-            flat = [
-                put_share(leaf, sharding, want.shape)
-                for (_, leaf), (want, sharding) in zip(leaves, wanted, strict=True)
-            ]
-            placed = jax.tree.unflatten(jax.tree.structure(given), flat)
-        else:
-            placed = jax.device_put(given, shardings)
+        given, shapes, shardings = batch_parts(
+            self.function, batch, keywords, self._argument_shapes, self._shardings
+        )
+        placed = put_batch(given, shapes, shardings, mesh)
         return placed[0] if len(placed) == 1 else tuple(placed)
 
-    def _batch_parts(
-        self, batch: tuple[Any, ...], keywords: Mapping[str, Any]
-    ) -> tuple[list[Any], list[Any], list[Any]]:
-        """The arguments of `place_batch` that were given, their shapes, and their shardings."""
-        args, named = canonical(
-            "place_batch", self.function, (None, *batch), keywords, partial=True
-        )
-        given = [*args[1:], named] if named else list(args[1:])
-        shapes, shardings = (
-            [*arguments[0][1 : len(args)], {name: arguments[1].get(name) for name in named}]
-            if named
-            else [*arguments[0][1 : len(args)]]
-            for arguments in (self._argument_shapes, self._shardings)
-        )
-        have: Any = jax.tree.structure(given)
-        expected: Any = jax.tree.structure(shapes)
-        if have != expected:
-            raise ValueError(
-                f"place_batch: the batch has the structure {have}, but the "
-                f"plan was made for {expected}; pass the batch as to parallelize"
-            )
-        return given, shapes, shardings
-
-    def sharding_for(self, path: Sequence[Any], leaf: Any) -> NamedSharding:
-        """Sharding of a leaf of a training state: that of the argument's leaf it stands for."""
-        keys = tuple(_key(entry) for entry in path)
-        shape = tuple(leaf_type(path, leaf).shape)
-        best = max(
-            (
-                (len(suffix), sharding)
-                for suffix, want, sharding in self._argument_paths
-                if want == shape and keys[len(keys) - len(suffix) :] == suffix
-            ),
-            key=operator.itemgetter(0),
-            default=None,
-        )
-        return best[1] if best else NamedSharding(self.mesh, PartitionSpec())
-
     @functools.cached_property
-    def _argument_paths(self) -> list[tuple[tuple[str, ...], tuple[int, ...], NamedSharding]]:
-        leaves = jax.tree_util.tree_flatten_with_path(self._shardings)[0]
-        shapes = [self.graph.program.values[i].shape for i in self.graph.program.inputs]
-        paths = [
-            # Behind which argument it is; one by name is known by that name, too.
-            (tuple(_key(entry) for entry in path[2 - path[0].idx :]), shape, sharding)
-            for (path, sharding), shape in zip(leaves, shapes, strict=True)
-        ]
-        # A batch that is a bare array has no path to know it by: its shape alone says nothing.
-        count = self.graph.num_parameters
-        return paths[:count] + [entry for entry in paths[count:] if entry[0]]
+    def sharding_for(self) -> StateShardings:
+        """Sharding of a leaf of a training state, called with its path and the leaf."""
+        shapes, shardings = self._argument_shapes, self._shardings
+        return state_shardings(shapes, shardings, self.graph.num_parameters, self.mesh)
 
     @property
     def __name__(self) -> str:
@@ -563,41 +488,16 @@ def plan_memory(plan: Plan, optimizer: optax.GradientTransformation | None = Non
     """
     optimizer = optimizer or plan.optimizer
     state = jax.eval_shape(optimizer.init, plan.argument_shapes[0]) if plan.trains else ()
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    shards = (
-        math.prod(plan.sharding_for(path, leaf).shard_shape(leaf.shape))
-        * Value((), leaf.dtype).itemsize
-        for path, leaf in leaves
-    )
     return strategy_memory(
         plan.graph,
         plan.strategy.for_graph(plan.graph),
         plan.space.devices.axis_sizes,
-        optimizer_bytes=sum(shards),
+        optimizer_bytes=state_bytes(state, plan.sharding_for),
     )
 
 
 def _call(params: Any, *batch: Any, **keywords: Any) -> Any:
     """How a plan is called whose function is not known."""
-
-
-def _write_back(arguments: Arguments, changed: Arguments) -> None:
-    """Update NNX modules and random streams in the arguments with their changed state."""
-    olds, news = (
-        jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Pytree))
-        for tree in (arguments, changed)
-    )
-    for old, new in zip(olds, news, strict=True):
-        if isinstance(old, nnx.Pytree):
-            nnx.update(old, nnx.state(new))
-
-
-def _key(entry: Any) -> str:
-    """Name of one step of a pytree path, whatever its kind."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
 
 
 def bind(
@@ -660,33 +560,3 @@ def baselines(plan: Plan, names: Sequence[str] = BASELINES) -> dict[str, Plan]:
             continue
         result[name] = with_strategy(plan, strategy)
     return result
-
-
-def _kept(graph: ComputationGraph, devices: DeviceGraph, strategy: Strategy) -> SearchSpace:
-    """Layers of the strategy's names have its configs, as far as they can; others have all."""
-    others = iter(
-        layer_configs([n for n in graph.layers if n.name not in strategy.configs], devices)
-    )
-    configs = [
-        (strategy.configs[layer.name].within(layer.dimensions, layer.even, devices.axis_sizes),)
-        if layer.name in strategy.configs
-        else next(others)
-        for layer in graph.layers
-    ]
-    constraints = outputs_kept(graph, None, devices.axis_sizes)
-    return price(graph, devices, constraints=constraints, configs=configs)
-
-
-def output_shapes(fn: Callable[..., Any], arguments: Arguments) -> Any:
-    """Shapes and dtypes of what a function returns."""
-    args, keywords = jax.eval_shape(lambda *given: given, *arguments)  # without their shardings
-    with no_mesh():
-        return jax.eval_shape(lambda *args, **keywords: fn(*args, **keywords), *args, **keywords)
-
-
-def is_loss(out: Any) -> bool:
-    """Whether the (first) output is one floating-point scalar."""
-    leaves = jax.tree.leaves(out[0] if isinstance(out, tuple) and out else out)
-    return (
-        len(leaves) == 1 and leaves[0].shape == () and jnp.issubdtype(leaves[0].dtype, jnp.floating)
-    )

@@ -44,7 +44,8 @@ from jaxlwp.plan._agreement import (
     shared,
 )
 from jaxlwp.plan._beside import check_beside, kept_in_place
-from jaxlwp.plan._plan import OPTIMIZER, Plan, bind, is_loss, output_shapes, plan_memory
+from jaxlwp.plan._plan import OPTIMIZER, Plan, bind, plan_memory
+from jaxlwp.plan._traced import is_loss, output_shapes
 from jaxlwp.program import Arguments
 from jaxlwp.solver import MemoryLimitError
 from jaxlwp.space import Constraints, Strategy, outputs_kept
