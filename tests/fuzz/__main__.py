@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import json
 import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -107,6 +108,7 @@ def summarize(
         "jax": version,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
+        "commits": [commit()],
         "seeds": [seeds.start, seeds.stop],
         "seconds": round(seconds),
         "programs": len(collected),
@@ -119,6 +121,17 @@ def summarize(
         "by_operator": {k: dict(sorted(v.items())) for k, v in sorted(tables["operator"].items())},
         "by_mesh": {k: dict(sorted(v.items())) for k, v in sorted(tables["mesh"].items())},
     }
+
+
+def commit() -> str:
+    """The commit that is checked, "-dirty" behind it where files are changed; else "unknown"."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -157,6 +170,8 @@ def together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     for name, value in one.items():
         if name == "seeds":
             made[name] = [value[0], other[name][1]]
+        elif name == "commits":
+            made[name] = list(dict.fromkeys(value + other.get(name, [])))
         elif name == "example":
             made[name] = value
         elif isinstance(value, dict):
