@@ -16,7 +16,7 @@ On numbers     solve (cost tables alone)
 Errors         ValueError, in one line; MemoryLimitError, which names the least memory
 
 All else is in the folders, each one step of the way: program, mesh, ops, graph, space, devices,
-lower, kernels, solver, cost, memory, measure, optimize, plan, check, simulate, report.
+lower, kernels, solver, files, memory, cost, measure, optimize, plan, check, simulate, report.
 `help(jaxlwp.solver)` says what a folder is for and in which order to read it.
 """
 
