@@ -22,6 +22,7 @@ from jaxlwp.cli._commands import main
 from jaxlwp.cli._workload import load_workload
 from jaxlwp.report import page_data, page_html, plan_html
 from jaxlwp.report._page import embedded
+from jaxlwp.simulate import simulate_step
 from tests import chromium
 
 RATES = jaxlwp.Rates(
@@ -121,6 +122,21 @@ def test_baselines_and_alternatives(lenet: jaxlwp.Plan) -> None:
         assert best.items() <= shown.items()
         (own,) = (entry for entry in layer["alternatives"] if entry["own"])
         assert own["config"] == layer["config"]
+
+
+def test_timeline(plan: jaxlwp.Plan) -> None:
+    told, step = page_data(plan)["step"], simulate_step(plan)
+    assert (told["total"], told["serial"]) == (step.total_s, step.serial_s)
+    assert sum(seconds for _, seconds in told["critical"]) == pytest.approx(step.total_s, rel=1e-9)
+    assert len(told["events"]) == len(step.events)
+    for (stream, cause, layer, begin, took, _), event in zip(
+        told["events"], step.events, strict=True
+    ):
+        assert stream == (event.task.stream != "compute")
+        assert told["causes"][cause] == event.task.cause
+        assert layer == (-1 if event.task.layer is None else event.task.layer)
+        assert begin == pytest.approx(1e6 * event.begin_s, abs=1e-3)
+        assert took == pytest.approx(1e6 * event.seconds, abs=1e-3)
 
 
 def test_baseline_that_is_not_possible() -> None:
@@ -296,12 +312,16 @@ def test_drawn(
     assert shown(page, ".edge:not(#legend *)") == len(data["edges"])
     assert shown(page, ".moved") == sum(edge["bytes"] > 0 for edge in data["edges"])
     assert "A training step" in panel(page)
+    ran = [event for event in data["step"]["events"] if event[4] > 0]
+    assert shown(page, "#time rect:not(.back)") == len(ran)
+    assert "Timeline" in str(page.value("document.getElementById('step-text').innerText"))
     for n in (0, len(data["layers"]) // 2, len(data["layers"]) - 1):
         layer = data["layers"][n]
         page.click(f".node[data-layer='{n}'] .title")
         text = panel(page)
         assert text.count(layer["name"]) >= 1 and layer["config"] in text
         assert page.value("document.getElementById('layer').textContent") == layer["name"]
+        assert shown(page, "#time rect.picked") == sum(event[2] == n for event in ran)
         for entry in layer["collectives"] + layer["arguments"]:
             assert entry.get("kind", entry.get("name")) in text
         for entry in layer["alternatives"]:

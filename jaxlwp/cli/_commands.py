@@ -62,7 +62,7 @@ from jaxlwp.devices import (
 from jaxlwp.graph import trace
 from jaxlwp.measure import LayerTimer, TimingCache, load_profile
 from jaxlwp.optimize import explain, pareto
-from jaxlwp.report import page_html, plan_json
+from jaxlwp.report import model_explorer_data, page_html, plan_json
 from jaxlwp.space import BASELINES, Strategy
 
 # --- commands --------------------------------------------------------------------------------
@@ -117,6 +117,13 @@ def main(distributed: bool) -> None:
     help="Write the plan to this file as a page: the network as a graph, figures of each layer.",
 )
 @click.option(
+    "--model-explorer",
+    "explorer",
+    type=click.Path(path_type=Path),
+    callback=target_file,
+    help="Write the network with its plan to this JSON file, which Model Explorer opens.",
+)
+@click.option(
     "--profile",
     type=click.Path(path_type=Path),
     help="Plan with the measurements of another machine, from `jaxlwp cache export`.",
@@ -149,6 +156,7 @@ def plan(
     save: Path | None,
     problem: Path | None,
     html: Path | None,
+    explorer: Path | None,
     profile: Path | None,
     analytic: bool,
     forward: bool,
@@ -217,6 +225,7 @@ def plan(
                 curve=points,
             )
         page = None if html is None else page_html(found)
+        graph = None if explorer is None else json.dumps(model_explorer_data(found))
     where = str(system) if there is None else describe(there)
     show(f"{model}, batch {batch_size(work.batch)}, on {where}")
     show(str(found))
@@ -229,6 +238,8 @@ def plan(
         notice(f"wrote {problem}")
     if html is not None and page is not None:
         write_file(html, page)
+    if explorer is not None and graph is not None:
+        write_file(explorer, graph)
     write_json(json_file, content)
 
 

@@ -1,7 +1,8 @@
 """Text and pictures of what all other folders return.
 
 `_rows` has what is known of each layer of a plan; `_plan_table` makes a table of it that fits the
-terminal, `_plan_html` one for notebooks, `_page` a page (`page.html`) with the network as a graph,
+terminal, `_plan_html` one for notebooks, `_page` a page (`page.html`) with the network as a graph
+and a timeline (`_step_data`), `_explorer` the graph as Model Explorer opens it,
 `_plan_json` JSON for scripts. `_problem_text` shows problems and what is found in them, `_diff`
 sets two strategies beside each other; all of these fit by `_widths`. `_tables` has all other
 tables, `_studies` those of systems. `_plot` and `_plot_plan` are the matplotlib figures (`_figure`
@@ -12,6 +13,7 @@ nothing else does but the command line.
 """
 
 from jaxlwp.report._diff import diff_text
+from jaxlwp.report._explorer import model_explorer_data, save_model_explorer
 from jaxlwp.report._page import page_data, page_html, save_page
 from jaxlwp.report._plan_html import plan_html
 from jaxlwp.report._plan_json import plan_json
@@ -40,6 +42,7 @@ __all__ = [
     "diff_text",
     "explanation_table",
     "forecast_text",
+    "model_explorer_data",
     "num_bytes",
     "page_data",
     "page_html",
@@ -55,6 +58,7 @@ __all__ = [
     "plot_threshold",
     "render",
     "result_text",
+    "save_model_explorer",
     "save_page",
     "scaling_text",
     "threshold_text",

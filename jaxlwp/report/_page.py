@@ -20,6 +20,7 @@ from jaxlwp.mesh import partition_spec
 from jaxlwp.optimize import Alternative, Explanation, explain
 from jaxlwp.report._plan_table import constants_text, plan_notes, plan_proof, shows_memory
 from jaxlwp.report._rows import OUTPUTS, LayerRow, layer_rows
+from jaxlwp.report._step_data import step_data
 from jaxlwp.solver import Cost
 from jaxlwp.space import BASELINES, Collective
 
@@ -89,8 +90,9 @@ def page_data(plan: Plan) -> Data:
         "checked": [[name, _finite(s)] for name, s in plan.checked.items()],
         "checked_by": plan.checked_by,
         "layers": _layers(plan, layers),
-        "edges": _edges(plan),
+        "edges": edge_data(plan),
         "outputs": [_traffic(row.collectives) for row in rows if row.name == OUTPUTS],
+        "step": step_data(plan),
     }
 
 
@@ -148,7 +150,7 @@ def _layers(plan: Plan, rows: Sequence[LayerRow]) -> list[Data]:
             "rule": row.has_rule,
             "config": row.config.describe(sizes),
             "spec": str(partition_spec(row.output)).replace("PartitionSpec", "P"),
-            "shape": _shape(layer.output),
+            "shape": shape_text(layer.output),
             "source": _source(layer),
             "cost": _cost(row.cost),
             "measured": bool(measured and measured[layer.index][choices[layer.index]]),
@@ -168,7 +170,7 @@ def _source(layer: Layer) -> list[str]:
     return [line.removeprefix(f"{Path.cwd()}{os.sep}") for line in reversed(lines[-FRAMES:])]
 
 
-def _shape(value: Any) -> str:
+def shape_text(value: Any) -> str:
     return f"{value.dtype}[{','.join(map(str, value.shape))}]"
 
 
@@ -206,7 +208,7 @@ def _arguments(plan: Plan) -> list[list[Data]]:
         result[graph.owners[value][0]].append(
             {
                 "name": name,
-                "shape": _shape(info),
+                "shape": shape_text(info),
                 "spec": str(partition_spec(layout)).replace("PartitionSpec", "P"),
                 "bytes": math.ceil(math.prod(info.shape) * info.itemsize / split),
                 "parameter": position < graph.num_parameters,
@@ -245,7 +247,7 @@ def _alternative(plan: Plan, alternative: Alternative, own: bool) -> Data:
 # --- edges -------------------------------------------------------------------------------------
 
 
-def _edges(plan: Plan) -> list[Data]:
+def edge_data(plan: Plan) -> list[Data]:
     """What flows from one layer to another, and what moving it takes.
 
     Bytes are counted for each reader; readers that want the same in the same layout share them.
@@ -270,7 +272,7 @@ def _edges(plan: Plan) -> list[Data]:
         )
         moved = use_collectives(edge.use, configs[edge.source], configs[edge.target], sizes)
         entry["bytes"] += sum(collective.num_bytes for collective in moved)
-        text = _shape(edge.use.info) + (" (argument)" if edge.use.argument else "")
+        text = shape_text(edge.use.info) + (" (argument)" if edge.use.argument else "")
         if text not in entry["tensors"]:
             entry["tensors"].append(text)
     return list(found.values())
