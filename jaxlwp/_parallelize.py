@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlwp._progress import Progress, progress_of
 from jaxlwp.check import fastest, fastest_compiled
 from jaxlwp.devices import (
     DeviceGraph,
@@ -44,7 +45,7 @@ def parallelize(
     outputs: Any = None,
     params_as: Plan | None = None,
     check: str | Sequence[str] | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
     **keywords: Any,
 ) -> Plan:
     """Trace, price, search and bind: from a loss function to a sharded one.
@@ -91,7 +92,8 @@ def parallelize(
         device and plain JAX's data parallelism for the mesh's GPUs, which need not exist, and
         returns the plan that is forecast to be the fastest (`jaxlwp.check.forecast`), with the
         rates of the system that `rates` names, or of the newest one with such GPUs.
-      on_progress: called as `on_progress(what, done, total)`.
+      on_progress: called as `on_progress(what, done, total)`; by default Jupyter notebooks show
+        what takes longer than a second.
       **keywords: arguments of `fn` by name. One that has the name of an option above is to be
         passed by position.
 
@@ -120,44 +122,45 @@ def parallelize(
             'check="compile", which forecasts them, or None'
         )
     arguments = canonical("parallelize", fn, (params, *batch), keywords)
-    plan = plan_for(
-        fn,
-        arguments,
-        devices=devices,
-        mesh=mesh,
-        strategy=strategy,
-        rates=rates,
-        measure=measure,
-        optimizer=optimizer,
-        memory_bytes=memory_bytes,
-        constraints=constraints,
-        objective=objective,
-        sum_dtype=sum_dtype,
-        train=train,
-        outputs=outputs,
-        params_as=params_as,
-        on_progress=on_progress,
-        check=check,
-    )
-    if check == "compile":
-        named = [given for given in (rates, devices) if isinstance(given, _NAMED)]
-        return fastest_compiled(
-            plan,
-            system_for(plan.mesh, named[0]) if named else system_of(plan.mesh),
+    with progress_of(on_progress) as progress:
+        plan = plan_for(
+            fn,
+            arguments,
+            devices=devices,
+            mesh=mesh,
+            strategy=strategy,
+            rates=rates,
+            measure=measure,
             optimizer=optimizer,
             memory_bytes=memory_bytes,
-            progress=on_progress,
+            constraints=constraints,
+            objective=objective,
+            sum_dtype=sum_dtype,
+            train=train,
+            outputs=outputs,
+            params_as=params_as,
+            on_progress=progress,
+            check=check,
         )
-    if not against:
-        return plan
-    return fastest(
-        plan,
-        arguments,
-        against=against,
-        optimizer=optimizer,
-        memory_bytes=memory_bytes,
-        progress=on_progress,
-    )
+        if check == "compile":
+            named = [given for given in (rates, devices) if isinstance(given, _NAMED)]
+            return fastest_compiled(
+                plan,
+                system_for(plan.mesh, named[0]) if named else system_of(plan.mesh),
+                optimizer=optimizer,
+                memory_bytes=memory_bytes,
+                progress=progress,
+            )
+        if not against:
+            return plan
+        return fastest(
+            plan,
+            arguments,
+            against=against,
+            optimizer=optimizer,
+            memory_bytes=memory_bytes,
+            progress=progress,
+        )
 
 
 _NAMED = (str, os.PathLike, System)

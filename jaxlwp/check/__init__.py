@@ -15,7 +15,7 @@ from jaxlwp.check._compiled import (
 )
 from jaxlwp.check._forecast import Forecast, forecast
 from jaxlwp.check._hlo import CompiledCollective, compiled_collectives
-from jaxlwp.check._steps import ROUNDS, Progress, batch_size, is_simulated, silent
+from jaxlwp.check._steps import ROUNDS, batch_size, is_simulated
 from jaxlwp.check._target import Target, TargetStep, compile_for, target_mesh
 from jaxlwp.check._timeline import Event, KindTotal
 from jaxlwp.check._trace import Span, spans_trace, write_trace
@@ -30,7 +30,6 @@ __all__ = [
     "Forecast",
     "KindTotal",
     "LayerCheck",
-    "Progress",
     "ROUNDS",
     "Span",
     "StrategyResult",
@@ -47,7 +46,6 @@ __all__ = [
     "fastest_compiled",
     "forecast",
     "is_simulated",
-    "silent",
     "spans_trace",
     "target_mesh",
     "verify",

@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 
+from jaxlwp._progress import Progress, reporting, silent
 from jaxlwp._version import __version__
 from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp.check._steps import (
     ROUNDS,
-    Progress,
     Step,
     accelerator_bytes,
     batch_of,
@@ -33,7 +33,6 @@ from jaxlwp.check._steps import (
     compiled_step,
     is_simulated,
     measured_steps,
-    silent,
 )
 from jaxlwp.devices import (
     DeviceGraph,
@@ -216,6 +215,7 @@ class Comparison:
         return comparison_text(self)
 
 
+@reporting
 def compare(
     fn: Callable[..., Any],
     params: Any,
@@ -393,7 +393,6 @@ def _make_plans(
     progress("measuring device rates", 0, 1)
     rated = rates if isinstance(rates, DeviceGraph) else device_graph(mesh, rates=rates)
     progress("measuring device rates", 1, 1)
-    progress("tracing, pricing and searching", 0, 1)
     measured = rates is None
     found = plan_for(
         fn,
@@ -415,7 +414,6 @@ def _make_plans(
         timer.measure([pair for plan in fitting for pair in space.pairs(plan.strategy)], progress)
         space = measured_space(space, timer)
         plans = [dataclasses.replace(plan, space=space) for plan in plans]
-    progress("tracing, pricing and searching", 1, 1)
     return plans, left_out
 
 

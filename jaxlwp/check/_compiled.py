@@ -17,9 +17,9 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
+from jaxlwp._progress import Progress, reporting, silent
 from jaxlwp.check._compare import applicable
 from jaxlwp.check._forecast import Forecast, forecast
-from jaxlwp.check._steps import Progress, silent
 from jaxlwp.check._target import Target, compiled, mesh_like, target_mesh
 from jaxlwp.devices import System, preset
 from jaxlwp.plan import (
@@ -140,6 +140,7 @@ class CompiledComparison:
         return compiled_text(self)
 
 
+@reporting
 def compare_compiled(
     fn: Callable[..., Any],
     params: Any,

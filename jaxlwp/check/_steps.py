@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from jaxlwp._progress import Progress, silent
 from jaxlwp.devices import (
     from_first,
     local_devices,
@@ -29,14 +30,6 @@ from jaxlwp.program import Arguments
 
 ROUNDS = 7
 """How often each strategy's step is timed, if nothing else is asked for."""
-
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how many parts of it are done, and of how many."""
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody is told of."""
 
 
 def batch_of(arguments: Arguments) -> Arguments:

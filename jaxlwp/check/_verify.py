@@ -13,6 +13,7 @@ from typing import Any
 
 import optax
 
+from jaxlwp._progress import progress_of
 from jaxlwp.check._hlo import bytes_by_kind, compiled_collectives
 from jaxlwp.check._steps import step_times
 from jaxlwp.check._target import compile_for
@@ -153,17 +154,9 @@ def verify(
     if arguments:
         given = canonical("verify", plan.function, arguments, keywords or {})
         plan.check_arguments("verify", given)
-    if target is not None:
-        step = compile_for(plan, target, optimizer=optimizer)
-        compiled, memory_bytes = step.compiled_bytes_by_kind, step.memory.reserved_bytes
-        devices = str(step.target)
-    else:
-        first = need_devices("verify", plan.mesh).devices.flat[0]
-        lowered = lower_step(plan, state_shapes(plan, optimizer), plan.batch_shapes, optimizer)
-        program = lowered.compile()
-        compiled = bytes_by_kind(compiled_collectives(program.as_text()))
-        memory_bytes = program_memory(program, first.platform).reserved_bytes
-        devices = f"{plan.mesh.size} x {first.device_kind}"
+    with progress_of(None) as progress:
+        progress("compiling the step", 0, 1)
+        devices, compiled, memory_bytes = _compiled(plan, target, optimizer)
     predicted: dict[str, int] = {}
     for collective in plan.collectives:
         predicted[collective.kind] = predicted.get(collective.kind, 0) + collective.num_bytes
@@ -181,6 +174,21 @@ def verify(
         predicted_s=plan.cost.total_s,
         measured_s=measured_s,
     )
+
+
+def _compiled(
+    plan: Plan, target: str | None, optimizer: optax.GradientTransformation
+) -> tuple[str, dict[str, int], int]:
+    """What the step is compiled for, its bytes of collectives by kind, and its memory."""
+    if target is not None:
+        step = compile_for(plan, target, optimizer=optimizer)
+        return str(step.target), step.compiled_bytes_by_kind, step.memory.reserved_bytes
+    first = need_devices("verify", plan.mesh).devices.flat[0]
+    lowered = lower_step(plan, state_shapes(plan, optimizer), plan.batch_shapes, optimizer)
+    program = lowered.compile()
+    compiled = bytes_by_kind(compiled_collectives(program.as_text()))
+    memory_bytes = program_memory(program, first.platform).reserved_bytes
+    return f"{plan.mesh.size} x {first.device_kind}", compiled, memory_bytes
 
 
 def check_layers(plan: Plan) -> tuple[LayerCheck, ...]:

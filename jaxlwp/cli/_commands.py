@@ -12,12 +12,12 @@ import click
 from jax.sharding import Mesh
 
 from jaxlwp._parallelize import parallelize
+from jaxlwp._progress import Progress
 from jaxlwp._version import __version__
 from jaxlwp.check import (
     ROUNDS,
     Comparison,
     CompiledComparison,
-    Progress,
     Target,
     batch_size,
     compare,
@@ -192,7 +192,6 @@ def plan(
             rated = load_profile(profile)
         elif mesh is not None:
             rated = _rated(mesh, given, progress)
-        progress("tracing, pricing and searching", 0, 1)
         found = parallelize(
             work.loss,
             work.params,

@@ -18,7 +18,8 @@ import jax
 import rich.progress
 from rich.console import Console
 
-from jaxlwp.check import Progress, is_simulated
+from jaxlwp._progress import Progress
+from jaxlwp.check import is_simulated
 from jaxlwp.files import write_file as write_whole
 from jaxlwp.mesh import is_first_process
 

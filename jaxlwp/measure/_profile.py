@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jaxlwp._progress import Progress
 from jaxlwp.devices import KIND, DeviceGraph, Environment, Measurement, rates_key, read_export
 from jaxlwp.graph import ComputationGraph, Layer
 from jaxlwp.measure._timer import LayerTimes, TimingCache
@@ -54,7 +55,7 @@ class KnownTimes(LayerTimes):
     def measure(
         self,
         pairs: Sequence[tuple[Layer, Config]],
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> int:
         """Nothing can be measured here."""
         return 0

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxlwp._progress import Progress
 from jaxlwp.devices import (
     DeviceGraph,
     Environment,
@@ -37,7 +38,6 @@ from jaxlwp.program import text_of
 from jaxlwp.space import Config, degree
 
 Pair = tuple[Layer, Config]
-Progress = Callable[[str, int, int], None]
 
 AGREE = 0.05
 """Two measurements of a program, minutes apart, that differ by more call for a third. (On LeNet-5's

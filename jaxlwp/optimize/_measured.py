@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlwp._progress import Progress
 from jaxlwp.cost import SearchSpace, build_tables, need_program
 from jaxlwp.graph import Layer
 from jaxlwp.optimize._objective import Objective
@@ -32,7 +33,7 @@ class Timer(Protocol):
     def measure(
         self,
         pairs: Sequence[tuple[Layer, Config]],
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> int:
         """Measure what is not known yet; returns how many programs were run."""
         ...
@@ -40,7 +41,7 @@ class Timer(Protocol):
     def confirm(
         self,
         pairs: Sequence[tuple[Layer, Config]],
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> int:
         """Measure again what is known and not sure; returns how many programs were run.
 
@@ -83,7 +84,7 @@ def search_measured(
     objective: str | Objective = "sum",
     memory_bytes: float | None = None,
     optimizer_slots: float = 1.0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SearchResult[SearchSpace]:
     """Find the strategy of least cost under measured times, measuring what may be part of it.
 

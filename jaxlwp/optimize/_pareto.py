@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from jaxlwp._progress import Progress, progress_of
 from jaxlwp.cost import Problem, SearchSpace
 from jaxlwp.memory import Memory, strategy_memory
 from jaxlwp.optimize._objective import PeakMemory
@@ -61,7 +61,7 @@ def pareto(
     points: int = 8,
     optimizer_slots: float = 1.0,
     time_limit_s: float | None = 10.0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ParetoCurve:
     """The fastest strategy for each of several memory limits.
 
@@ -89,26 +89,26 @@ def pareto(
     found: list[ParetoPoint] = []
     # A limit that a search met is met by its own result: no rounding may push it below.
     limits = np.geomspace(most, least, points) * (1 + 1e-9)
-    for n, limit in enumerate(limits.tolist()):
-        if progress is not None:
-            progress("searching under memory limits", n, points)
-        if found and found[-1].estimated_bytes <= limit:
-            continue  # the strategy before fits here too
-        result = search(
-            space,
-            memory_bytes=limit,
-            optimizer_slots=optimizer_slots,
-            time_limit_s=time_limit_s,
-        )
-        assert isinstance(result.solution, LimitedSolution)
-        found.append(
-            ParetoPoint(
-                result=result,
-                limit_bytes=limit,
-                estimated_bytes=result.solution.peak_bytes,
-                memory=_memory(space, result, optimizer_slots),
+    with progress_of(progress) as report:
+        for n, limit in enumerate(limits.tolist()):
+            report("searching under memory limits", n, points)
+            if found and found[-1].estimated_bytes <= limit:
+                continue  # the strategy before fits here too
+            result = search(
+                space,
+                memory_bytes=limit,
+                optimizer_slots=optimizer_slots,
+                time_limit_s=time_limit_s,
             )
-        )
+            assert isinstance(result.solution, LimitedSolution)
+            found.append(
+                ParetoPoint(
+                    result=result,
+                    limit_bytes=limit,
+                    estimated_bytes=result.solution.peak_bytes,
+                    memory=_memory(space, result, optimizer_slots),
+                )
+            )
     return ParetoCurve(points=tuple(found))
 
 

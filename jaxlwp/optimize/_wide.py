@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from jaxlwp._progress import Progress
 from jaxlwp.cost import AnalyticCostModel, SearchSpace, layer_key, price
 from jaxlwp.devices import DeviceGraph
 from jaxlwp.graph import ComputationGraph, Layer
@@ -68,7 +69,7 @@ def price_around(
     optimizer_slots: float = 1.0,
     most_configs: int = MOST_CONFIGS,
     rounds: int = ROUNDS,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SearchSpace:
     """Price the part of a large space that is around its optimum.
 

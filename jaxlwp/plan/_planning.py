@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxlwp._progress import Progress, silent
 from jaxlwp.cost import SearchSpace, check_mesh, price
 from jaxlwp.devices import (
     DeviceGraph,
@@ -50,6 +51,9 @@ from jaxlwp.program import Arguments
 from jaxlwp.solver import MemoryLimitError
 from jaxlwp.space import Constraints, Strategy, outputs_kept
 
+TRACING, MEASURING, SEARCHING = "tracing", "measuring device rates", "pricing and searching"
+"""What progress calls the steps."""
+
 _CALLER = 3
 """Frames from here to who calls `parallelize`."""
 
@@ -71,7 +75,7 @@ def plan_for(
     train: bool = True,
     outputs: Any = None,
     params_as: Plan | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
     check: Any = None,
 ) -> Plan:
     """Make a plan: what `parallelize` does, whose options are the same, but for its check.
@@ -111,6 +115,8 @@ def plan_for(
     together = shared(chosen)
     if together is not None:
         check_versions(together)
+    progress = on_progress or silent
+    progress(TRACING, 0, 1)
     with agreeing(together) as parts:
         graph = trace(
             fn,
@@ -142,7 +148,9 @@ def plan_for(
             }
             parts.update(given_parts(together, graph, given, profile, options))
     out_tree = jax.tree.structure(results)
-    rated = _measured_rates(chosen) if given is None else given
+    progress(TRACING, 1, 1)
+    rated = _measured_rates(chosen, progress) if given is None else given
+    progress(SEARCHING, 0, 1)
     if isinstance(strategy, Strategy):
         check_mesh(strategy, rated.axis_sizes)
         strategy.for_graph(graph)
@@ -162,7 +170,7 @@ def plan_for(
             objective=objective,
             memory_bytes=memory_bytes,
             optimizer_slots=slots,
-            progress=on_progress,
+            progress=progress,
         )
         if isinstance(rates, Profile):
             return measured_space(space, rates.times(graph, rated))
@@ -188,14 +196,14 @@ def plan_for(
                 "optimizer_slots": slots,
             }
             if timer:
-                result = search_measured(space, timer, progress=on_progress, **options)
+                result = search_measured(space, timer, progress=progress, **options)
             else:
                 result = search(space, **options)
             found, picked = result.space, result.strategy
         else:
             picked = strategy if isinstance(strategy, Strategy) else space.baseline(strategy)
             if timer:
-                timer.measure(space.pairs(picked), on_progress)
+                timer.measure(space.pairs(picked), progress)
                 found = measured_space(space, timer)
         plan = bind(found, picked, chosen, arguments[0], out_tree, result, fn, arguments[1])
         return replace(plan, outputs=outputs, optimizer=optimizer or OPTIMIZER)
@@ -209,6 +217,7 @@ def plan_for(
         plan = replace(plan, elsewhere_s=free.cost.total_s)
     if together is not None:
         check_strategy(together, plan.strategy)
+    progress(SEARCHING, 1, 1)
     return plan
 
 
@@ -359,10 +368,11 @@ def _given_rates(
     return device_graph(mesh, rates=rates)
 
 
-def _measured_rates(mesh: AnyMesh) -> DeviceGraph:
+def _measured_rates(mesh: AnyMesh, progress: Progress) -> DeviceGraph:
     """The device graph, measured."""
+    progress(MEASURING, 0, 1)
     try:
-        return device_graph(mesh)
+        rated = device_graph(mesh)
     except jax.errors.JaxRuntimeError as error:
         if "compile-only" not in str(error) or not isinstance(mesh, Mesh):
             raise
@@ -371,6 +381,8 @@ def _measured_rates(mesh: AnyMesh) -> DeviceGraph:
             "rates (a system such as 'h200', or jaxlwp.Rates), a DeviceGraph, or a profile that "
             "was taken on one"
         ) from error
+    progress(MEASURING, 1, 1)
+    return rated
 
 
 def _check_loss(out: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxlwp.check import Progress, silent
+from jaxlwp._progress import Progress, reporting, silent
 from jaxlwp.devices import System
 from jaxlwp.plan import MEMORY_MARGIN, Plan, baselines, plan_for, plan_memory
 from jaxlwp.program import canonical
@@ -125,6 +125,7 @@ class Scaling:
         return scaling_text(self)
 
 
+@reporting
 def scaling(
     workload: Workload,
     systems: Sequence[System],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxlwp.check import Progress, silent
+from jaxlwp._progress import Progress, reporting, silent
 from jaxlwp.devices import Level, System
 from jaxlwp.simulate._scaling import Workload, planned
 
@@ -80,6 +80,7 @@ class Threshold:
         return threshold_text(self)
 
 
+@reporting
 def link_threshold(
     workload: Workload,
     system: System,
@@ -117,6 +118,7 @@ def link_threshold(
     return Threshold(what="links", against=against, within=within, now=now, samples=samples)
 
 
+@reporting
 def batch_threshold(
     workload: Workload,
     system: System,
