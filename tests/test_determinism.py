@@ -66,5 +66,4 @@ def answer(hash_seed: str, threads: str) -> str:
 def test_results_do_not_depend_on_hash_seeds_and_threads() -> None:
     first = answer("0", "1")
     assert first.count("fingerprint") == 9
-    for hash_seed, threads in (("1", "2"), ("4242", "1")):
-        assert answer(hash_seed, threads) == first
+    assert answer("4242", "2") == first

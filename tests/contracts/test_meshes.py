@@ -27,7 +27,7 @@ TWELVE = ((3, 4), (2, 3, 2))
 INSIDE = "JAXLWP_TEST_DEVICES" in os.environ  # the process of `test_twelve_devices`
 KINDS = ("Auto", "Explicit")
 FAST = ("conv-3x3/1-14x15", "max_pool-3/2-SAME-27x15-ties", "dense-5x13")
-MOST = 12
+MOST = 8
 
 
 @pytest.fixture(autouse=True)
