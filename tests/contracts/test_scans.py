@@ -24,7 +24,7 @@ from jaxlwp.plan._plan import bind as bind_plan
 from jaxlwp.program._flatten import LONGEST_UNROLLED, flatten
 from jaxlwp.space._config import Config
 
-from .harness import bind, compare, every_config
+from .harness import bind, compare, drawn, every_config
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
@@ -408,7 +408,7 @@ BODIES: dict[str, tuple[Callable[[Any], Any], set[str] | None]] = {
 }
 
 
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("name", drawn(BODIES, 0.5))
 def test_numbers_are_right_whatever_the_body(name: str, mesh22: Mesh) -> None:
     """Some configs of each layer; the scan has the dimensions that its body merely maps."""
     apply, dimensions = BODIES[name]
