@@ -347,7 +347,7 @@ def test_parameters_that_do_not_match() -> None:
     other = jax.tree.map(lambda x: jnp.zeros((*x.shape, 1)), PARAMS)
     with pytest.raises(ValueError, match=r"params.*conv1.*plan was made for.*make a plan"):
         plan(other, IMAGES, LABELS)
-    with pytest.raises(ValueError, match=r"structure"):
+    with pytest.raises(ValueError, match=r"params is a dict of .*, and was a dict of params"):
         plan(PARAMS["params"], IMAGES, LABELS)
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxlwp.devices import spans_processes
 from jaxlwp.plan._placing import check_share, local_box, put_share
-from jaxlwp.program import Arguments, canonical
+from jaxlwp.program import Arguments, arguments_difference, canonical, positional_names
 
 
 def put_batch(given: list[Any], shapes: list[Any], shardings: list[Any], mesh: Mesh) -> list[Any]:
@@ -83,8 +83,10 @@ def batch_parts(
     have: Any = jax.tree.structure(given)
     expected: Any = jax.tree.structure(parts[0])
     if have != expected:
+        names = positional_names(function, len(known[0][0]))[1:]
+        found = arguments_difference(have, expected, names)
         raise ValueError(
-            f"place_batch: the batch has the structure {have}, but the "
-            f"plan was made for {expected}; pass the batch as to parallelize"
+            f"place_batch: {found}, when the plan was made; pass what the function takes after its "
+            f"parameters ({', '.join(names)}), or the first few of them"
         )
     return given, *parts

@@ -41,7 +41,13 @@ from jaxlwp.plan._states import (
     state_shardings,
 )
 from jaxlwp.plan._traced import is_loss, kept_space, output_shapes, write_back
-from jaxlwp.program import Arguments, canonical
+from jaxlwp.program import (
+    Arguments,
+    arguments_difference,
+    canonical,
+    first_difference,
+    positional_names,
+)
 from jaxlwp.solver import Cost
 from jaxlwp.space import BASELINES, Collective, Layout, Strategy
 
@@ -201,10 +207,7 @@ class Plan:
         """
         flat, tree = jax.tree.flatten(arguments)
         if tree != self.in_tree:
-            raise ValueError(
-                f"{where}: the arguments have the structure {tree}, but the plan was made for "
-                f"{self.in_tree}; pass parameters and batch as to parallelize, or make a new plan"
-            )
+            raise ValueError(f"{where}: {self._difference(tree)}")
         program = self.graph.program
         for index, leaf, name in zip(program.inputs, flat, self.graph.argument_names, strict=True):
             want, have = program.values[index], jax.typeof(leaf)
@@ -215,6 +218,20 @@ class Plan:
                     "last incomplete batch), or make a plan for the new one"
                 )
         return flat
+
+    def _difference(self, tree: Any) -> str:
+        """How the structure of arguments differs from that of the traced ones, and what to do."""
+        (positional, keywords), (wanted, named) = tree.children(), self.in_tree.children()
+        names = positional_names(self.function, len(wanted.children()))
+        found = (
+            first_difference(keywords, named)
+            if positional == wanted
+            else arguments_difference(positional, wanted, names)
+        )
+        return (
+            f"{found}, when the plan was made; pass parameters and batch as to parallelize (an NNX "
+            "module in the mode that it had: switch modes inside the function), or make a new plan"
+        )
 
     @functools.cached_property
     def _argument_shapes(self) -> Arguments:

@@ -2,10 +2,17 @@
 
 Read `_program` first (values, equations, `jax.checkpoint` calls, scans), then `_flatten` (from a
 jaxpr to such a list), `_border` (rows that stand beyond an array's ends), `_arguments` (positional
-and keyword arguments in one form) and `_text` (the same text in every process).
+and keyword arguments in one form), `_structure` (where two pytrees differ) and `_text` (the same
+text in every process).
 """
 
-from jaxlwp.program._arguments import Arguments, argument_name, canonical
+from jaxlwp.program._arguments import (
+    Arguments,
+    argument_name,
+    arguments_difference,
+    canonical,
+    positional_names,
+)
 from jaxlwp.program._border import Border, Pieces, extend, join, rows_of, runs
 from jaxlwp.program._flatten import flatten, inner_jaxprs
 from jaxlwp.program._program import (
@@ -23,6 +30,7 @@ from jaxlwp.program._program import (
     scan_of,
     without_dead_code,
 )
+from jaxlwp.program._structure import first_difference
 from jaxlwp.program._text import array_text, program_lines, text_of
 
 __all__ = [
@@ -31,9 +39,9 @@ __all__ = [
     "CUSTOM",
     "CUSTOM_JVP",
     "CUSTOM_VJP",
-    "MOVE",
     "Checkpoint",
     "Equation",
+    "MOVE",
     "Pieces",
     "Program",
     "SCAN",
@@ -41,12 +49,15 @@ __all__ = [
     "StandIn",
     "Value",
     "argument_name",
+    "arguments_difference",
     "array_text",
     "canonical",
     "extend",
+    "first_difference",
     "flatten",
     "inner_jaxprs",
     "join",
+    "positional_names",
     "program_lines",
     "rows_of",
     "runs",

@@ -8,10 +8,12 @@ be called as `plan(params, x=images, y=labels)`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+
+from jaxlwp.program._structure import first_difference
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments, the parameters first, and those that are passed by name only."""
@@ -62,6 +64,44 @@ def _names_of(signature: inspect.Signature) -> inspect.Signature:
     empty = inspect.Parameter.empty
     named = [each.replace(annotation=empty) for each in signature.parameters.values()]
     return signature.replace(parameters=named, return_annotation=empty)
+
+
+def positional_names(fn: Callable[..., Any] | None, count: int) -> tuple[str, ...]:
+    """Names of the first arguments that a function takes by position, for errors.
+
+    Args:
+      fn: the function, if it is known.
+      count: how many.
+
+    Returns:
+      Those of its signature; where that does not tell, "params", "args[0]" and so on.
+    """
+    names: list[str] = []
+    try:
+        kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = inspect.signature(fn).parameters.values() if fn else ()
+        names = [each.name for each in parameters if each.kind in kinds]
+    except (TypeError, ValueError):
+        pass
+    return tuple([*names, *_unnamed(len(names), count)][:count])
+
+
+def _unnamed(first: int, count: int) -> list[str]:
+    return [f"args[{n - 1}]" if n else "params" for n in range(first, count)]
+
+
+def arguments_difference(have: Any, want: Any, names: Sequence[str]) -> str:
+    """How arguments differ in structure from those that a plan was made for, in one line.
+
+    Args:
+      have: structure of the arguments by position.
+      want: what they should be like.
+      names: of those wanted.
+    """
+    count, wanted = (len(tree.children()) for tree in (have, want))
+    if count != wanted:
+        return f"{count} arguments are given, and it was made for {wanted} ({', '.join(names)})"
+    return first_difference(have, want, names)
 
 
 def argument_name(path: tuple[Any, ...]) -> str:
