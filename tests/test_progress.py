@@ -1,8 +1,10 @@
-"""Progress: told to who asks, shown in notebooks if it takes long, and nobody's elsewhere."""
+"""Progress: told to who asks; else shown if it takes long, in notebooks and in scripts."""
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from nbclient import NotebookClient
 
 import jaxlwp
 from jaxlwp import _progress
-from jaxlwp._progress import progress_of, reporting, silent
+from jaxlwp._progress import progress_of, reporting
 
 RATES = jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)
 
@@ -55,11 +57,24 @@ def test_short_work_is_not_shown() -> None:
     assert [output["output_type"] for output in outputs] == ["stream"]
 
 
-def test_elsewhere_nobody_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_is_told_in_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not _progress.in_notebook()
-    with progress_of(None) as progress:
-        assert progress is silent
+    with progress_of(None) as progress:  # this ends at once
+        progress("tracing", 0, 1)
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(_progress._Lines, "every_s", 0.01)
+    with progress_of(None) as progress:
+        progress("measuring layers", 2, 7)
+        while not (told := capsys.readouterr()).err:
+            time.sleep(0.01)
+    first = told.err.splitlines()[0]
+    assert first.startswith("jaxlwp: measuring layers, 2 of 7, ") and not told.out
+    threads = [thread for thread in threading.enumerate() if "_show_until" in thread.name]
+    for thread in threads:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_who_asks_is_told_alone(monkeypatch: pytest.MonkeyPatch) -> None:
