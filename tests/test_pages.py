@@ -16,6 +16,7 @@ import click
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import jaxlwp
 from jaxlwp.cli import main
@@ -107,6 +108,29 @@ def without_the_compiler() -> None:
     jaxlwp.target_mesh("h200:8")
 
 
+class Normed(nnx.Module):
+    def __init__(self) -> None:
+        self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+
+
+def in_another_mode() -> None:
+    def normed(model: Normed, images: jax.Array) -> jax.Array:
+        return jnp.mean(model.norm(images) ** 2)
+
+    model = Normed()
+    plan = jaxlwp.parallelize(normed, model, IMAGES, devices=8, rates=RATES)
+    model.eval()
+    plan(model, IMAGES)
+
+
+def with_statistics() -> jaxlwp.Plan:
+    def centred(weights: jax.Array, batch_stats: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return loss(weights, x - batch_stats["mean"])
+
+    stats = {"mean": jnp.ones(8)}
+    return jaxlwp.parallelize(centred, WEIGHTS, stats, IMAGES, devices=8, rates=RATES)
+
+
 PROVOKED: dict[str, Callable[[], object]] = {
     "devices: 8 asked": lambda: planned(devices=8 * len(jax.devices())),
     "loss function: its": lambda: planned(lambda w, x: x @ w),
@@ -115,6 +139,8 @@ PROVOKED: dict[str, Callable[[], object]] = {
     ),
     "trace: debug_print": lambda: planned(printing),
     "plan: ... but the plan was made for": lambda: planned()(WEIGHTS, IMAGES[:6]),
+    "plan: model": in_another_mode,
+    "place_batch": lambda: with_statistics().place_batch(IMAGES),
     "plan: ... is set": on_another_mesh,
     "plan: the plan is for": lambda: planned(devices="dgx-h100:1", rates=None)(WEIGHTS, IMAGES),
     "Strategy ...": lambda: planned(two_layers, strategy=planned().strategy),

@@ -76,6 +76,19 @@ def test_nnx_loop() -> None:
     assert actual["plan"].result.optimal
 
 
+def normed_losses(names: dict[str, Any]) -> list[float]:
+    """Losses of the loop with batch normalisation in docs/loops.md, on one device."""
+    params, stats = names["variables"]["params"], names["variables"]["batch_stats"]
+    state, losses = names["tx"].init(params), []
+    step = jax.jit(jax.value_and_grad(names["normed_loss"], has_aux=True))
+    for images, labels in names["batches"]:
+        (loss, stats), grads = step(params, stats, images, labels)
+        updates, state = names["tx"].update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+    return losses
+
+
 def test_linen_loop_then_the_pages_that_go_on_from_it() -> None:
     expected, actual = run(version(LINEN, "-")), run(version(LINEN, "+"))
     np.testing.assert_allclose(actual["losses"], expected["losses"], rtol=1e-4)
@@ -84,6 +97,7 @@ def test_linen_loop_then_the_pages_that_go_on_from_it() -> None:
     arguments = (actual["state"].params, names["images"], names["labels"])
     for new, fn in (("smaller", "loss_fn"), ("evaluate", "accuracy")):
         np.testing.assert_allclose(names[new](*arguments), names[fn](*arguments), rtol=1e-5)
+    np.testing.assert_allclose(names["normed_losses"], normed_losses(names), rtol=1e-5)
     names = run_page("docs/plans.md", **actual)
     assert Path("plan.html").read_text().startswith("<!DOCTYPE html>")
     assert not any(c.axes("height") for c in names["plan"].strategy.configs.values())

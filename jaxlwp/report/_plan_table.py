@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxlwp.mesh import partition_spec
+from jaxlwp.plan import OPTIMIZER
 from jaxlwp.report._rows import LayerRow, layer_rows
 from jaxlwp.report._tables import num_bytes, render, seconds
 from jaxlwp.report._widths import (
@@ -155,9 +156,11 @@ def plan_notes(plan: Plan) -> str:
         f"compute {seconds(cost.compute_s)} ms, transfer {seconds(cost.transfer_s)} ms, sync "
         f"{seconds(cost.sync_s)} ms, besides (update, new memory, input, dispatch) "
         f"{seconds(cost.overhead_s)} ms; rates: {plan.space.devices.source}"
-        f"\n{_memory_note(plan)}"
+        + _measured_note(plan)
+        + _baseline_note(plan)
+        + f"\n{_memory_note(plan)}"
         + _elsewhere_note(plan)
-        + _measured_notes(plan)
+        + _checked_note(plan)
         + _replication_notes(plan)
     )
 
@@ -172,15 +175,16 @@ def _memory_note(plan: Plan) -> str:
     if not shows_memory(plan):
         return f"memory of a device: not shown for more than {SHOWN} layers; ask plan.memory first"
     memory = plan.memory
+    assumed = " (SGD with momentum is assumed)" if plan.optimizer is OPTIMIZER else ""
     parts = (
         ("parameters", memory.parameter_bytes),
-        ("optimizer", memory.optimizer_bytes),
+        (f"optimizer{assumed}", memory.optimizer_bytes),
         ("batch", memory.batch_bytes),
         ("kept for the backward pass", memory.kept_bytes),
         ("temporary", memory.temporary_bytes),
     )
     listed = ", ".join(f"{name} {num_bytes(value)}" for name, value in parts if value)
-    return f"memory of a device: {num_bytes(memory.peak_bytes)} as compiled for GPUs ({listed})"
+    return f"memory of a device, if compiled for GPUs: {num_bytes(memory.peak_bytes)} ({listed})"
 
 
 def _elsewhere_note(plan: Plan) -> str:
@@ -193,19 +197,44 @@ def _elsewhere_note(plan: Plan) -> str:
     )
 
 
-def _measured_notes(plan: Plan) -> str:
-    """What of the costs was measured, and what a check of whole steps gave."""
+def _measured_note(plan: Plan) -> str:
+    """What of the layers' times was measured."""
     space = plan.space
-    notes = ""
-    if space.measured:
-        notes += f"; layers measured: {space.num_measured:,} of {space.num_pairs:,} (layer, config)"
-    if plan.checked:
-        steps = ", ".join(
-            f"{name} {seconds(s)} ms" if math.isfinite(s) else f"{name} needs more memory"
-            for name, s in plan.checked.items()
-        )
-        notes += f"\n{plan.checked_by} steps: {steps}; kept: {plan.strategy.name}"
-    return notes
+    if not space.measured:
+        return "; layers: priced by these rates"
+    return f"; layers measured: {space.num_measured:,} of {space.num_pairs:,} (layer, config)"
+
+
+def _baseline_note(plan: Plan) -> str:
+    """How data parallelism compares with what a search has found."""
+    if plan.result is None:
+        return ""
+    try:
+        data = plan.space.baseline("data")
+    except ValueError:  # it does not apply, or constraints forbid it
+        return ""
+    if data.configs == plan.strategy.configs:
+        by_time = math.isclose(plan.result.value, plan.cost.total_s)  # other objectives differ
+        best = ": nothing else is predicted to be faster" if plan.result.optimal and by_time else ""
+        return f"\nthis is data parallelism{best}"
+    taken_s = plan.space.evaluate(data).total_s
+    if not math.isfinite(taken_s):
+        return ""
+    ratio = taken_s / plan.cost.total_s
+    return (
+        f"\ndata parallelism is predicted to take {seconds(taken_s)} ms, {ratio:.2f} times as long"
+    )
+
+
+def _checked_note(plan: Plan) -> str:
+    """What a check of whole steps gave."""
+    if not plan.checked:
+        return ""
+    steps = ", ".join(
+        f"{name} {seconds(s)} ms" if math.isfinite(s) else f"{name} needs more memory"
+        for name, s in plan.checked.items()
+    )
+    return f"\n{plan.checked_by} steps: {steps}; kept: {plan.strategy.name}"
 
 
 def _replication_notes(plan: Plan) -> str:
