@@ -20,8 +20,11 @@ lower, kernels, solver, files, memory, cost, measure, optimize, plan, check, sim
 `help(jaxlwp.solver)` says what a folder is for and in which order to read it.
 """
 
+import typing as _typing
+
 # Names are exported by `as`, not by `__all__`: help(jaxlwp) would print them all, on 20 screens.
-from jaxlwp import simulate as simulate
+from jaxlwp._lazy import __dir__ as __dir__
+from jaxlwp._lazy import __getattr__ as __getattr__
 from jaxlwp._parallelize import parallelize as parallelize
 from jaxlwp._version import __version__ as __version__
 from jaxlwp.check import compare as compare
@@ -46,3 +49,7 @@ from jaxlwp.space import BASELINES as BASELINES
 from jaxlwp.space import Config as Config
 from jaxlwp.space import Constraints as Constraints
 from jaxlwp.space import Strategy as Strategy
+
+if _typing.TYPE_CHECKING:
+    from jaxlwp import report as report
+    from jaxlwp import simulate as simulate

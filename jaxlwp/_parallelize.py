@@ -92,7 +92,7 @@ def parallelize(
         device and plain JAX's data parallelism for the mesh's GPUs, which need not exist, and
         returns the plan that is forecast to be the fastest (`jaxlwp.check.forecast`), with the
         rates of the system that `rates` names, or of the newest one with such GPUs.
-      on_progress: called as `on_progress(what, done, total)`; notebooks show it by default.
+      on_progress: called as `on_progress(what, done, total)`; shown by default if it takes long.
       **keywords: arguments of `fn` by name. One that has the name of an option above is to be
         passed by position.
 

@@ -61,7 +61,7 @@ def reporting(function: Function) -> Function:
 
 
 def in_notebook() -> bool:
-    """Whether this is a Jupyter kernel. IPython is not imported: a kernel has done that."""
+    """Whether this is a Jupyter kernel, which has imported IPython; elsewhere it need not be."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return getattr(shell, "kernel", None) is not None
 

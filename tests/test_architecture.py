@@ -8,6 +8,8 @@ import importlib.util
 import inspect
 import json
 import pydoc
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,3 +172,21 @@ def test_faces(name: str) -> None:
         value = getattr(face, exported)
         if isinstance(value, type) or inspect.isfunction(value):
             assert value.__doc__, exported
+
+
+def test_folders_that_wait_for_their_first_use() -> None:
+    """They are there without an import of their own, and `import jaxlwp` does not load them."""
+    program = """
+import sys, jaxlwp
+waiting = {"report", "simulate"}
+assert waiting <= set(dir(jaxlwp)) and not any(f"jaxlwp.{n}" in sys.modules for n in waiting)
+jaxlwp.report.plot_plan, jaxlwp.simulate.simulate_step
+try:
+    jaxlwp.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+else:
+    raise SystemExit("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

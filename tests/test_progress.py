@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from typing import Any
@@ -104,10 +103,3 @@ def test_a_plan_tells_its_steps() -> None:
     steps = [what for what, _, _ in told]
     assert list(dict.fromkeys(steps)) == ["tracing", "pricing and searching"]
     assert all((what, 1, 1) in told for what in steps)
-
-
-def test_ipython_is_not_imported() -> None:
-    assert "IPython" not in vars(_progress)
-    before = set(sys.modules)
-    _progress.in_notebook()
-    assert set(sys.modules) == before

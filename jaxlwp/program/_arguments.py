@@ -100,7 +100,7 @@ def arguments_difference(have: Any, want: Any, names: Sequence[str]) -> str:
     """
     count, wanted = (len(tree.children()) for tree in (have, want))
     if count != wanted:
-        return f"{count} arguments are given, and it was made for {wanted} ({', '.join(names)})"
+        return f"{count} arguments are given, and there were {wanted} ({', '.join(names)})"
     return first_difference(have, want, names)
 
 

@@ -2,7 +2,8 @@
 
 Read `_tables` (costs of a problem) and `_solve` (which method when), then the methods:
 `_eliminate`, `_bound`, `_branch`; `_exhaustive` is the paper's baseline. `_marginals` answers what
-each config costs at best. `_limit`, `_least`, `_minmax` are problems with several sums.
+each config costs at best. `_limit`, `_least`, `_minmax` are problems with several sums (`_linear`:
+linear programs).
 """
 
 from jaxlwp.solver._limit import LayerBytes, LimitedSolution, MemoryLimitError, solve_limited

@@ -25,9 +25,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import linprog
 
 from jaxlwp.solver._least import Bytes, Least, least_bytes
+from jaxlwp.solver._linear import linprog
 from jaxlwp.solver._marginals import DenseGraphError, min_marginals
 from jaxlwp.solver._minmax import PROGRAM_WORK
 from jaxlwp.solver._problem import BoundedSolution, Problem, check_problem

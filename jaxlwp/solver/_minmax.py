@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import linprog
 
+from jaxlwp.solver._linear import linprog
 from jaxlwp.solver._marginals import DenseGraphError, min_marginals
 from jaxlwp.solver._problem import BoundedSolution
 from jaxlwp.solver._solve import solve
