@@ -444,5 +444,5 @@ def test_nnx_random_stream_given_as_argument_is_written_back() -> None:
 
 
 def test_batch_without_an_argument_that_comes_before_it() -> None:
-    with pytest.raises(ValueError, match=r"place_batch: .*structure .*pass the batch as"):
+    with pytest.raises(ValueError, match=r"place_batch: rngs is an array, .*pass what"):
         make_nnx_plan().place_batch(*BATCHES[0])
