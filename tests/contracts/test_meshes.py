@@ -69,21 +69,30 @@ def test_meshes(name: str, shape: tuple[int, ...], kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", TWELVE if INSIDE else SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_meshes_every_case(case: Case, shape: tuple[int, ...], kind: str) -> None:
-    check(case, shape, kind, 64)
+    check(case, shape, kind, MOST)
+
+
+def on_twelve_devices(test: str, count: int) -> None:
+    """Run a test of this file in a process that simulates twelve devices; all of it passes."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, "-m", "", f"{__file__}::{test}"],
+        env={**os.environ, "JAXLWP_TEST_DEVICES": "12", SEED_VARIABLE: str(SEED)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert f"{count * len(TWELVE) * len(KINDS)} passed" in done.stdout
 
 
 if not INSIDE:
 
     def test_twelve_devices() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        done = subprocess.run(
-            [*command, f"{__file__}::test_meshes"],
-            env={**os.environ, "JAXLWP_TEST_DEVICES": "12", SEED_VARIABLE: str(SEED)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
-        assert f"{len(FAST) * len(TWELVE) * len(KINDS)} passed" in done.stdout
+        on_twelve_devices("test_meshes", len(FAST))
+
+    @pytest.mark.slow
+    def test_twelve_devices_every_case() -> None:
+        on_twelve_devices("test_meshes_every_case", len(CASES))

@@ -28,10 +28,10 @@ from jaxlwp.cost._collectives import collectives_by_layer
 from jaxlwp.plan._plan import bind
 
 from .harness import draw_seed, drawn
-from .zoo import RATES, ZOO, case, random_batch
+from .zoo import LARGE, RATES, ZOO, case, random_batch
 
 SEED = draw_seed()
-LARGE = ("inception_v3", "resnet101", "densenet121", "efficientnet_b0", "unet3d", "convnext_t")
+SLOW = {*LARGE, "unet3d", "convnext_t"}
 OUT = jax.tree.structure(0.0)
 SHAPES = ((2, 4), (4, 2), (2, 2, 2), (2, 1, 3), (3, 2))
 
@@ -80,7 +80,7 @@ def check(
 # --- networks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", drawn(ZOO, 0.3, slow=LARGE))
+@pytest.mark.parametrize("name", drawn(ZOO, 0.3, slow=SLOW))
 def test_networks(name: str) -> None:
     this = case(name, SEED)
     mesh = mesh_of((2, 4))

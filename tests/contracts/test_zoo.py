@@ -17,6 +17,7 @@ import pytest
 
 from .harness import draw_seed, drawn
 from .zoo import (
+    LARGE,
     SEARCHED,
     ZOO,
     Compiled,
@@ -32,7 +33,6 @@ SEED = draw_seed()
 DRAWS = 20  # each costs a second at most
 TOLERANCE = 1e-4
 RANDOM = 20
-LARGE = ("inception_v3", "resnet101", "densenet121", "efficientnet_b0")  # in `make test-all`
 FAST_BFLOAT16 = ("resnet50", "mobilenet_v2", "convnext_t", "unet_bilinear")  # the rest: test-all
 
 

@@ -159,6 +159,15 @@ ZOO: dict[str, Entry] = {
         target=(4, 2),
     ),
 }
+LARGE = (
+    "inception_v3",
+    "resnet101",
+    "densenet121",
+    "efficientnet_b0",
+    "denoising_unet",
+    "denoising_unet_class",
+)
+"""Those whose training takes longest to compile: in `make test-all` alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
