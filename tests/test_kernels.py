@@ -216,3 +216,58 @@ def test_what_a_kernel_holds_is_split_with_its_layer(dtype: Any) -> None:
         for traffic in kernel.traffic:
             if num_bytes(traffic) > 9 * OUTPUTS * OUTPUTS * 4:  # more than any filter
                 assert "sample" in traffic.labels, traffic
+
+
+def residual_loss(params: Any, x: jax.Array) -> jax.Array:
+    """Blocks as in decoders: group normalisation, convolution and a shortcut; then twice the size.
+
+    The first convolution's result is read twice. So is what each block makes.
+    """
+    dims = ("NHWC", "HWIO", "NHWC")
+
+    def conv(name: str, x: jax.Array) -> jax.Array:
+        y = lax.conv_general_dilated(x, params[name], (1, 1), "SAME", dimension_numbers=dims)
+        return y + params["bias"]
+
+    x = conv("first", x)
+    for n in range(2):
+        groups = x.astype(jnp.float32).reshape(*x.shape[:3], 8, -1)
+        mean = groups.mean((1, 2, 4), keepdims=True)
+        square = (groups**2).mean((1, 2, 4), keepdims=True)
+        y = ((groups - mean) * lax.rsqrt(square - mean**2 + 1e-5)).reshape(x.shape)
+        x = x + conv(f"k{n}", jax.nn.silu(y).astype(x.dtype))
+    n, height, width, channels = x.shape
+    x = jax.image.resize(x, (n, 2 * height, 2 * width, channels), "nearest")
+    return jnp.mean(conv("last", x).astype(jnp.float32) ** 2)
+
+
+def residual_graph() -> jaxlwp.graph.ComputationGraph:
+    kernel = jax.ShapeDtypeStruct((3, 3, OUTPUTS, OUTPUTS), jnp.bfloat16)
+    params = {name: kernel for name in ("first", "k0", "k1", "last")}
+    params["bias"] = jax.ShapeDtypeStruct((OUTPUTS,), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((N, 32, 32, OUTPUTS), jnp.bfloat16)
+    return jaxlwp.trace(residual_loss, params, x)
+
+
+def test_what_is_reshaped_or_resized_on_the_fly_is_split_with_its_reader() -> None:
+    """A layer's kernel reads the tensor in memory, whose shape is none of the layer's own."""
+    for layer in layer_kernels(residual_graph()):
+        for traffic in (t for kernel in layer for t in kernel.traffic):
+            if num_bytes(traffic) > 9 * OUTPUTS * OUTPUTS * 4:  # more than any filter
+                sizes = dict(zip(traffic.shape, traffic.labels, strict=True))
+                assert sizes.get(32, sizes.get(64)) is not None, traffic
+                assert {"height", "width"} <= set(traffic.labels), traffic
+
+
+def test_a_convolution_adds_its_bias_and_a_shortcut() -> None:
+    """One kernel reads data, filter, bias and shortcut; no other kernel adds them up again."""
+    graph, tensor = residual_graph(), N * 32 * 32 * OUTPUTS * BF16
+    for layer, kernels in zip(graph.layers, layer_kernels(graph), strict=True):
+        forward = [k for k in kernels if k.kind == "conv"][:1]
+        large = [t for k in forward for t in k.traffic if num_bytes(t) == tensor]
+        if layer.name.startswith(("k0", "k1")):
+            assert len(large) == 3, layer.name
+        elif layer.name.startswith("first"):
+            assert len(large) == 2, layer.name
+        elif layer.name.startswith("reduce"):  # the sums of a normalisation, forward
+            assert [num_bytes(t) for t in kernels[0].traffic].count(tensor) == 1

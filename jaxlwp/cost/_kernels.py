@@ -17,9 +17,18 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlwp.graph import ComputationGraph, Layer
-from jaxlwp.kernels import LIBRARY, REDUCTIONS, Builder, Node, differentiated, fuse, joins
+from jaxlwp.kernels import (
+    LIBRARY,
+    REDUCTIONS,
+    Builder,
+    Node,
+    differentiated,
+    fuse,
+    joins,
+    library_call,
+)
 from jaxlwp.lower import Lowered, layer_index
-from jaxlwp.ops import RULES, Labels
+from jaxlwp.ops import RULES, Labels, reshape_groups
 from jaxlwp.program import Value
 from jaxlwp.solver import FloatArray
 from jaxlwp.space import Config
@@ -69,7 +78,7 @@ def layer_kernels(graph: ComputationGraph) -> tuple[tuple[Kernel, ...], ...]:
     kernels = fuse(Builder(local.program).root(local.gradients))
     of_layer: dict[int, list[Node]] = {}
     for node in kernels:
-        index = layer_index(node.scope)
+        index = layer_index((library_call(node, kernels) or node).scope)
         if index is not None and not node.argument:
             of_layer.setdefault(index, []).append(node)
     readers = (_LayerReader(layer, kernels) for layer in graph.layers)
@@ -188,11 +197,10 @@ class _LayerReader:
         traffic = tuple(self.tensor(each) for each in (*reads, node) if each.num_bytes)
         split = node.kind in REDUCTIONS and most >= SPLIT_REDUCTION * max(node.num_bytes, 1)
         starts = int(not beside) + int(split)
-        call = next((n for n in (node, *node.operands) if n.eqn is not None), None)
-        if call is None or (call is not node and call in self.written):
+        call = library_call(node, self.written)
+        if call is None or call.eqn is None:
             return Kernel(traffic, starts)
         eqn = call.eqn
-        assert eqn is not None
         shapes = [v.shape for v in eqn.operand_values], [v.shape for v in eqn.result_values]
         rule = RULES[eqn.name]
         own = self.calls.get(eqn.name, _Call(((), ()), ()))
@@ -224,23 +232,32 @@ class _LayerReader:
         alike = (s for s in self.labels if sorted(s) == sorted(shape) and len(s) <= 5)
         found = next(alike, None)
         if found is None:
-            return self.flattened(shape) or self.resembling(shape)
+            return self.regrouped(shape) or self.resembling(shape)
         orders = itertools.permutations(range(len(found)))
         order = next(o for o in orders if tuple(found[d] for d in o) == shape)
         return tuple(self.labels[found][d] for d in order)
 
-    def flattened(self, shape: tuple[int, ...]) -> Labels | None:
-        """Names where an array of the layer differs by dimensions of size 1 alone."""
-        wanted = [size for size in shape if size > 1]
+    def regrouped(self, shape: tuple[int, ...]) -> Labels | None:
+        """Names where an array of the layer is the same one reshaped.
+
+        Of dimensions that are merged, or of which one is divided, the most significant one has the
+        name: the one that the rule of reshapes splits.
+        """
         for known, labels in self.labels.items():
-            pairs = [(s, n) for s, n in zip(known, labels, strict=True) if s > 1]
-            if [s for s, _ in pairs] == wanted:
-                names = iter(n for _, n in pairs)
-                return tuple(next(names) if size > 1 else None for size in shape)
+            if math.prod(known) != math.prod(shape) or not math.prod(shape):
+                continue
+            found: list[str | None] = [None] * len(shape)
+            for before, after in reshape_groups(known, shape):
+                found[after[0]] = labels[before[0]]
+            return tuple(found)
         return None
 
     def resembling(self, shape: tuple[int, ...]) -> Labels:
-        """Names of those dimensions that are as in the tensor of the layer that is most like it."""
+        """Names of the dimensions of the tensor of the layer that is most like it.
+
+        A dimension of another size has the name too if it is a multiple, or a part: of what is
+        resized, or of a window.
+        """
         alike = (known for known in self.labels if len(known) == len(shape))
 
         def equal(known: tuple[int, ...]) -> int:
@@ -249,5 +266,10 @@ class _LayerReader:
         found = max(alike, key=equal, default=None)
         if found is None:
             return (None,) * len(shape)
+        related = 2 * equal(found) >= len(shape)
+
+        def same(a: int, b: int) -> bool:
+            return a == b or (related and min(a, b) > 1 and max(a, b) % min(a, b) == 0)
+
         pairs = zip(found, shape, self.labels[found], strict=True)
-        return tuple(label if a == b else None for a, b, label in pairs)
+        return tuple(label if same(a, b) else None for a, b, label in pairs)

@@ -9,7 +9,7 @@ Sources: the passes of XLA that are named, in openxla/xla under `xla/service`, `
 """
 
 from jaxlwp.kernels._differentiated import DifferentiatedProgram, differentiated
-from jaxlwp.kernels._fuse import fuse, joins
+from jaxlwp.kernels._fuse import fuse, joins, library_call
 from jaxlwp.kernels._node import LIBRARY, REDUCTIONS, SUMS, Node
 from jaxlwp.kernels._nodes import Builder
 
@@ -23,4 +23,5 @@ __all__ = [
     "differentiated",
     "fuse",
     "joins",
+    "library_call",
 ]

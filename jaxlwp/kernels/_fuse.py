@@ -10,7 +10,7 @@ from, and a mask not at all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from jaxlwp.kernels._node import REDUCTIONS, Node
 
@@ -20,7 +20,7 @@ def fuse(root: Node) -> dict[Node, tuple[Node, ...]]:
     nodes = post_order(root)
     required = {node for node in nodes if node.writes or node.argument}
     required.update(node.operands[i] for node in nodes for i in node.wants)
-    required = _with_bias(nodes, required)
+    required = _with_epilogues(nodes, required)
     # Who reads a value depends on what else is in memory: decide, and decide again knowing that.
     written, _ = _write(nodes, required, required)
     written, reads = _write(nodes, required, written)
@@ -54,18 +54,43 @@ def joins(kernel: Node) -> bool:
     return kernel.kind in REDUCTIONS and 8 * kernel.num_bytes <= read_bytes
 
 
-def _with_bias(nodes: Sequence[Node], written: set[Node]) -> set[Node]:
-    """A convolution whose only reader adds a bias writes their sum."""
+def _with_epilogues(nodes: Sequence[Node], written: set[Node]) -> set[Node]:
+    """A convolution adds a bias and one tensor like its result, where nothing else reads it.
+
+    It writes the sum (`CudnnFusedConvRewriter`); what it adds to its result is in memory.
+    """
     readers: dict[Node, list[Node]] = defaultdict(list)
     for node in nodes:
         for operand in dict.fromkeys(node.operands):
             readers[operand].append(node)
+    sums: set[Node] = set()
     for node in nodes:
-        if node.kind == "conv" and len(readers[node]) == 1:
-            (reader,) = readers[node]
-            if reader.kind == "add" and reader.num_bytes == node.num_bytes:
-                written = (written - {node}) | {reader}
+        if node.kind != "conv":
+            continue
+        total, added = node, set[bool]()
+        while len(readers[total]) == 1 and (reader := readers[total][0]) not in sums:
+            others = [operand for operand in reader.operands if operand is not total]
+            if reader.kind != "add" or reader.num_bytes != total.num_bytes or len(others) != 1:
+                break
+            bias = others[0].kind == "broadcast_in_dim" or others[0].num_bytes < total.num_bytes
+            if bias in added:
+                break
+            written = written if bias else written | {others[0]}
+            added.add(bias)
+            total = reader
+        sums.add(total)
+        written = (written - {node}) | {total}
     return written
+
+
+def library_call(node: Node, written: Container[Node]) -> Node | None:
+    """The convolution or product that writes a node: itself, or what the node's additions end."""
+    if node.eqn is not None:
+        return node
+    if node.kind != "add":
+        return None
+    terms = (library_call(n, written) for n in node.operands if n not in written)
+    return next((call for call in terms if call is not None), None)
 
 
 def _reading_kernels(nodes: Sequence[Node], written: set[Node]) -> dict[Node, set[Node]]:

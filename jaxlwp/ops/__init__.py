@@ -32,6 +32,7 @@ from jaxlwp.ops._rule import (
     default_names,
     spatial_names,
 )
+from jaxlwp.ops._shape import reshape_groups
 from jaxlwp.program import SCAN, Equation, Program
 
 RULES: dict[str, Rule] = {
@@ -135,6 +136,7 @@ __all__ = [
     "Window",
     "default_names",
     "evaluate_whole",
+    "reshape_groups",
     "rule_of",
     "spatial_names",
     "unread_results",

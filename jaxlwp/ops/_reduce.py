@@ -6,11 +6,13 @@ normalisation is one layer with one config.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxlwp.mesh import all_reduce, all_reduce_max, all_reduce_min
 from jaxlwp.ops._rule import (
@@ -25,6 +27,9 @@ from jaxlwp.ops._rule import (
 )
 from jaxlwp.program import Equation
 
+OUTER_SUM = 32
+"""Elements along outer dimensions from which on they are added up in a sum of their own."""
+
 
 def _signature(fill: Fill, split_reduced: bool) -> Any:
     def signature(eqn: Equation) -> Signature | None:
@@ -36,6 +41,26 @@ def _signature(fill: Fill, split_reduced: bool) -> Any:
         return Signature(role="reduce", operands=(tuple(names),), results=(result,), fill=fill)
 
     return signature
+
+
+def _lower_sum(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
+    """A sum over dimensions on both sides of one that stays is two sums, the outer one first.
+
+    Group normalisation adds up height, width and the channels of a group. XLA for GPUs would add
+    up those few channels first, and write what is nearly as large as the operand, in float32. The
+    barrier keeps XLA from making one sum of two.
+    """
+    shape, axes = operands[0].shape, set(eqn.params["axes"])
+    kept = [d for d, size in enumerate(shape) if d not in axes and size > 1]
+    inner = {d for d in axes if kept and d > kept[-1]}
+    first = math.prod(shape[d] for d in axes - inner)
+    if first < OUTER_SUM or math.prod(shape[d] for d in inner) < 2:
+        return eqn.bind(*operands)
+    outer = tuple(sorted(axes - inner))
+    (partial,) = eqn.bind(*operands, axes=outer)
+    left = [d for d in range(len(shape)) if d not in outer]
+    inner_axes = tuple(n for n, d in enumerate(left) if d in inner)
+    return eqn.bind(lax.optimization_barrier(partial), axes=inner_axes)
 
 
 def _lower_extremum(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, ...]:
@@ -117,7 +142,7 @@ def _reduction(fill: Fill, split_reduced: bool = True, **kwargs: Any) -> Rule:
 
 
 RULES = {
-    "reduce_sum": _reduction("zero"),
+    "reduce_sum": _reduction("zero", lower=_lower_sum),
     "reduce_max": _reduction("lowest", lower=_lower_extremum, combines=True),
     "reduce_min": _reduction("highest", lower=_lower_extremum, combines=True),
     "reduce_prod": _reduction(None, split_reduced=False),

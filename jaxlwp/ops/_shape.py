@@ -13,8 +13,16 @@ from jaxlwp.ops._rule import Labels, Local, Rule, Signature, anonymous, bind_low
 from jaxlwp.program import Equation
 
 
-def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Runs of dimensions (sizes above 1) of equal product, left to right."""
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Runs of dimensions (sizes above 1) of equal product, left to right.
+
+    Args:
+      old: a shape.
+      new: one of as many elements, at least one.
+
+    Returns:
+      Positions in the old shape, and in the new one.
+    """
     left = [d for d, size in enumerate(old) if size != 1]
     right = [d for d, size in enumerate(new) if size != 1]
     groups: list[tuple[list[int], list[int]]] = []
@@ -35,7 +43,7 @@ def _reshape_signature(eqn: Equation) -> Signature | None:
     old, new = eqn.operand_values[0].shape, eqn.result_values[0].shape
     if eqn.params.get("dimensions") is not None or 0 in old:
         return None
-    groups = _groups(old, new)
+    groups = reshape_groups(old, new)
     plain = all(len(a) == len(b) == 1 for a, b in groups)
     operand: list[str | None] = [None] * len(old)
     result: list[str | None] = [None] * len(new)

@@ -374,6 +374,12 @@ REDUCTIONS = [
         reduction(
             f"mean-keepdims{suffix}", image, lambda p: p["x"].mean((1, 2), keepdims=True), IMAGE
         ),
+        reduction(
+            f"sum-groups{suffix}",
+            image,
+            lambda p: jnp.sum(p["x"].reshape(*p["x"].shape[:3], 2, -1), (1, 2, 4)),
+            IMAGE | {"dim4"},
+        ),
         reduction(f"mean-all{suffix}", image, lambda p: (p["x"] ** 2).mean(), IMAGE),
         reduction(f"max-space{suffix}", image, lambda p: p["x"].max((1, 2)), IMAGE),
         reduction(
