@@ -256,3 +256,33 @@ def test_a_parameter_that_is_read_in_two_dtypes_is_updated_once() -> None:
         replicated = [choices.index(Config()) for choices in space.configs]
         costs.append(space.tables.evaluate(replicated))  # no sums: what is left is the update
     assert costs[0].overhead_s == costs[1].overhead_s > 0
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["both", "one"])
+def test_sums_that_are_put_together_are_differentiated_apart(constant: bool) -> None:
+    """Values and their squares are one all-reduce; no derivative pads or cuts what is put together.
+
+    Forward mode, reverse mode and both; and where one of the sums has no derivative.
+    """
+
+    def loss(kernel: Any, x: Any) -> Any:
+        y = x @ kernel
+        mean, square = y.mean(0), ((jax.lax.stop_gradient(y) if constant else y) ** 2).mean(0)
+        return jnp.mean(((y - mean) * jax.lax.rsqrt(square - mean**2 + 1.0)) ** 3)
+
+    rng = np.random.default_rng(0)
+    kernel, x = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((5, 6), (8, 5)))
+    plan = jaxlwp.parallelize(loss, kernel, x, devices=4, strategy="data", rates=RATES)
+    forward = jax.make_jaxpr(plan)(kernel, x)
+    assert str(forward).count("psum_invariant[") == 2  # the statistics', and the loss's
+    backward = str(jax.make_jaxpr(jax.grad(plan))(kernel, x))
+    assert " pad[" not in backward
+    for transform in (
+        jax.grad,
+        jax.jacfwd,
+        lambda fn: lambda k, x: jax.jvp(jax.grad(lambda k: fn(k, x)), (k,), (jnp.ones_like(k),)),
+    ):
+        have, want = transform(plan)(kernel, x), transform(loss)(kernel, x)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), have, want
+        )

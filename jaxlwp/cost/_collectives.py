@@ -172,11 +172,14 @@ class SpareSums:
       names: dimensions over which the sums run; there are none where these are not split.
       count: all-reduces that join another one, in a step.
       awaited: see `Member`.
+      backward: of gradients. Forward, what is joined is put together as the program is lowered;
+        backward XLA does it, in kernels of their own.
     """
 
     names: frozenset[str]
     count: int
     awaited: bool
+    backward: bool = False
 
 
 def spare_sums(layer: Layer) -> tuple[SpareSums, ...]:
@@ -201,7 +204,7 @@ def spare_sums(layer: Layer) -> tuple[SpareSums, ...]:
         inside = use.source == layer.index and not use.argument
         if inside and use.gradient and use.labels == use.source_labels:
             names = use.active.difference(name for name in use.labels if name)
-            one = SpareSums(names=names, count=1, awaited=True)
+            one = SpareSums(names=names, count=1, awaited=True, backward=True)
             groups.setdefault((True, turns.get(use.value, 0), use.moved.dtype, one), []).append(one)
     return tuple(
         replace(group[0], count=(len(group) - 1) * group[0].count)

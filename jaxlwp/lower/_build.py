@@ -178,11 +178,10 @@ class Builder:
 
     def program(self, inputs: Sequence[Block], outputs: Sequence[Block]) -> DeviceProgram:
         """The program made so far."""
-        items = received_once(self.items)
         return DeviceProgram(
             inputs=tuple(inputs),
             constants=self.constants,
-            items=items if self.graph.gradients else joined(items),
+            items=joined(received_once(self.items)),
             outputs=tuple(outputs),
             values=self.values,
         )

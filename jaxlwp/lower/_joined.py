@@ -1,11 +1,8 @@
 """Small sums over devices that are ready together are one sum.
 
-A group normalisation adds up its values and their squares. XLA would put two such sums together by
+A normalisation adds up its values and their squares. XLA would put two such sums together by
 itself, late: in kernels of their own that write the operands side by side and take the results
 apart, three for each normalisation. Put together here, before it fuses, they cost none.
-
-Only where nothing is differentiated: the transpose of taking results apart is padding, which would
-be kernels again.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ from jaxlwp.lower._steps import (
     Spread,
     Step,
 )
-from jaxlwp.mesh import all_reduce, device_index, vary
+from jaxlwp.mesh import all_reduce, all_reduce_together, device_index, vary
 from jaxlwp.ops import Local, evaluate_whole, rule_of
 from jaxlwp.program import extend
 from jaxlwp.space import Config, Layout, degree, local_shape
@@ -205,12 +205,7 @@ def _dilate(op: Dilate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
 def _add_up(op: AddUp, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
     if len(blocks) == 1:
         return (all_reduce(blocks[0], op.axes),)
-    total = all_reduce(jnp.concatenate([jnp.ravel(block) for block in blocks]), op.axes)
-    ends = itertools.accumulate(block.size for block in blocks)
-    return [
-        total[end - block.size : end].reshape(block.shape)
-        for end, block in zip(ends, blocks, strict=True)
-    ]
+    return all_reduce_together(blocks, op.axes)
 
 
 def _operate(op: Operate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:

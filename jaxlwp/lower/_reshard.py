@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,10 @@ def move_block(
       axis_sizes: devices along each mesh axis.
     """
     if move.kind == "cast":
+        if x.ndim > 2 and math.prod(x.shape[:-2]) == 1:
+            # The gradient of a filter of 1x1 may have any order of dimensions: XLA for GPUs would
+            # add it up in that of cuDNN, and turn the sum in a kernel. A vector has one order.
+            return vary(x.reshape(-1), move.axes).reshape(x.shape)
         return vary(x, move.axes)
     if move.kind == "slice":
         return take_block(x, move.dim, move.axes, degree(move.axes, axis_sizes))

@@ -11,11 +11,15 @@ own (`tests/test_architecture.py` holds them to it).
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 Axes = tuple[str, ...]
 """Mesh axes, major to minor."""
@@ -35,6 +39,31 @@ def vary(x: Any, axes: Iterable[str]) -> Any:
 def all_reduce(x: Any, axes: Axes) -> Any:
     """Sum over the devices along the axes."""
     return lax.psum(x, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def all_reduce_together(blocks: Sequence[Any], axes: Axes) -> tuple[Any, ...]:
+    """Sums of several small arrays of one dtype over the devices along the axes, in one all-reduce.
+
+    Each is differentiated by itself: the transpose of taking the sums apart would be padding.
+    """
+    total = all_reduce(jnp.concatenate([jnp.ravel(block) for block in blocks]), axes)
+    ends = itertools.accumulate(block.size for block in blocks)
+    return tuple(
+        total[end - block.size : end].reshape(block.shape)
+        for end, block in zip(ends, blocks, strict=True)
+    )
+
+
+@functools.partial(all_reduce_together.defjvp, symbolic_zeros=True)
+def _(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (blocks,), (dots,) = primals, tangents
+    sums = all_reduce_together(blocks, axes)
+    constant = [isinstance(dot, SymbolicZero) for dot in dots]
+    return sums, tuple(
+        jnp.zeros_like(total) if zero else all_reduce(dot, axes)
+        for total, dot, zero in zip(sums, dots, constant, strict=True)
+    )
 
 
 def all_reduce_max(x: Any, axes: Axes) -> Any:
