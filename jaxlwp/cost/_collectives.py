@@ -27,6 +27,7 @@ from jaxlwp.lower import (
     Receive,
     Region,
     Step,
+    Vary,
     build,
     every_step,
     plan_halo,
@@ -172,14 +173,11 @@ class SpareSums:
       names: dimensions over which the sums run; there are none where these are not split.
       count: all-reduces that join another one, in a step.
       awaited: see `Member`.
-      backward: of gradients. Forward, what is joined is put together as the program is lowered;
-        backward XLA does it, in kernels of their own.
     """
 
     names: frozenset[str]
     count: int
     awaited: bool
-    backward: bool = False
 
 
 def spare_sums(layer: Layer) -> tuple[SpareSums, ...]:
@@ -204,7 +202,7 @@ def spare_sums(layer: Layer) -> tuple[SpareSums, ...]:
         inside = use.source == layer.index and not use.argument
         if inside and use.gradient and use.labels == use.source_labels:
             names = use.active.difference(name for name in use.labels if name)
-            one = SpareSums(names=names, count=1, awaited=True, backward=True)
+            one = SpareSums(names=names, count=1, awaited=True)
             groups.setdefault((True, turns.get(use.value, 0), use.moved.dtype, one), []).append(one)
     return tuple(
         replace(group[0], count=(len(group) - 1) * group[0].count)
@@ -265,7 +263,7 @@ def step_collectives(step: Step, cotangents: Collection[Block]) -> Iterator[Coll
     """
     again = isinstance(step.op, Again)
     op = step.op.op if isinstance(step.op, Again) else step.op
-    gradient = step.results[0] in cotangents
+    gradient = any(block in cotangents for block in step.results)
     for collective in _op_collectives(op, step.operands[:1] if again else step.operands):
         if collective.num_bytes and (gradient if collective.backward else not again):
             yield collective
@@ -289,6 +287,9 @@ def _op_collectives(op: Op, operands: Sequence[Block]) -> Iterable[Collective]:
     if isinstance(op, AddUp):
         num_bytes = sum(map(_num_bytes, operands))
         return (Collective(kind="all-reduce", axes=op.axes, num_bytes=num_bytes),)
+    if isinstance(op, Vary):
+        num_bytes = sum(map(_num_bytes, operands))
+        return (Collective(kind="all-reduce", axes=op.axes, num_bytes=num_bytes, backward=True),)
     if isinstance(op, Receive):
         rows = Collective(kind="collective-permute", axes=op.axes, num_bytes=_num_bytes(block))
         return (rows, replace(rows, backward=True))
@@ -377,7 +378,11 @@ def _is_kept(step: Step, calls: Iterable[Checkpoint]) -> bool:
     params: dict[str, Any] = {}
     if isinstance(step.op, Operate):
         primitive, params = step.op.eqn.primitive, step.op.eqn.params
-    return any(call.keeps(primitive, step.operands, params) for call in calls)
+    operands = step.operands
+    if isinstance(step.op, (AddUp, Vary)) and len(operands) > 1:  # one vector
+        size = sum(math.prod(block.shape) for block in operands)
+        operands = (replace(operands[0], shape=(size,)),)
+    return any(call.keeps(primitive, operands, params) for call in calls)
 
 
 def _flowing(step: Step, blocks: Iterable[Block]) -> list[Block]:

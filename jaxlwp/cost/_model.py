@@ -268,8 +268,6 @@ class AnalyticCostModel:
         every = [tuple(a for name in spare.names for a in c.axes(name)) for c in configs]
         sums, sum_of = _distinct(every)
         wait_s = self.wait_s if spare.awaited else 0.0
-        if self.kernels and spare.backward:  # put together and taken apart: a kernel for each
-            wait_s -= 2 * self.devices.overhead_s
         once_s = [
             self.devices.link_rate("all-reduce", axes)[0] + wait_s if axes else 0.0 for axes in sums
         ]

@@ -22,6 +22,7 @@ from jaxlwp.lower._steps import (
     Receive,
     Region,
     Step,
+    Vary,
     every_step,
 )
 
@@ -39,6 +40,7 @@ __all__ = [
     "Receive",
     "Region",
     "Step",
+    "Vary",
     "build",
     "build_layer",
     "every_step",

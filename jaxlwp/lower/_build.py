@@ -181,7 +181,7 @@ class Builder:
         return DeviceProgram(
             inputs=tuple(inputs),
             constants=self.constants,
-            items=joined(received_once(self.items)),
+            items=joined(received_once(self.items), backward=bool(self.graph.gradients)),
             outputs=tuple(outputs),
             values=self.values,
         )

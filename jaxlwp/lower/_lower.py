@@ -46,8 +46,9 @@ from jaxlwp.lower._steps import (
     Slice,
     Spread,
     Step,
+    Vary,
 )
-from jaxlwp.mesh import all_reduce, all_reduce_together, device_index, vary
+from jaxlwp.mesh import all_reduce, all_reduce_together, device_index, taken_apart, vary
 from jaxlwp.ops import Local, evaluate_whole, rule_of
 from jaxlwp.program import extend
 from jaxlwp.space import Config, Layout, degree, local_shape
@@ -208,6 +209,11 @@ def _add_up(op: AddUp, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
     return all_reduce_together(blocks, op.axes)
 
 
+def _vary(op: Vary, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    varying = vary(jnp.concatenate([jnp.ravel(block) for block in blocks]), op.axes)
+    return taken_apart(varying, blocks)
+
+
 def _operate(op: Operate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
     found = rule_of(op.eqn)
     if found is None:
@@ -283,6 +289,7 @@ _CARRY_OUT: dict[type, Callable[[Any, Sequence[Any], Step], Sequence[Any]]] = {
     Extend: _extend,
     Dilate: _dilate,
     AddUp: _add_up,
+    Vary: _vary,
     Operate: _operate,
     Again: _again,
 }

@@ -162,6 +162,13 @@ class AddUp(Op):
 
 
 @dataclass(frozen=True)
+class Vary(Op):
+    """Marks small blocks as varying over mesh axes; their cotangents are added up in one go."""
+
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Operate(Op):
     """Evaluates an operator on blocks.
 

@@ -14,6 +14,7 @@ from jaxlwp.mesh._collectives import (
     device_index,
     permute,
     reduce_scatter,
+    taken_apart,
     vary,
 )
 from jaxlwp.mesh._meshes import (
@@ -55,5 +56,6 @@ __all__ = [
     "reduce_scatter",
     "set_mesh_or_none",
     "trace_on_blocks",
+    "taken_apart",
     "vary",
 ]

@@ -41,6 +41,15 @@ def all_reduce(x: Any, axes: Axes) -> Any:
     return lax.psum(x, axes)
 
 
+def taken_apart(vector: Any, like: Sequence[Any]) -> tuple[Any, ...]:
+    """A vector as arrays of these shapes, one after the other."""
+    ends = itertools.accumulate(each.size for each in like)
+    return tuple(
+        vector[end - each.size : end].reshape(each.shape)
+        for end, each in zip(ends, like, strict=True)
+    )
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def all_reduce_together(blocks: Sequence[Any], axes: Axes) -> tuple[Any, ...]:
     """Sums of several small arrays of one dtype over the devices along the axes, in one all-reduce.
@@ -48,11 +57,7 @@ def all_reduce_together(blocks: Sequence[Any], axes: Axes) -> tuple[Any, ...]:
     Each is differentiated by itself: the transpose of taking the sums apart would be padding.
     """
     total = all_reduce(jnp.concatenate([jnp.ravel(block) for block in blocks]), axes)
-    ends = itertools.accumulate(block.size for block in blocks)
-    return tuple(
-        total[end - block.size : end].reshape(block.shape)
-        for end, block in zip(ends, blocks, strict=True)
-    )
+    return taken_apart(total, blocks)
 
 
 @functools.partial(all_reduce_together.defjvp, symbolic_zeros=True)
