@@ -29,15 +29,16 @@ def joined(items: Items, *, backward: bool) -> tuple[Step | Region, ...]:
       backward: sums of cotangents too.
     """
     result: list[Step | Region] = []
-    group = _Group()
-    summed: set[Block] = set()
+    group, layer = _Group(), None
+    summed: set[Block] = set()  # what is made of the layer's sums
     for item in items:
         if isinstance(item, Region):
             result += group.closed()
             result.append(replace(item, items=joined(item.items, backward=backward)))
             continue
-        if group.sums and item.layer != group.sums[0].layer:
+        if item.layer != layer:
             result += group.closed()
+            layer = item.layer
             summed.clear()
         waits = not group.late.isdisjoint(item.operands)
         op = _sum_of(item, summed if backward else set())
