@@ -256,8 +256,6 @@ def test_what_is_reshaped_or_resized_on_the_fly_is_split_with_its_reader() -> No
     for layer in layer_kernels(residual_graph()):
         for traffic in (t for kernel in layer for t in kernel.traffic):
             if num_bytes(traffic) > 9 * OUTPUTS * OUTPUTS * 4:  # more than any filter
-                sizes = dict(zip(traffic.shape, traffic.labels, strict=True))
-                assert sizes.get(32, sizes.get(64)) is not None, traffic
                 assert {"height", "width"} <= set(traffic.labels), traffic
 
 

@@ -27,7 +27,7 @@ from jaxlwp.kernels import (
     joins,
     library_call,
 )
-from jaxlwp.lower import Lowered, layer_index
+from jaxlwp.lower import Lowered, layer_index, varies_as_vector
 from jaxlwp.ops import RULES, Labels, reshape_groups
 from jaxlwp.program import Value
 from jaxlwp.solver import FloatArray
@@ -104,7 +104,7 @@ def update_kernels(
       (configs,). Counted in the programs that JAX 0.10.2 compiles of ResNet-50 and VGG-16.
     """
     rank = len(parameter.shape)
-    point = rank > 2 and math.prod(parameter.shape[:-2]) == 1
+    point = varies_as_vector(parameter.shape)
     starts = 0.0 if again else 3.0 if point else 4.0 if rank > 2 else 1.0 if rank == 2 else 0.5
     copied = 0.0 if again else 1.0 if point else 4.0 if rank > 2 else 0.0
     return np.asarray(starts + 1.5 * (sums > 0)), np.asarray(copied + 2.5 * sums)

@@ -10,6 +10,7 @@ holds, `_reshard` moves blocks.
 from jaxlwp.lower._build import build, build_layer, read_elsewhere
 from jaxlwp.lower._halo import plan_halo
 from jaxlwp.lower._lower import LAYER_SCOPE, Lowered, layer_index, run
+from jaxlwp.lower._reshard import varies_as_vector
 from jaxlwp.lower._steps import (
     AddUp,
     Again,
@@ -48,4 +49,5 @@ __all__ = [
     "plan_halo",
     "read_elsewhere",
     "run",
+    "varies_as_vector",
 ]

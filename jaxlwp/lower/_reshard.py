@@ -29,9 +29,7 @@ def move_block(
       axis_sizes: devices along each mesh axis.
     """
     if move.kind == "cast":
-        if x.ndim > 2 and math.prod(x.shape[:-2]) == 1:
-            # The gradient of a filter of 1x1 may have any order of dimensions: XLA for GPUs would
-            # add it up in that of cuDNN, and turn the sum in a kernel. A vector has one order.
+        if varies_as_vector(x.shape):
             return vary(x.reshape(-1), move.axes).reshape(x.shape)
         return vary(x, move.axes)
     if move.kind == "slice":
@@ -48,6 +46,15 @@ def move_block(
             x = lax.optimization_barrier(x)  # of the gradient, which is padded
         x = lax.slice_in_dim(x, 0, shape[move.dim], axis=move.dim)
     return x
+
+
+def varies_as_vector(shape: Sequence[int]) -> bool:
+    """Whether a block becomes varying as a vector, as filters of 1x1 do.
+
+    Their gradients may have any order of dimensions: XLA for GPUs would add them up in that of
+    cuDNN, and turn the sum in a kernel. A vector has one order.
+    """
+    return len(shape) > 2 and math.prod(shape[:-2]) == 1
 
 
 def _kept(x: Any, padded: Any) -> Any:

@@ -72,7 +72,7 @@ def test_meshes(name: str, shape: tuple[int, ...], kind: str) -> None:
 @pytest.mark.parametrize("shape", TWELVE if INSIDE else SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_meshes_every_case(case: Case, shape: tuple[int, ...], kind: str) -> None:
-    check(case, shape, kind, MOST)
+    check(case, shape, kind, 64)
 
 
 def on_twelve_devices(test: str, count: int) -> None:
