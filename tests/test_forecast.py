@@ -478,6 +478,20 @@ KB400 = 400_000
             "f32[1,1000]",
             KB400 + 4000,
         ),
+        # of what is joined with something else, or padded: its share of what is kept
+        (
+            "%b = f32[100,1000] broadcast(%z), dimensions={}\n"
+            "%j = f32[100,2000] concatenate(%p, %b), dimensions={1}\n"
+            "ROOT %r = f32[10,2000] slice(%j), slice={[0:10], [0:2000]}",
+            "f32[10,2000]",
+            40_000 + 80_000,
+        ),
+        (
+            "%q = f32[102,1000] pad(%p, %z), padding=1_1x0_0\n"
+            "ROOT %r = f32[51,1000] slice(%q), slice={[0:51], [0:1000]}",
+            "f32[51,1000]",
+            200_000 + 204_000,
+        ),
     ],
 )
 def test_bytes_of_a_fusion(inside: str, shape: str, expected: int) -> None:

@@ -1,8 +1,8 @@
 """Bytes that the kernels of a compiled GPU program read and write.
 
 Operands and results of every kernel, each once. An operand that is read only through slices,
-dynamic slices or gathers counts what these keep, elementwise operators on the way notwithstanding:
-fusions evaluate what is asked for. A result that is an operand updated in place
+dynamic slices or gathers counts what these keep, elementwise operators, joins and padding on the way
+notwithstanding: fusions evaluate what is asked for. A result that is an operand updated in place
 (`dynamic-update-slice`) counts the update; a scatter into it reads and writes the sectors of memory
 in which its elements are, since it adds to what is there: single elements (max pooling's gradient)
 touch nearly all of an array. What a library takes as workspace is no traffic.
@@ -29,6 +29,8 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
 _MIXING = ("convolution", "custom-call", "dot", "reduce-window", "scatter", "sort")
 """Operators whose elements are made of many, even where operand and result are as large."""
+_PLACING = ("concatenate", "pad")
+"""Operators each of whose elements is one of an operand, or padding."""
 
 _NOT_ALL = re.compile(r" (?:slice|dynamic-slice|gather|dynamic-update-slice|scatter)\(")
 
@@ -182,6 +184,8 @@ def _asked_elements(
                 asks = asked[i.name] if position == 0 else size
             elif i.name in updated and position == 0:
                 asks = 0
+            elif i.opcode in _PLACING:  # of a join, each part gets its share of what is asked
+                asks = min(size, -(-asked[i.name] * size // max(sizes[i.name], 1)))
             else:
                 element_by_element = sizes[i.name] == size and i.opcode not in _MIXING
                 asks = asked[i.name] if element_by_element else size
