@@ -1,11 +1,11 @@
 """Bytes that the kernels of a compiled GPU program read and write.
 
 Operands and results of every kernel, each once. An operand that is read only through slices,
-dynamic slices or gathers counts what these keep, elementwise operators, joins and padding on the way
-notwithstanding: fusions evaluate what is asked for. A result that is an operand updated in place
-(`dynamic-update-slice`) counts the update; a scatter into it reads and writes the sectors of memory
-in which its elements are, since it adds to what is there: single elements (max pooling's gradient)
-touch nearly all of an array. What a library takes as workspace is no traffic.
+dynamic slices or gathers counts what these keep, elementwise operators, joins and padding between
+them notwithstanding: fusions evaluate what is asked for. A result that is an operand updated in
+place (`dynamic-update-slice`) counts the update; a scatter into it reads and writes the sectors of
+memory in which its elements are, since it adds to what is there: single elements (max pooling's
+gradient) touch nearly all of an array. What a library takes as workspace is no traffic.
 
 Source of the sector: NVIDIA, CUDA C++ best practices guide, "Coalesced access to global memory".
 """
