@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 import jaxlwp
 from jaxlwp.graph import _constants
 from jaxlwp.graph._trace import trace
-from tests.contracts.harness import bind, compare, every_config
+from tests.contracts.harness import bind, compare, draw_seed, every_config
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
@@ -122,8 +122,9 @@ def test_every_layout(mesh222: Mesh) -> None:
     choices = every_config(graph, dict(mesh222.shape), random.Random(0))
     axes = [{name for c in choices for name, _ in c[n].splits} for n in range(3)]
     assert axes[0] == {"sample", "height", "width", "channel"}
-    for start in range(0, len(choices), 24):
-        plans = [bind(graph, c, mesh222, expected[0]) for c in choices[start : start + 24 : 3]]
+    chosen = choices[random.Random(draw_seed()).randrange(9) :: 9]
+    for start in range(0, len(chosen), 8):
+        plans = [bind(graph, c, mesh222, expected[0]) for c in chosen[start : start + 8]]
         step = jax.jit(
             lambda p, x, plans=plans: [jax.value_and_grad(f, has_aux=True)(p, x) for f in plans]
         )

@@ -18,6 +18,7 @@ from jaxlwp.cli._workload import load_workload
 from jaxlwp.plan._planning import MEMORY_MARGIN
 from jaxlwp.solver._limit import LayerBytes, MemoryLimitError, solve_limited
 from tests.benchmarks.solvers import chain, inception, sharding
+from tests.contracts.harness import drawn
 
 RATES = jaxlwp.Rates(
     flops_per_s=5e14, memory_bytes_per_s=4e12, latency_s=(1e-5,), link_bytes_per_s=(2e11,)
@@ -83,7 +84,7 @@ def test_as_trying_every_strategy(seed: int, share: float) -> None:
     assert found.peak_bytes == peak(memory, edges, copied, found.choices) <= limit
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", drawn(range(8), 0.5))
 def test_the_least_bytes_are_named(block: int) -> None:
     """By the error of a limit below them, whatever makes them least; one strategy fits at them."""
     for seed in range(100 * block, 100 * block + 100):
@@ -118,7 +119,8 @@ def network(graph: tuple[int, list[tuple[int, int]]]) -> tuple[list, list, list,
 @pytest.mark.parametrize(
     "graph",
     [
-        pytest.param(chain(21), id="chain"),
+        pytest.param(chain(12), id="chain"),
+        pytest.param(chain(21), id="long chain", marks=pytest.mark.slow),
         pytest.param(inception(30), id="inception", marks=pytest.mark.slow),
     ],
 )
@@ -149,9 +151,10 @@ def test_a_search_that_is_ended_says_what_it_knows() -> None:
     best = solve_limited(*problem, 1.6e9)
     assert best.optimal
     gaps = []
-    for work in (0, 1e9, 2e9, 4e9):
-        found, again = (solve_limited(*problem, 1.6e9, work_limit=work) for _ in range(2))
-        assert found == again
+    for work in (0, 1e9, 4e9):
+        found = solve_limited(*problem, 1.6e9, work_limit=work)
+        if work == 1e9:
+            assert found == solve_limited(*problem, 1.6e9, work_limit=work)
         assert found.lower_bound_s <= best.cost_s * (1 + 1e-9) <= found.cost_s * (1 + 2e-9)
         gaps.append(found.gap)
     assert gaps[0] > 0 == gaps[-1]

@@ -19,6 +19,7 @@ from jaxlwp.graph import trace
 from jaxlwp.measure._local import local_step
 from jaxlwp.optimize._floor import floor_s
 from jaxlwp.space import Config, Strategy
+from tests.contracts.harness import drawn
 
 RATES = jaxlwp.Rates(flops_per_s=1e11, memory_bytes_per_s=1e10)
 WIDE, NARROW = jnp.float64, jnp.float32
@@ -94,7 +95,7 @@ def test_narrow_parameters_are_added_up_in_a_wide_dtype_if_asked_for() -> None:
         assert sum(c.num_bytes for c in plan.collectives) == 4 + num_bytes * 8 * 16
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (4, 2), (2, 3)])
+@pytest.mark.parametrize("shape", drawn([(2, 4), (4, 2), (2, 3)], 0.5))
 @pytest.mark.parametrize("sum_dtype", [None, "float64"])
 def test_numbers_of_one_device(arguments: Any, shape: tuple[int, int], sum_dtype: Any) -> None:
     with jax.enable_x64(True):

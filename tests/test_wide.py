@@ -71,7 +71,7 @@ MEASURED_LIKE = {
         ("AlexNet", (8,), {}, 0.1),
         ("AlexNet", (2, 4), MEASURED_LIKE, 0.3),
         ("AlexNet", (2, 2, 2), {}, 0.4),
-        ("Inception-v3", (8,), {}, 0.15),
+        pytest.param("Inception-v3", (8,), {}, 0.15, marks=pytest.mark.slow),
     ],
 )
 def test_floor_and_growth_against_the_whole_space(

@@ -1092,8 +1092,6 @@ OWN_ROWS_EIGHT = {
     )
     for mode, size, stride in zip(MODES, (13, 21, 21, 13), (1, 2, 1, 2), strict=True)
 }
-EIGHT_PARTS += [OWN_ROWS_EIGHT["wrap"]]
-
 EIGHT_PARTS_SLOW = [
     conv("conv-5x5/2-27x13", (9, 27, 13, 5), (5, 5, 5, 11), stride=2),
     conv("conv-3x3/1-dilated-27x14", (5, 27, 14, 9), (3, 3, 9, 8), dilation=2),
@@ -1104,6 +1102,7 @@ EIGHT_PARTS_SLOW = [
     flatten_dense("flatten-dense-8x5", (9, 8, 5, 3), 13),
     conv("conv-3x3/1", (8, 16, 16, 8), (3, 3, 8, 8)),
     max_pool("max_pool-3/2-7x27", (5, 7, 27, 13), 3, 2, "SAME"),
+    OWN_ROWS_EIGHT["wrap"],
     OWN_ROWS_EIGHT["reflect"],
     OWN_ROWS_EIGHT["symmetric"],
     OWN_ROWS_EIGHT["edge"],

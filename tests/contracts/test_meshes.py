@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from .cases import CASES
-from .harness import SEED_VARIABLE, Case, draw_seed, reorders, sweep
+from .harness import SEED_VARIABLE, Case, draw_seed, drawn, reorders, sweep
 
 SEED = draw_seed()
 SHAPES = ((2, 4), (4, 2), (2, 3), (3, 2), (2, 1, 3))
@@ -60,11 +60,13 @@ def chosen(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", TWELVE if INSIDE else SHAPES, ids=str)
+PLACES = list(itertools.product(TWELVE if INSIDE else SHAPES, KINDS))
+
+
+@pytest.mark.parametrize("place", drawn(PLACES, 0.5))
 @pytest.mark.parametrize("name", FAST)
-def test_meshes(name: str, shape: tuple[int, ...], kind: str) -> None:
-    check(chosen(name), shape, kind, MOST)
+def test_meshes(name: str, place: tuple[tuple[int, ...], str]) -> None:
+    check(chosen(name), *place, MOST)
 
 
 @pytest.mark.slow
@@ -75,24 +77,26 @@ def test_meshes_every_case(case: Case, shape: tuple[int, ...], kind: str) -> Non
     check(case, shape, kind, 64)
 
 
-def on_twelve_devices(test: str, count: int) -> None:
+def on_twelve_devices(test: str, marks: str, count: int) -> None:
     """Run a test of this file in a process that simulates twelve devices; all of it passes."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, "-m", "", f"{__file__}::{test}"],
+        [*command, "-m", marks, f"{__file__}::{test}"],
         env={**os.environ, "JAXLWP_TEST_DEVICES": "12", SEED_VARIABLE: str(SEED)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert f"{count * len(TWELVE) * len(KINDS)} passed" in done.stdout
+    assert f"{count} passed" in done.stdout
 
 
 if not INSIDE:
 
     def test_twelve_devices() -> None:
-        on_twelve_devices("test_meshes", len(FAST))
+        on_twelve_devices("test_meshes", "not slow", len(FAST) * len(TWELVE) * len(KINDS) // 2)
 
     @pytest.mark.slow
     def test_twelve_devices_every_case() -> None:
-        on_twelve_devices("test_meshes_every_case", len(CASES))
+        on_twelve_devices("test_meshes", "slow", len(FAST) * len(TWELVE) * len(KINDS) // 2)
+        count = len(CASES) * len(TWELVE) * len(KINDS)
+        on_twelve_devices("test_meshes_every_case", "slow", count)

@@ -159,18 +159,14 @@ def test_random_strategies(name: str, strategy: int) -> None:
     check(name, strategy)
 
 
+# A minute each: VGG-16 is left to `make test-all`, and the slowest of AlexNet.
+SLOW_TO_TRAIN = {"alexnet-spatial", *(f"vgg16-{s}" for s in SEARCHED)}
+
+
 @pytest.mark.parametrize(
-    ("name", "strategy"),
-    [
-        # A minute each: VGG-16 is left to `make test-all`, and the slowest of AlexNet.
-        pytest.param(
-            n, s, marks=pytest.mark.slow if n == "vgg16" or (n, s) == ("alexnet", "spatial") else ()
-        )
-        for n in NETWORKS
-        for s in SEARCHED
-    ],
+    "pair", drawn([f"{n}-{s}" for n in NETWORKS for s in SEARCHED], 0.5, slow=SLOW_TO_TRAIN)
 )
-def test_twenty_steps(name: str, strategy: str) -> None:
+def test_twenty_steps(pair: str) -> None:
     """Twenty steps of SGD with momentum follow one device's losses, dropout included.
 
     The rate is one at which AlexNet trains: at ten times that its loss swings so much in twenty
@@ -178,6 +174,7 @@ def test_twenty_steps(name: str, strategy: str) -> None:
     AlexNets the found strategy did in 5, and one device with its parameters moved by 1e-6 in 8. So
     all inputs tried must agree for five steps, and one of a few for twenty.
     """
+    name, strategy = pair.split("-")
     plan, this = plan_for(name, strategy), case(name)
     optimizer = optax.sgd(1e-4, momentum=0.9)
 

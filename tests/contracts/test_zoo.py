@@ -64,7 +64,7 @@ def check_strategy(name: str, strategy: str | int) -> Compiled:
     return compiled
 
 
-@pytest.mark.parametrize("name", drawn(ZOO, 0.2, slow=LARGE))
+@pytest.mark.parametrize("name", drawn(ZOO, 0.2, slow=(*LARGE, "vae_decoder")))
 def test_found_strategy_and_baselines(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
