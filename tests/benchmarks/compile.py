@@ -1,13 +1,15 @@
-"""How long plans take to trace and to compile, beside plain JAX: `make bench-compile`.
+"""How long plans take to trace and to compile: `make bench-compile`.
 
-A training step's loss and gradients on 8 simulated devices, once by plain JAX (the batch split by
-sharding annotations, parameters replicated) and once by a plan with the same strategy. Runs of the
-two take turns; what is compared is the medians of tracing and compiling together.
+Programs of two kinds take turns on 8 simulated devices; what is compared is the medians of tracing
+and compiling together. A training step's loss and gradients by plain JAX (the batch split by
+sharding annotations, parameters replicated) and by a plan with the same strategy; and one step of a
+sampler beside 20 of them in `lax.scan`, both by a plan that splits height.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import platform
@@ -20,19 +22,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxlwp
+from models import DenoisingUNet
 
 RESULTS = Path(__file__).parent / "results" / "compile.json"
 RATES = jaxlwp.Rates(flops_per_s=1e12, memory_bytes_per_s=1e11)
 
-Program = tuple[Callable[..., Any], Any, tuple[Any, ...]]
-"""A loss, the shapes of its parameters, and those of its batch."""
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two programs that are compared.
+
+    Attributes:
+      steps: jitted functions with their arguments' shapes, by name; the first is the reference.
+      layers: of the plan.
+    """
+
+    steps: dict[str, tuple[Any, tuple[Any, ...]]]
+    layers: int
 
 
-def ctc(steps: int = 20, samples: int = 16, features: int = 40, labels: int = 30) -> Program:
-    """Two dense layers and a CTC loss."""
+def ctc(mesh: Mesh, steps: int = 20, samples: int = 16, features: int = 40) -> Pair:
+    """Training of two dense layers with a CTC loss, by plain JAX and by a plan."""
 
     def loss(params: Any, x: Any, targets: Any) -> Any:
         logits = jnp.tanh(x @ params["hidden"]) @ params["labels"]
@@ -41,14 +55,52 @@ def ctc(steps: int = 20, samples: int = 16, features: int = 40, labels: int = 30
 
     params = {
         "hidden": jax.ShapeDtypeStruct((features, 64), jnp.float32),
-        "labels": jax.ShapeDtypeStruct((64, labels), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((64, 30), jnp.float32),
     }
     x = jax.ShapeDtypeStruct((samples, steps, features), jnp.float32)
-    return loss, params, (x, jax.ShapeDtypeStruct((samples, 6), jnp.int32))
+    batch = (x, jax.ShapeDtypeStruct((samples, 6), jnp.int32))
+    plan = jaxlwp.parallelize(loss, params, *batch, mesh=mesh, rates=RATES, strategy="data")
+    whole = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    plain = jax.jit(jax.value_and_grad(loss), in_shardings=(whole, split, split))
+    ours = jax.jit(jax.value_and_grad(plan), in_shardings=plan.shardings)
+    made = {"plain": (plain, (params, *batch)), "ours": (ours, (params, *batch))}
+    return Pair(made, len(plan.graph.layers))
 
 
-PROGRAMS: dict[str, tuple[Callable[[], Program], float]] = {"CTC loss, 20 steps": (ctc, 3.0)}
-"""By name: the program, and the most that ours may take, in times of plain JAX."""
+def sampler(mesh: Mesh, steps: int = 20) -> Pair:
+    """A denoising U-Net that is evaluated once, and in a loop over timesteps."""
+    model = DenoisingUNet(
+        channels=(32, 64), attends=(False, True), blocks=1, heads=2, num_classes=5, groups=8
+    )
+    x = jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.float32)
+    kind = jax.ShapeDtypeStruct((1,), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x, t, kind)
+
+    def denoise(params: Any, x: Any, t: Any, kind: Any) -> Any:
+        return x - 0.05 * model.apply(params, x, t, kind)
+
+    plan = jaxlwp.parallelize(
+        denoise, params, x, t, kind, mesh=mesh, rates=RATES, strategy="spatial", train=False
+    )
+
+    def sample(params: Any, x: Any, times: Any, kind: Any) -> Any:
+        return lax.scan(lambda x, t: (plan(params, x, t, kind), None), x, times)[0]
+
+    times = jax.ShapeDtypeStruct((steps, 1), jnp.float32)
+    made = {
+        "step": (jax.jit(plan), (params, x, t, kind)),
+        "loop": (jax.jit(sample), (params, x, times, kind)),
+    }
+    return Pair(made, len(plan.graph.layers))
+
+
+PROGRAMS: dict[str, tuple[Callable[[Mesh], Pair], float]] = {
+    "CTC loss, 20 steps": (ctc, 3.0),
+    "sampler, 20 steps": (sampler, 1.5),
+}
+"""By name: what is compared, and the most that the second may take, in times of the first."""
 
 
 def seconds(step: Any, arguments: tuple[Any, ...]) -> tuple[float, float]:
@@ -61,36 +113,21 @@ def seconds(step: Any, arguments: tuple[Any, ...]) -> tuple[float, float]:
     return traced - start, time.perf_counter() - traced
 
 
-def steps_of(program: Program, mesh: Mesh) -> tuple[dict[str, Any], int]:
-    """Jitted loss and gradients by plain JAX and by a plan; how many layers the plan has."""
-    loss, params, batch = program
-    plan = jaxlwp.parallelize(loss, params, *batch, mesh=mesh, rates=RATES, strategy="data")
-    whole = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    plain = (whole, *(split for _ in batch))
-    steps = {
-        "plain": jax.jit(jax.value_and_grad(loss), in_shardings=plain),
-        "ours": jax.jit(jax.value_and_grad(plan), in_shardings=plan.shardings),
-    }
-    return steps, len(plan.graph.layers)
-
-
 def row(name: str, runs: int) -> dict[str, Any]:
     """Medians of runs that take turns."""
     make, limit = PROGRAMS[name]
-    program = make()
-    steps, layers = steps_of(program, jaxlwp.make_mesh(jax.devices()[:8]))
-    arguments = (program[1], *program[2])
-    times: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
+    pair = make(jaxlwp.make_mesh(jax.devices()[:8]))
+    times: dict[str, list[tuple[float, float]]] = {who: [] for who in pair.steps}
     for _ in range(runs):
-        for who, step in steps.items():
+        for who, (step, arguments) in pair.steps.items():
             times[who].append(seconds(step, arguments))
-    found: dict[str, Any] = {"program": name, "layers": layers, "runs": runs, "limit": limit}
+    found: dict[str, Any] = {"program": name, "layers": pair.layers, "runs": runs, "limit": limit}
     for who, pairs in times.items():
         trace_s, compile_s = (statistics.median(part) for part in zip(*pairs, strict=True))
         total_s = statistics.median(map(sum, pairs))
         found[who] = {"trace_s": trace_s, "compile_s": compile_s, "total_s": total_s}
-    found["ratio"] = found["ours"]["total_s"] / found["plain"]["total_s"]
+    first, second = pair.steps
+    found["ratio"] = found[second]["total_s"] / found[first]["total_s"]
     return found
 
 
@@ -106,7 +143,8 @@ def main() -> None:
         r = rows[-1]
         both = "   ".join(
             f"{who} {r[who]['trace_s']:6.2f} + {r[who]['compile_s']:6.2f} s"
-            for who in ("plain", "ours")
+            for who in ("plain", "ours", "step", "loop")
+            if who in r
         )
         kept = "within" if r["ratio"] <= r["limit"] else "ABOVE"
         print(
