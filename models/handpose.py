@@ -22,7 +22,8 @@ def expected_position(heatmaps: jax.Array) -> jax.Array:
         [batch, key points, 2]: x, y.
     """
     _, height, width, _ = heatmaps.shape
-    heatmaps = heatmaps.astype(jnp.float32)  # positions finer than bfloat16 could tell apart
+    # Positions are finer than bfloat16 could tell apart.
+    heatmaps = heatmaps.astype(jnp.promote_types(heatmaps.dtype, jnp.float32))
     weights = nn.softmax(heatmaps, axis=(1, 2))
     xs = (jnp.arange(width) + 0.5) / width
     ys = (jnp.arange(height) + 0.5) / height
@@ -48,7 +49,7 @@ class HandPose(nn.Module):
         bottleneck: The kind of block, see `models.resnet.ResidualBlock`.
         width: Channels of the ResNet's first convolution.
         deconv_widths: Channels of each transposed convolution, which doubles the image size.
-        dtype: Type to compute in; parameters and coordinates stay float32.
+        dtype: Type to compute in; parameters stay float32, coordinates are float32 at least.
     """
 
     num_keypoints: int = 21
