@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 import jaxlwp
 from jaxlwp.ops._elementwise import POINTWISE
 
+from .harness import drawn
+
 RATES = jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)
 
 
@@ -36,14 +38,15 @@ def differentiable() -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
-def test_all_by_space(mesh222: Mesh, double: bool) -> None:
+@pytest.mark.parametrize("dtype", drawn(["float32", "float64"], 0.5))
+def test_all_by_space(mesh222: Mesh, dtype: str) -> None:
+    double = dtype == "float64"
     with jax.enable_x64(double):
         names = differentiable()
         assert {"erf", "erfc", "tanh", "atan2", "clamp"} <= {name for name, _ in names}
         x = np.linspace(0.2, 0.7, 2 * 8 * 8).reshape(2, 8, 8, 1)
         w = np.linspace(0.9, 1.1, len(names))
-        x, w = (jnp.asarray(a, jnp.float64 if double else jnp.float32) for a in (x, w))
+        x, w = (jnp.asarray(a, dtype) for a in (x, w))
 
         def loss(w: Any, x: Any) -> Any:
             # Each gets a weight of its own, so that none hides behind another.

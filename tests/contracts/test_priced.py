@@ -186,7 +186,7 @@ def check_block(name: str, shape: tuple[int, ...], draws: int) -> None:
     check(space_on(mesh, jaxlwp.trace(loss, *arguments)), mesh, loss, arguments, draws)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", drawn(BLOCKS, 0.5))
 def test_blocks(name: str) -> None:
     check_block(name, SHAPES[SEED % len(SHAPES)], 8)
 
@@ -281,7 +281,7 @@ def check_compiled(name: str, shape: tuple[int, ...], draws: int) -> None:
 COMPILED = [name for name in BLOCKS if name != "checkpointed"]  # XLA undoes it on processors
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", drawn(COMPILED, 0.5))
 def test_compiled(name: str) -> None:
     check_compiled(name, SHAPES[SEED % len(SHAPES)], 2)
 
