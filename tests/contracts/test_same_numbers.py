@@ -81,7 +81,7 @@ def test_eight_devices_slow(case: Case, mesh222: Mesh) -> None:
     check(case, mesh222)
 
 
-@pytest.mark.parametrize("case", drawn(CASES, 0.05, slow=[case for case in CASES if case.slow]))
+@pytest.mark.parametrize("case", drawn(CASES, 0.04, slow=[case for case in CASES if case.slow]))
 def test_four_devices(case: Case, mesh22: Mesh) -> None:
     check(case, mesh22)
 

@@ -408,7 +408,7 @@ BODIES: dict[str, tuple[Callable[[Any], Any], set[str] | None]] = {
 }
 
 
-@pytest.mark.parametrize("name", drawn(BODIES, 0.3))
+@pytest.mark.parametrize("name", drawn(BODIES, 0.25))
 def test_numbers_are_right_whatever_the_body(name: str, mesh22: Mesh) -> None:
     """Some configs of each layer; the scan has the dimensions that its body merely maps."""
     apply, dimensions = BODIES[name]
