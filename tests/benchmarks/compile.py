@@ -121,14 +121,20 @@ def row(name: str, runs: int) -> dict[str, Any]:
     for _ in range(runs):
         for who, (step, arguments) in pair.steps.items():
             times[who].append(seconds(step, arguments))
-    found: dict[str, Any] = {"program": name, "layers": pair.layers, "runs": runs, "limit": limit}
+    medians = {}
     for who, pairs in times.items():
         trace_s, compile_s = (statistics.median(part) for part in zip(*pairs, strict=True))
         total_s = statistics.median(map(sum, pairs))
-        found[who] = {"trace_s": trace_s, "compile_s": compile_s, "total_s": total_s}
-    first, second = pair.steps
-    found["ratio"] = found[second]["total_s"] / found[first]["total_s"]
-    return found
+        medians[who] = {"trace_s": trace_s, "compile_s": compile_s, "total_s": total_s}
+    first, second = medians.values()
+    return {
+        "program": name,
+        "layers": pair.layers,
+        "runs": runs,
+        "limit": limit,
+        "medians": medians,
+        "ratio": second["total_s"] / first["total_s"],
+    }
 
 
 def main() -> None:
@@ -142,9 +148,8 @@ def main() -> None:
         rows.append(row(name, options.runs))
         r = rows[-1]
         both = "   ".join(
-            f"{who} {r[who]['trace_s']:6.2f} + {r[who]['compile_s']:6.2f} s"
-            for who in ("plain", "ours", "step", "loop")
-            if who in r
+            f"{who} {median['trace_s']:6.2f} + {median['compile_s']:6.2f} s"
+            for who, median in r["medians"].items()
         )
         kept = "within" if r["ratio"] <= r["limit"] else "ABOVE"
         print(

@@ -93,10 +93,13 @@ def on_twelve_devices(test: str, marks: str, count: int) -> None:
 if not INSIDE:
 
     def test_twelve_devices() -> None:
-        on_twelve_devices("test_meshes", "not slow", len(FAST) * len(TWELVE) * len(KINDS) // 2)
+        half = len(TWELVE) * len(KINDS) // 2
+        on_twelve_devices("test_meshes", "not slow", len(FAST) * half)
+
+    @pytest.mark.slow
+    def test_twelve_devices_every_place() -> None:
+        on_twelve_devices("test_meshes", "", len(FAST) * len(TWELVE) * len(KINDS))
 
     @pytest.mark.slow
     def test_twelve_devices_every_case() -> None:
-        on_twelve_devices("test_meshes", "slow", len(FAST) * len(TWELVE) * len(KINDS) // 2)
-        count = len(CASES) * len(TWELVE) * len(KINDS)
-        on_twelve_devices("test_meshes_every_case", "slow", count)
+        on_twelve_devices("test_meshes_every_case", "", len(CASES) * len(TWELVE) * len(KINDS))

@@ -14,8 +14,6 @@ from jax.sharding import Mesh
 import jaxlwp
 from jaxlwp.ops._elementwise import POINTWISE
 
-from .harness import drawn
-
 RATES = jaxlwp.Rates(flops_per_s=1e10, memory_bytes_per_s=1e9)
 
 
@@ -38,7 +36,7 @@ def differentiable() -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", drawn(["float32", "float64"], 0.5))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_all_by_space(mesh222: Mesh, dtype: str) -> None:
     double = dtype == "float64"
     with jax.enable_x64(double):
