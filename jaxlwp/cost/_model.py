@@ -200,8 +200,8 @@ class AnalyticCostModel:
         self, use: Use, sources: Sequence[Config], targets: Sequence[Config]
     ) -> FloatArray:
         """See `CostModel`."""
-        rows, row_of = _distinct(_source_layouts(use, sources, self.devices.axis_sizes))
-        columns, column_of = _distinct(_wanted(use, targets))
+        rows, row_of = distinct(_source_layouts(use, sources, self.devices.axis_sizes))
+        columns, column_of = distinct(_wanted(use, targets))
         table = self._changes_s(use, rows, columns, every_pair=True)
         table = table.reshape(len(rows), len(columns)) + self._copies_s(use, rows, columns)
         return table[np.ix_(row_of, column_of)]
@@ -218,7 +218,7 @@ class AnalyticCostModel:
     def _own_use_s(self, use: Use, configs: Sequence[Config]) -> FloatArray:
         """Seconds of a change of layout inside a layer, for each of its configs."""
         sources = _source_layouts(use, configs, self.devices.axis_sizes)
-        pairs, pair_of = _distinct(list(zip(sources, _wanted(use, configs), strict=True)))
+        pairs, pair_of = distinct(list(zip(sources, _wanted(use, configs), strict=True)))
         rows, columns = zip(*pairs, strict=True)
         return self._changes_s(use, rows, columns, every_pair=False)[pair_of]
 
@@ -254,7 +254,7 @@ class AnalyticCostModel:
 
         if not mixed:
             return np.zeros(len(configs))
-        parts, part_of = _distinct([part(config) for config in configs])
+        parts, part_of = distinct([part(config) for config in configs])
         collectives = [member_collectives(member, Config(splits), sizes) for splits in parts]
         seconds = [
             sum(map(self.devices.collective_s, every))
@@ -266,7 +266,7 @@ class AnalyticCostModel:
     def _spare_s(self, spare: SpareSums, configs: Sequence[Config]) -> FloatArray:
         """Seconds of starting all-reduces, and waiting, that do not run, for each config."""
         every = [tuple(a for name in spare.names for a in c.axes(name)) for c in configs]
-        sums, sum_of = _distinct(every)
+        sums, sum_of = distinct(every)
         wait_s = self.wait_s if spare.awaited else 0.0
         once_s = [
             self.devices.link_rate("all-reduce", axes)[0] + wait_s if axes else 0.0 for axes in sums
@@ -397,7 +397,7 @@ def _wanted(use: Use, configs: Sequence[Config]) -> list[Wanted]:
     ]
 
 
-def _distinct(keys: Sequence[Key]) -> tuple[list[Key], list[int]]:
+def distinct(keys: Sequence[Key]) -> tuple[list[Key], list[int]]:
     """The distinct keys, and for each key its position among them."""
     numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
     return list(numbers), [numbers[key] for key in keys]

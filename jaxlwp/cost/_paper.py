@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jaxlwp.cost._collectives import layer_collectives
+from jaxlwp.cost._fetched import fetched_bytes
 from jaxlwp.cost._model import AnalyticCostModel, LayerCosts
 from jaxlwp.devices import DeviceGraph, LinkFit
 from jaxlwp.graph import ComputationGraph, Layer, Use
@@ -24,6 +26,7 @@ from jaxlwp.space import (
     COLLECTIVES,
     Collective,
     Config,
+    degree,
     layout_axes,
     local_shape,
     wire_share,
@@ -32,14 +35,17 @@ from jaxlwp.space import (
 SERVERS = ("device", "host", "replicas")
 """Where a layer's parameter server is; see `PaperCostModel`."""
 
+TRANSFERS = ("parallel", "total")
+"""How bytes that move become seconds; see `PaperCostModel`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaperCostModel:
     """Work, bytes over bandwidth, and a parameter server for every layer.
 
-    Every device fetches each part of a tensor from a device that has it, once for itself: of what
-    it fetches, that from other hosts goes over its share of the adapters, the rest over the links
-    inside. Both work at the same time, and the slower counts.
+    Every device fetches each part of a tensor from a device that has it, once for itself. What the
+    paper writes of the seconds, "the size of the data to be moved and the known communication
+    bandwidth", can be read in two ways; `transfers` says which.
 
     The paper does not split input channels: leave that out of the space with
     `Constraints(forbid=("reduction",))`.
@@ -48,24 +54,35 @@ class PaperCostModel:
       devices: mesh axes, with the rates of devices and links. Of what else it has nothing counts.
       servers: where a layer's server is. All that hold its parameters (of a part of them, if they
         are split) send it their gradients, and then it sends them the new values.
-        "device": one of these devices, over its own links. "host": the same, but the adapter's
-        shares of all of them in its host are its own meanwhile. "replicas": each of these devices
-        is the server of an equal part.
+        "device": one of these devices, over its own links. "host": the same, but what the devices
+        of a host send to another one takes as long as if one of them did: either links between
+        hosts have the rate of a device's share of the adapter, and the shares of all are the
+        server's meanwhile, or they have the adapter's rate, and hosts add gradients up first.
+        "replicas": each of these devices is the server of an equal part.
+      transfers: how bytes that move become seconds. "parallel": all devices fetch at the same time;
+        of what a device fetches, that from other hosts goes over its share of the adapters, the
+        rest over the links inside; the slowest counts, and a layer with fewer parts than there are
+        devices runs on all of them, as in programs of jaxlwp. "total": the bytes of all devices
+        together over the bandwidth of one link of their level; a layer runs on as many devices as
+        it has parts, and only these fetch.
     """
 
     devices: DeviceGraph
     servers: str = "device"
+    transfers: str = "parallel"
 
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
-          ValueError: an unknown place of the servers.
+          ValueError: an unknown place of the servers, or way of transfers.
         """
-        if self.servers not in SERVERS:
-            raise ValueError(
-                f"PaperCostModel: servers is {self.servers!r}; give one of {', '.join(SERVERS)}"
-            )
+        for name, known in (("servers", SERVERS), ("transfers", TRANSFERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"PaperCostModel: {name} is {getattr(self, name)!r}; "
+                    f"give one of {', '.join(known)}"
+                )
 
     @functools.cached_property
     def _rates(self) -> AnalyticCostModel:
@@ -93,15 +110,34 @@ class PaperCostModel:
         plain = self._rates.layer(layer, configs)
         sizes = self.devices.axis_sizes
         sync_s = [sum(map(self._sync_s, gradient_sums(layer, config, sizes))) for config in configs]
-        return LayerCosts(
-            plain.compute_s, plain.exchange_s, np.array(sync_s), np.zeros(len(configs))
-        )
+        moves_s = plain.exchange_s
+        if self.transfers == "total":
+            moves_s = np.array([self._inside_s(layer, config) for config in configs])
+        return LayerCosts(plain.compute_s, moves_s, np.array(sync_s), np.zeros(len(configs)))
 
     def transfer_s(
         self, use: Use, sources: Sequence[Config], targets: Sequence[Config]
     ) -> FloatArray:
         """See `CostModel`: t_X."""
-        return self._rates.transfer_s(use, sources, targets)
+        if self.transfers == "parallel":
+            return self._rates.transfer_s(use, sources, targets)
+        seconds = np.zeros((len(sources), len(targets)))
+        if use.argument:  # parameters lie where they are used, and batches where they are wanted
+            return seconds
+        for level, num_bytes in fetched_bytes(use, sources, targets, self.devices).items():
+            seconds += num_bytes / _link_bytes_per_s(self.devices, level)
+        return (1 + use.gradient) * seconds
+
+    def _inside_s(self, layer: Layer, config: Config) -> float:
+        """Seconds of a layer's halos and partial sums: those of all its devices together."""
+        sizes = self.devices.axis_sizes
+        seconds = 0.0
+        for each in layer_collectives(layer, config, sizes):
+            sent = wire_share(each.kind, degree(each.axes, sizes)) * each.num_bytes
+            levels = list(_levels(self.devices, each.axes))
+            others = sum(beyond for _, beyond, _ in levels)
+            seconds += sum(sent * beyond / others / b for _, beyond, b in levels)
+        return degree(tuple(config.used_axes), sizes) * seconds
 
     def _sync_s(self, collective: Collective) -> float:
         """Seconds of synchronising a parameter: gradients to servers, and values back."""
@@ -131,6 +167,11 @@ def gradient_sums(layer: Layer, config: Config, axis_sizes: dict[str, int]) -> I
                 local_shape(use.moved.shape, layout, axis_sizes)
             )
             yield Collective(kind="all-reduce", axes=axes, num_bytes=num_bytes, backward=True)
+
+
+def _link_bytes_per_s(devices: DeviceGraph, level: int) -> float:
+    """Bytes per second of a link of a level."""
+    return min(axis.bytes_per_s for axis in devices.axes if axis.level == level)
 
 
 def _levels(devices: DeviceGraph, axes: Sequence[str]) -> Iterator[tuple[int, int, float]]:

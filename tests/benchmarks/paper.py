@@ -72,8 +72,7 @@ def figure_7_and_8(key: str, networks: Sequence[str], counts: Sequence[int]) -> 
             row["images_per_s_published"] = published.IMAGES_PER_S[network][name][place]
             row["off"] = off(row["images_per_s"], row["images_per_s_published"])
             if count > 1:
-                sizes = result.strategy.axis_sizes
-                row["gb"] = moved_bytes(graph, configs, sizes) / 1e9
+                row["gb"] = moved_bytes(graph, configs, cluster(count, links)) / 1e9
                 row["gb_published"] = published.MOVED_GB[network][name][place - 1]
                 row["gb_off"] = off(row["gb"], row["gb_published"])
             if name == "search":
@@ -168,7 +167,7 @@ def table_5(key: str) -> dict[str, Any]:
         for result in (ours, theirs)
     ]
     gb = [
-        moved_bytes(space.graph, result.strategy.for_graph(space.graph), sizes) / 1e9
+        moved_bytes(space.graph, result.strategy.for_graph(space.graph), space.devices) / 1e9
         for result in (ours, theirs)
     ]
     ms = [

@@ -47,14 +47,19 @@ class Terms:
       objective: what a step takes, as of `jaxlwp.search`.
       found_by: the objective of the search. The paper's is the plain sum, whatever its runtime then
         hid behind the backward pass.
-      fitted: link rates are fitted to AlexNet's bars; else they are data sheets'.
+      fitted_to: AlexNet's bars to which link rates are fitted; if empty, they are data sheets'.
+      fits_inside: the rate inside a node is fitted, too; else it is the data sheet's.
+      transfers: as of a `PaperCostModel`. With "total" the rate between nodes is a node's, not a
+        GPU's share of it.
     """
 
     title: str
     servers: str
     objective: str
     found_by: str
-    fitted: bool
+    fitted_to: tuple[str, ...] = ()
+    fits_inside: bool = True
+    transfers: str = "parallel"
 
 
 TERMS = {
@@ -63,7 +68,6 @@ TERMS = {
         servers="device",
         objective="sum",
         found_by="sum",
-        fitted=False,
     ),
     "host": Terms(
         title="paper's: plain sum, a layer's server on one GPU that has its node's whole adapter, "
@@ -71,14 +75,13 @@ TERMS = {
         servers="host",
         objective="sum",
         found_by="sum",
-        fitted=False,
     ),
     "replicas": Terms(
         title="plain sum, servers shared out over all replicas, link rates fitted to AlexNet",
         servers="replicas",
         objective="sum",
         found_by="sum",
-        fitted=True,
+        fitted_to=("data", "model"),
     ),
     "overlapped": Terms(
         title="servers shared out over all replicas, gradients synchronised behind the backward "
@@ -86,7 +89,7 @@ TERMS = {
         servers="replicas",
         objective="overlap",
         found_by="overlap",
-        fitted=True,
+        fitted_to=("data", "model"),
     ),
     "planned by the sum": Terms(
         title="as 'overlapped', but plans are those of the plain sum, as in the paper, whose "
@@ -94,7 +97,28 @@ TERMS = {
         servers="replicas",
         objective="overlap",
         found_by="sum",
-        fitted=True,
+        fitted_to=("data", "model"),
+    ),
+    "total": Terms(
+        title="paper's words: plain sum, all bytes that move over the bandwidth of one link; a "
+        "node adds its gradients up before it sends them to a layer's server; NVLink's data sheet, "
+        "the rate between nodes fitted to AlexNet's data-parallel and one-weird-trick bars",
+        servers="host",
+        objective="sum",
+        found_by="sum",
+        fitted_to=("data", "owt"),
+        fits_inside=False,
+        transfers="total",
+    ),
+    "total, overlapped": Terms(
+        title="plans of 'total', gradients synchronised behind the backward pass; the rate between "
+        "nodes fitted so",
+        servers="host",
+        objective="overlap",
+        found_by="sum",
+        fitted_to=("data", "owt"),
+        fits_inside=False,
+        transfers="total",
     ),
     "today": Terms(
         title="today's: the default cost model (kernels, NCCL's stages, sums joined), overlapped, "
@@ -102,7 +126,6 @@ TERMS = {
         servers="",
         objective="overlap",
         found_by="overlap",
-        fitted=False,
     ),
 }
 
@@ -176,7 +199,9 @@ def graph_of(network: str, batch: int) -> ComputationGraph:
 
 def model_of(terms: Terms, devices: jaxlwp.DeviceGraph) -> CostModel | None:
     """The cost model of some terms; None for the default."""
-    return PaperCostModel(devices=devices, servers=terms.servers) if terms.servers else None
+    if not terms.servers:
+        return None
+    return PaperCostModel(devices=devices, servers=terms.servers, transfers=terms.transfers)
 
 
 def speed_of(network: str, terms: Terms) -> float:
@@ -236,12 +261,13 @@ def found(network: str, count: int, terms: Terms, links: Links) -> jaxlwp.optimi
     return jaxlwp.search(space, objective=terms.found_by, work_limit=WORK_LIMIT)
 
 
-def fitted(terms: Terms) -> Links:
-    """Link rates by AlexNet's data- and model-parallel bars: least squares of their logarithms.
+def fitted(terms: Terms, count: int) -> Links:
+    """Link rates by some of AlexNet's bars: least squares of their logarithms.
 
     The rate inside by the bars of 2 and 4 GPUs, then the rate across by those of 8 and 16.
     """
-    return _fitted(replace(terms, title="", found_by=""))  # plans have no part in it
+    inside, across = _fitted(replace(terms, title="", found_by=""))  # plans have no part in it
+    return (inside if terms.fits_inside else data_sheet(count)[0]), across
 
 
 @functools.cache
@@ -249,7 +275,7 @@ def _fitted(terms: Terms) -> Links:
 
     def off(links: Links, counts: Sequence[int]) -> float:
         errors = []
-        for count, name in itertools.product(counts, ("data", "model")):
+        for count, name in itertools.product(counts, terms.fitted_to):
             configs = known_strategies("AlexNet", count)[name]
             rate = BATCH * count / step_s("AlexNet", count, configs, terms, links)
             measured = published.IMAGES_PER_S["AlexNet"][name][COUNTS.index(count)]
@@ -263,10 +289,12 @@ def _fitted(terms: Terms) -> Links:
         )
         return math.exp(found.x)
 
-    inside = best(lambda rate: off((rate, 1.0), (2, 4)))
+    inside = data_sheet(NODE)[0]
+    if terms.fits_inside:
+        inside = best(lambda rate: off((rate, 1.0), (2, 4)))
     return inside, best(lambda rate: off((inside, rate), (8, 16)))
 
 
 def links_of(terms: Terms, count: int) -> Links:
     """The link rates of some terms."""
-    return fitted(terms) if terms.fitted else data_sheet(count)
+    return fitted(terms, count) if terms.fitted_to else data_sheet(count)
