@@ -334,6 +334,27 @@ def test_bytes_as_the_paper_counts_them(count: int) -> None:
     assert owt == pytest.approx(convolutions + read + logits)
 
 
+def test_published_bytes_of_alexnet() -> None:
+    """Figure 8 by three formulas, in units of 2^30 bytes: AlexNet with 7 x 7 pixels at last.
+
+    Of dense layers only the first one's input counts, as often as there are devices that read it:
+    all of them under one weird trick, two layer-wise, at every count.
+    """
+    convolutions = 2_469_696
+    dense = 4096 * (12_544 + 4096 + 1000) + 4096 + 4096 + 1000
+    for place, count in enumerate((2, 4, 8, 16)):
+        gradients = 2 * count * 4 * convolutions
+        batch = 4 * 32 * count * 12_544
+        found = {
+            "data": gradients + 2 * count * 4 * dense,
+            "owt": gradients + 2 * count * batch,
+            "search": gradients + 2 * 2 * batch,
+        }
+        for name, num_bytes in found.items():
+            shown = published.MOVED_GB["AlexNet"][name][place]
+            assert num_bytes / 2**30 == pytest.approx(shown, rel=0.006)
+
+
 def test_speed_is_that_of_one_gpu() -> None:
     for terms in (TERMS["device"], TERMS["today"]):
         seconds = step_s("AlexNet", 1, known_strategies("AlexNet", 1)["data"], terms, data_sheet(1))
