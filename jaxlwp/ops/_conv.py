@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlwp.ops._rule import Labels, Local, Rule, Signature, Window, spatial_names
+from jaxlwp.ops._swapped import ConvDim, rows_to_add, with_rows
 from jaxlwp.program import Equation
 
 
@@ -74,7 +75,7 @@ def _lower(eqn: Equation, operands: Sequence[Any], local: Local) -> tuple[Any, .
             names, params["padding"], params["lhs_dilation"], strict=True
         )
     ]
-    x, left_over = _avoid_group_dimension(eqn, operands[0], left_over, local)
+    x, left_over = _compiled_right(eqn, operands[0], operands[1], left_over)
     feature = params["dimension_numbers"].lhs_spec[1]
     whole = eqn.operand_values[0].shape[feature]
     groups = params["feature_group_count"]
@@ -91,28 +92,44 @@ Padding = tuple[int, int, int]
 """Low padding, high padding, base dilation."""
 
 
-def _avoid_group_dimension(
-    eqn: Equation, x: Any, left_over: list[Padding], local: Local
+def _compiled_right(
+    eqn: Equation, x: Any, kernel: Any, left_over: list[Padding]
 ) -> tuple[Any, list[Padding]]:
-    """Keep XLA from compiling the kernel's gradient wrongly (it aborts).
+    """The operand and its padding, so that XLA compiles the convolution and its gradients.
 
-    Its algebraic simplifier takes a dimension of a convolution for a batch of groups if base
-    dilation = size = stride + 1 and nothing is padded. The gradient of a transposed convolution
-    has such a one where a device makes as many rows as the base dilation is. There the operand
-    gets a row of zeros more, and the padding takes it away.
+    Where it would end the process, the operand gets rows of zeros, and the padding takes them away.
     """
-    spec, out_spec = (getattr(eqn.params["dimension_numbers"], n) for n in ("lhs_spec", "out_spec"))
-    result = []
-    for i, (low, high, dilation) in enumerate(left_over):
-        rows = local.result_shapes[0][out_spec[2 + i]]
-        if low == high == 0 and 1 < dilation == rows == eqn.params["rhs_dilation"][i] + 1:
-            config = [(0, 0, 0)] * x.ndim
-            config[spec[2 + i]] = (0, 1, 0)
-            # The barrier keeps the compiler from folding the row into the padding again.
-            x = lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), config))
-            high = -dilation
-        result.append((low, high, dilation))
-    return x, result
+    numbers = eqn.params["dimension_numbers"]
+    if eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1:
+        return x, left_over  # operands of these are never swapped
+    windows = [
+        ConvDim(
+            rows=x.shape[dim],
+            kernel=kernel.shape[kernel_dim],
+            low=low,
+            high=high,
+            base=base,
+            dilation=dilation,
+            stride=stride,
+        )
+        for dim, kernel_dim, (low, high, base), dilation, stride in zip(
+            numbers.lhs_spec[2:],
+            numbers.rhs_spec[2:],
+            left_over,
+            eqn.params["rhs_dilation"],
+            eqn.params["window_strides"],
+            strict=True,
+        )
+    ]
+    added = rows_to_add(windows)
+    if not any(added):
+        return x, left_over
+    config = [(0, 0, 0)] * x.ndim
+    for dim, rows in zip(numbers.lhs_spec[2:], added, strict=True):
+        config[dim] = (0, rows, 0)
+    # The barrier keeps the compiler from folding the rows into the padding again.
+    x = lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), config))
+    return x, [(w.low, w.high, w.base) for w in map(with_rows, windows, added)]
 
 
 def _flops(
