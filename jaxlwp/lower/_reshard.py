@@ -39,11 +39,9 @@ def move_block(
     if move.kind == "all_gather":
         x = all_gather(x, move.axes, move.dim, varying=move.varying)
     else:
-        x = _kept(x, _pad_to_multiple(x, move.to_dim, degree(move.axes, axis_sizes)))
+        x = _pad_to_multiple(x, move.to_dim, degree(move.axes, axis_sizes))
         x = all_to_all(x, move.axes, split_dim=move.to_dim, concat_dim=move.dim)
     if not move.after[move.dim] and x.shape[move.dim] > shape[move.dim]:
-        if move.kind == "all_to_all":
-            x = lax.optimization_barrier(x)  # of the gradient, which is padded
         x = lax.slice_in_dim(x, 0, shape[move.dim], axis=move.dim)
     return x
 
@@ -55,16 +53,6 @@ def varies_as_vector(shape: Sequence[int]) -> bool:
     cuDNN, and turn the sum in a kernel. A vector has one order.
     """
     return len(shape) > 2 and math.prod(shape[:-2]) == 1
-
-
-def _kept(x: Any, padded: Any) -> Any:
-    """What is padded, as it is.
-
-    XLA for processors takes an all-to-all apart into pieces. It would know those that are padding
-    alone to be constants, give them a layout of their own, and refuse pieces of two layouts (JAX
-    0.10.2: "HLO all-to-all has operands with different shapes").
-    """
-    return x if padded is x else lax.optimization_barrier(padded)
 
 
 def _pad_to_multiple(x: Any, dim: int, parts: int) -> Any:

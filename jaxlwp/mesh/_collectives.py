@@ -100,8 +100,23 @@ def reduce_scatter(x: Any, axes: Axes, dim: int) -> Any:
 
 
 def all_to_all(x: Any, axes: Axes, *, split_dim: int, concat_dim: int) -> Any:
-    """Split `split_dim` among the devices along the axes, and put `concat_dim` together."""
-    return lax.all_to_all(x, axes, split_dim, concat_dim, tiled=True)
+    """Split `split_dim` among the devices along the axes, and put `concat_dim` together.
+
+    XLA takes an all-to-all apart into pieces. A piece that it knows (padding alone, or an operand
+    of what was stacked) may get a layout of its own, and XLA for processors refuses pieces of two
+    layouts ("HLO all-to-all has operands with different shapes", JAX 0.10.2). There pieces are kept
+    from being known: those of `x`, and of the cotangent, which is sent the other way.
+    """
+    if not _on_processors():
+        return lax.all_to_all(x, axes, split_dim, concat_dim, tiled=True)
+    x = lax.all_to_all(lax.optimization_barrier(x), axes, split_dim, concat_dim, tiled=True)
+    return lax.optimization_barrier(x)
+
+
+def _on_processors() -> bool:
+    """Whether the mesh around is of processors."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "cpu"
 
 
 def permute(x: Any, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 import jaxlwp
@@ -217,6 +218,49 @@ def test_pieces_of_an_exchange_that_are_padding_alone(rows: int) -> None:
     want = jax.value_and_grad(loss)(params, x)
     steps = [jax.value_and_grad(plan) for plan in plans]
     have = jax.jit(lambda *given: [step(*given) for step in steps])(params, x)
+    for result in have:
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(result), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def stacked(x: Any) -> Any:
+    """Two tensors that XLA lays out differently, side by side, and a product that says how."""
+    both = jnp.stack([x.at[:-1].max(jnp.sin(x[:-1])), x], 4)
+    y = lax.rsqrt(1 + lax.reduce_window(both, -jnp.inf, lax.max, (1, 2, 3, 3, 1), (1,) * 5, "SAME"))
+    return y @ jnp.swapaxes(y, -1, -2)
+
+
+def sliced(x: Any) -> Any:
+    """The gradient of what is read is zeros but for the slice."""
+    y = jnp.moveaxis(jnp.stack([x, x * x], 4), -1, 1)
+    return jnp.swapaxes(jnp.sin(y)[:, :, :1], -1, -2) @ jnp.cos(y)[:, 1:, :1]
+
+
+@pytest.mark.parametrize("of", [stacked, sliced])
+def test_pieces_of_an_exchange_that_are_known(of: Callable[[Any], Any]) -> None:
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
+
+    def loss(params: Any) -> Any:
+        return jnp.mean(of(params["x"]) ** 2)
+
+    params = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 2, 2)), jnp.float32)}
+    graph = jaxlwp.trace(loss, params)
+    rates = jaxlwp.Rates(flops_per_s=1e12, memory_bytes_per_s=1e11)
+    space = jaxlwp.price(graph, jaxlwp.device_graph(mesh, rates=rates))
+    rng, plans = random.Random(0), []
+    for name in ("sample", *(f"{n}" for n in range(12))):
+        # Layers by sample in turns with layers by another dimension: exchanges between all.
+        configs = [
+            max(known, key=lambda c: len(c.axes("sample")))
+            if name == "sample" and layer.index % 2
+            else rng.choice(known)
+            for layer, known in zip(graph.layers, space.configs, strict=True)
+        ]
+        strategy = make_strategy(name, graph, configs, space.devices.axis_sizes)
+        plans.append(jaxlwp.bind(space, strategy, mesh, (params,), jax.tree.structure(0.0)))
+    want = jax.value_and_grad(loss)(params)
+    steps = [jax.value_and_grad(plan) for plan in plans]
+    have = jax.jit(lambda *given: [step(*given) for step in steps])(params)
     for result in have:
         for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(result), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
