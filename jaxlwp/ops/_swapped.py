@@ -3,7 +3,7 @@
 XLA's algebraic simplifier swaps the operands of a convolution if the kernel is larger than the
 input. A spatial dimension that nothing pads, with base dilation = kernel size = stride + 1, it
 takes for one of groups, and leaves its window as it is; but the kernel is the other operand then.
-If that has another size, the process ends: "ConvDim dimensions do not match RHS shape" (JAX 0.10.2
+If that has another size, the process ends: "Window dimensions do not match RHS shape" (JAX 0.10.2
 and 0.12; conv_operand_swapper.cc). Gradients of a convolution are convolutions, too.
 
 On one device a program is hardly ever such a one. A device's part of it is, as soon as halos took

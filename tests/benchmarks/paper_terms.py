@@ -62,63 +62,58 @@ class Terms:
     transfers: str = "parallel"
 
 
+DEVICE = Terms(
+    title="paper's: plain sum, a layer's server on one GPU, link rates of data sheets",
+    servers="device",
+    objective="sum",
+    found_by="sum",
+)
+REPLICAS = Terms(
+    title="plain sum, servers shared out over all replicas, link rates fitted to AlexNet",
+    servers="replicas",
+    objective="sum",
+    found_by="sum",
+    fitted_to=("data", "model"),
+)
+TOTAL = Terms(
+    title="paper's words: plain sum, all bytes that move over the bandwidth of one link; a node "
+    "adds its gradients up before it sends them to a layer's server; NVLink's data sheet, the rate "
+    "between nodes fitted to AlexNet's data-parallel and one-weird-trick bars",
+    servers="host",
+    objective="sum",
+    found_by="sum",
+    fitted_to=("data", "owt"),
+    fits_inside=False,
+    transfers="total",
+)
 TERMS = {
-    "device": Terms(
-        title="paper's: plain sum, a layer's server on one GPU, link rates of data sheets",
-        servers="device",
-        objective="sum",
-        found_by="sum",
-    ),
-    "host": Terms(
+    "device": DEVICE,
+    "host": replace(
+        DEVICE,
         title="paper's: plain sum, a layer's server on one GPU that has its node's whole adapter, "
         "link rates of data sheets",
         servers="host",
-        objective="sum",
-        found_by="sum",
     ),
-    "replicas": Terms(
-        title="plain sum, servers shared out over all replicas, link rates fitted to AlexNet",
-        servers="replicas",
-        objective="sum",
-        found_by="sum",
-        fitted_to=("data", "model"),
-    ),
-    "overlapped": Terms(
+    "replicas": REPLICAS,
+    "overlapped": replace(
+        REPLICAS,
         title="servers shared out over all replicas, gradients synchronised behind the backward "
         "pass, link rates fitted to AlexNet",
-        servers="replicas",
         objective="overlap",
         found_by="overlap",
-        fitted_to=("data", "model"),
     ),
-    "planned by the sum": Terms(
+    "planned by the sum": replace(
+        REPLICAS,
         title="as 'overlapped', but plans are those of the plain sum, as in the paper, whose "
         "runtime hides what it can",
-        servers="replicas",
         objective="overlap",
-        found_by="sum",
-        fitted_to=("data", "model"),
     ),
-    "total": Terms(
-        title="paper's words: plain sum, all bytes that move over the bandwidth of one link; a "
-        "node adds its gradients up before it sends them to a layer's server; NVLink's data sheet, "
-        "the rate between nodes fitted to AlexNet's data-parallel and one-weird-trick bars",
-        servers="host",
-        objective="sum",
-        found_by="sum",
-        fitted_to=("data", "owt"),
-        fits_inside=False,
-        transfers="total",
-    ),
-    "total, overlapped": Terms(
+    "total": TOTAL,
+    "total, overlapped": replace(
+        TOTAL,
         title="plans of 'total', gradients synchronised behind the backward pass; the rate between "
         "nodes fitted so",
-        servers="host",
         objective="overlap",
-        found_by="sum",
-        fitted_to=("data", "owt"),
-        fits_inside=False,
-        transfers="total",
     ),
     "today": Terms(
         title="today's: the default cost model (kernels, NCCL's stages, sums joined), overlapped, "
@@ -128,6 +123,7 @@ TERMS = {
         found_by="overlap",
     ),
 }
+"""In which terms steps are priced, by name."""
 
 
 # --- the cluster and the networks ----------------------------------------------------------------
