@@ -140,7 +140,7 @@ def test_updates() -> None:
     summed = np.array([0.0, 0.5])
     starts, copied = update_kernels(Value((3, 3, 8, 8), np.dtype("float32")), summed)
     assert starts.tolist() == [4.0, 5.5] and copied.tolist() == [4.0, 5.25]
-    starts, copied = update_kernels(Value((1, 1, 8, 8), np.dtype("float32")), summed)
+    starts, copied = update_kernels(Value((1, 1, 8, 8), np.dtype("float32")), summed, vector=True)
     assert starts.tolist() == [3.0, 4.5] and copied.tolist() == [1.0, 2.25]
     starts, copied = update_kernels(Value((8, 8), np.dtype("float32")), summed)
     assert starts.tolist() == [1.0, 2.5] and copied.tolist() == [0.0, 1.25]

@@ -379,7 +379,7 @@ def _is_kept(step: Step, calls: Iterable[Checkpoint]) -> bool:
     if isinstance(step.op, Operate):
         primitive, params = step.op.eqn.primitive, step.op.eqn.params
     operands = step.operands
-    if isinstance(step.op, (AddUp, Vary)) and len(operands) > 1:  # one vector
+    if isinstance(step.op, Vary) or (isinstance(step.op, AddUp) and len(operands) > 1):  # a vector
         size = sum(math.prod(block.shape) for block in operands)
         operands = (replace(operands[0], shape=(size,)),)
     return any(call.keeps(primitive, operands, params) for call in calls)

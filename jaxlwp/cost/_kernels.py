@@ -27,7 +27,7 @@ from jaxlwp.kernels import (
     joins,
     library_call,
 )
-from jaxlwp.lower import Lowered, layer_index, varies_as_vector
+from jaxlwp.lower import Lowered, layer_index
 from jaxlwp.ops import RULES, Labels, reshape_groups
 from jaxlwp.program import Value
 from jaxlwp.solver import FloatArray
@@ -86,17 +86,18 @@ def layer_kernels(graph: ComputationGraph) -> tuple[tuple[Kernel, ...], ...]:
 
 
 def update_kernels(
-    parameter: Value, sums: FloatArray, *, again: bool = False
+    parameter: Value, sums: FloatArray, *, vector: bool = False, again: bool = False
 ) -> tuple[FloatArray, FloatArray]:
     """What the optimizer's update of a parameter takes besides one pass over its arrays.
 
     cuDNN has filters in an order of its own: gradients and parameters are copied into it and back.
-    Of a filter of 1x1 the gradient alone is. Small parameters are updated several in one kernel.
+    Where the gradient is a vector, it alone is. Small parameters are updated several in one kernel.
     Sums that are joined are copied into a bucket and out of it.
 
     Args:
       parameter: its shape and dtype.
       sums: bytes that are summed over devices, for each byte of the parameter, for each config.
+      vector: it is a filter whose gradient is taken as a vector (`filter_kind`).
       again: the update is counted already; these are further sums of its gradient.
 
     Returns:
@@ -104,9 +105,8 @@ def update_kernels(
       (configs,). Counted in the programs that JAX 0.10.2 compiles of ResNet-50 and VGG-16.
     """
     rank = len(parameter.shape)
-    point = varies_as_vector(parameter.shape)
-    starts = 0.0 if again else 3.0 if point else 4.0 if rank > 2 else 1.0 if rank == 2 else 0.5
-    copied = 0.0 if again else 1.0 if point else 4.0 if rank > 2 else 0.0
+    starts = 0.0 if again else 3.0 if vector else 4.0 if rank > 2 else 1.0 if rank == 2 else 0.5
+    copied = 0.0 if again else 1.0 if vector else 4.0 if rank > 2 else 0.0
     return np.asarray(starts + 1.5 * (sums > 0)), np.asarray(copied + 2.5 * sums)
 
 

@@ -20,6 +20,7 @@ from jaxlwp.cost._collectives import SpareSums, member_collectives, spare_sums
 from jaxlwp.cost._kernels import Kernel, layer_kernels, update_kernels
 from jaxlwp.devices import DeviceGraph
 from jaxlwp.graph import FUSED, ComputationGraph, Layer, Member, Use
+from jaxlwp.lower import filter_kind
 from jaxlwp.ops import RULES, Labels
 from jaxlwp.program import Equation
 from jaxlwp.solver import FloatArray
@@ -177,6 +178,8 @@ class AnalyticCostModel:
         # The update reads parameter, gradient and slots, and writes parameter and slots.
         update_s = (3 + 2 * self.optimizer_slots) * self.devices.update_pass_byte_s
         stored = [u for u in layer.uses if u.argument and u.source == layer.index]
+        convolutions = (m.equation for m in layer.members if filter_kind(m.equation))
+        vectors = {eqn.operand_values[1].shape for eqn in convolutions}
         for first, use in first_of_value(stored):
             num_bytes = use.info.itemsize * blocks.elements(use.info.shape, use.source_labels)
             if use.fed:
@@ -190,8 +193,9 @@ class AnalyticCostModel:
             pass_s = update_s if first else 0.0
             total_s += (pass_s + new_s * (1 + np.array(summed))) * num_bytes
             if self.kernels:
+                vector = use.info.shape in vectors
                 sums = use.moved.itemsize / use.info.itemsize * np.array(summed)
-                starts, copied = update_kernels(use.info, sums, again=not first)
+                starts, copied = update_kernels(use.info, sums, vector=vector, again=not first)
                 total_s += starts * self.devices.overhead_s
                 total_s += copied * num_bytes / self.devices.memory_bytes_per_s
         return total_s

@@ -4,13 +4,13 @@ Read `_steps` first: the program of one device as data, collectives among its st
 them of a strategy, `_sharing` lets what several of them receive be received once, `_joined` puts
 small sums together, `_lower` carries the steps out. `_halo` is the geometry of halo exchanges along
 one dimension, `_haloed` puts together what they bring along several, `_padding` says what padding
-holds, `_reshard` moves blocks.
+holds, `_filters` which gradients are vectors, `_reshard` moves blocks.
 """
 
 from jaxlwp.lower._build import build, build_layer, read_elsewhere
+from jaxlwp.lower._filters import filter_kind
 from jaxlwp.lower._halo import plan_halo
 from jaxlwp.lower._lower import LAYER_SCOPE, Lowered, layer_index, run
-from jaxlwp.lower._reshard import varies_as_vector
 from jaxlwp.lower._steps import (
     AddUp,
     Again,
@@ -45,9 +45,9 @@ __all__ = [
     "build",
     "build_layer",
     "every_step",
+    "filter_kind",
     "layer_index",
     "plan_halo",
     "read_elsewhere",
     "run",
-    "varies_as_vector",
 ]

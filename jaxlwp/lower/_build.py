@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jaxlwp.graph import ComputationGraph, pull, whole
+from jaxlwp.lower._filters import FilterKind, filter_kinds
 from jaxlwp.lower._halo import plan_halo
 from jaxlwp.lower._haloed import Haloed, put_together, with_halo
 from jaxlwp.lower._joined import joined
@@ -26,11 +27,13 @@ from jaxlwp.lower._steps import (
     DeviceProgram,
     Extend,
     Fill,
+    Filter,
     Op,
     Operate,
     Region,
     Spread,
     Step,
+    Vary,
 )
 from jaxlwp.ops import Labels, Signature
 from jaxlwp.program import Checkpoint, Equation, Value
@@ -162,6 +165,7 @@ class Builder:
     ) -> None:
         self.graph, self.configs, self.axis_sizes = graph, configs, dict(axis_sizes)
         self.axes: AxisSizes = tuple(self.axis_sizes.items())
+        self.filters = filter_kinds(graph)
         self.layer: int | None = None
         self.items: list[Step | Region] = []
         self.values: dict[Block, int] = {}
@@ -221,8 +225,10 @@ class Builder:
         source: Layout,
         target: Layout,
         active: frozenset[str],
+        *,
+        as_vector: bool = False,
     ) -> Block:
-        """A block brought from one layout to another."""
+        """A block brought from one layout to another; it may become varying as a vector."""
         moves = plan_moves(
             shape=shape, source=source, target=target, active=active, axis_sizes=self.axis_sizes
         )
@@ -234,7 +240,10 @@ class Builder:
             elif move.kind == "all_gather":
                 varying = varying.difference(move.axes)
             after = Block(local_shape(shape, move.after, self.axis_sizes), block.dtype, varying)
-            (block,) = self.step(Change(move, before, shape, self.axes), (block,), (after,))
+            op: Op = Change(move, before, shape, self.axes)
+            if as_vector and move.kind == "cast":
+                op = Vary(move.axes)
+            (block,) = self.step(op, (block,), (after,))
             before = move.after
         return block
 
@@ -319,7 +328,12 @@ class Builder:
             self.cast(value)
         if value in self.made:
             block, source = self.made[value]
-            return self.changed(block, info.shape, source, layout, active)
+            kind = self.filters.get(value)
+            if kind in (FilterKind.TURNED, FilterKind.KEPT):
+                op = Filter(kept=kind is FilterKind.KEPT)
+                (block,) = self.step(op, (block,), (replace(block),))
+            as_vector = kind is FilterKind.SUMMED
+            return self.changed(block, info.shape, source, layout, active, as_vector=as_vector)
         position = self.graph.lazy[value]
         eqn = self.graph.program.equations[position]
         result = eqn.results.index(value)

@@ -26,6 +26,7 @@ from jax import lax
 
 from jaxlwp.graph import ComputationGraph
 from jaxlwp.lower._build import build, output_layout, stored_layout
+from jaxlwp.lower._filters import turned
 from jaxlwp.lower._halo import assemble, dilate, receive
 from jaxlwp.lower._reshard import move_block
 from jaxlwp.lower._steps import (
@@ -38,6 +39,7 @@ from jaxlwp.lower._steps import (
     Dilate,
     Extend,
     Fill,
+    Filter,
     Items,
     Op,
     Operate,
@@ -214,6 +216,10 @@ def _vary(op: Vary, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
     return taken_apart(varying, blocks)
 
 
+def _filter(op: Filter, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    return (turned(blocks[0], kept=op.kept),)
+
+
 def _operate(op: Operate, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
     found = rule_of(op.eqn)
     if found is None:
@@ -290,6 +296,7 @@ _CARRY_OUT: dict[type, Callable[[Any, Sequence[Any], Step], Sequence[Any]]] = {
     Dilate: _dilate,
     AddUp: _add_up,
     Vary: _vary,
+    Filter: _filter,
     Operate: _operate,
     Again: _again,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,8 +28,6 @@ def move_block(
       axis_sizes: devices along each mesh axis.
     """
     if move.kind == "cast":
-        if varies_as_vector(x.shape):
-            return vary(x.reshape(-1), move.axes).reshape(x.shape)
         return vary(x, move.axes)
     if move.kind == "slice":
         return take_block(x, move.dim, move.axes, degree(move.axes, axis_sizes))
@@ -44,15 +41,6 @@ def move_block(
     if not move.after[move.dim] and x.shape[move.dim] > shape[move.dim]:
         x = lax.slice_in_dim(x, 0, shape[move.dim], axis=move.dim)
     return x
-
-
-def varies_as_vector(shape: Sequence[int]) -> bool:
-    """Whether a block becomes varying as a vector, as filters of 1x1 do.
-
-    Their gradients may have any order of dimensions: XLA for GPUs would add them up in that of
-    cuDNN, and turn the sum in a kernel. A vector has one order.
-    """
-    return len(shape) > 2 and math.prod(shape[:-2]) == 1
 
 
 def _pad_to_multiple(x: Any, dim: int, parts: int) -> Any:

@@ -163,9 +163,16 @@ class AddUp(Op):
 
 @dataclass(frozen=True)
 class Vary(Op):
-    """Marks small blocks as varying over mesh axes; their cotangents are added up in one go."""
+    """Marks blocks as varying over mesh axes, as one vector; so their cotangents are added up."""
 
     axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Filter(Op):
+    """Reads a filter, whose gradient is made a vector; see `turned`."""
+
+    kept: bool
 
 
 @dataclass(frozen=True)
