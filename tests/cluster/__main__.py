@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import NotAllowed, cluster
+from tests.cluster.hosts import REQUIRED, NotAllowed, cluster
 
 if __name__ == "__main__":
     try:
@@ -16,5 +17,6 @@ if __name__ == "__main__":
     except NotAllowed as error:
         print(f"cluster-test: ran nothing: {error}")
         sys.exit()
+    os.environ[REQUIRED] = "1"
     folder = str(Path(__file__).parent)
     sys.exit(pytest.main(["-q", "-m", "cluster", folder, *sys.argv[1:]]))

@@ -6,10 +6,12 @@ Needs root, iproute2 and the kernel's token bucket filter. What is made is remov
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +21,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.77.0"
+REQUIRED = "JAXLWP_CLUSTER_REQUIRED"
+"""Environment variable: this machine has made a cluster, so one that cannot be made is a fault."""
+_NUMBERS = itertools.count()
 
 
 class NotAllowed(Exception):
@@ -86,12 +91,14 @@ def cluster(count: int) -> Iterator[Cluster]:
     Raises:
       NotAllowed: this machine does not let us.
     """
+    # Names of their own: the kernel may still be removing those of a cluster before.
+    own = f"lwp{os.getpid()}{string.ascii_lowercase[next(_NUMBERS) % 26]}"
     made = Cluster(
         count,
-        tuple(f"lwp{os.getpid()}h{n}" for n in range(count)),
-        tuple(f"lwp{os.getpid()}p{n}" for n in range(count)),
+        tuple(f"{own}h{n}" for n in range(count)),
+        tuple(f"{own}p{n}" for n in range(count)),
     )
-    bridge = f"lwp{os.getpid()}b"
+    bridge = f"{own}b"
     _check_tools()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it is removed
     try:
@@ -110,6 +117,8 @@ def cluster(count: int) -> Iterator[Cluster]:
         for process in made.running:
             process.kill()
             process.wait()
+        for port in made.ports:
+            subprocess.run(["ip", "link", "del", port], capture_output=True)
         for namespace in made.namespaces:
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
             shutil.rmtree(f"/etc/netns/{namespace}", ignore_errors=True)
