@@ -212,6 +212,8 @@ def _add_up(op: AddUp, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
 
 
 def _vary(op: Vary, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+    if len(blocks) == 1:
+        return (vary(blocks[0].reshape(-1), op.axes).reshape(blocks[0].shape),)
     varying = vary(jnp.concatenate([jnp.ravel(block) for block in blocks]), op.axes)
     return taken_apart(varying, blocks)
 
