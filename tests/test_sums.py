@@ -259,16 +259,19 @@ def test_a_parameter_that_is_read_in_two_dtypes_is_updated_once() -> None:
     assert costs[0].overhead_s == costs[1].overhead_s > 0
 
 
+@pytest.mark.parametrize("shape", [(8, 6), (8, 2, 3)], ids=["rows", "vectors"])
 @pytest.mark.parametrize("constant", [False, True], ids=["both", "one"])
-def test_sums_that_are_put_together_are_right_however_differentiated(constant: bool) -> None:
+def test_sums_that_are_put_together_are_right_however_differentiated(
+    constant: bool, shape: tuple[int, ...]
+) -> None:
     """Values and their squares are one all-reduce; so are the cotangents of what is made of them.
 
-    The numbers are right in forward mode, reverse mode and both; and where one of the sums has no
-    derivative.
+    The numbers are right in forward mode, reverse mode, both, and reverse mode twice; where one of
+    the sums has no derivative; and whether they are rows or not.
     """
 
     def loss(kernel: Any, x: Any) -> Any:
-        y = x @ kernel
+        y = (x @ kernel).reshape(shape)
         mean, square = y.mean(0), ((jax.lax.stop_gradient(y) if constant else y) ** 2).mean(0)
         return jnp.mean(((y - mean) * jax.lax.rsqrt(square - mean**2 + 1.0)) ** 3)
 
@@ -284,6 +287,7 @@ def test_sums_that_are_put_together_are_right_however_differentiated(constant: b
         jax.grad,
         jax.jacfwd,
         lambda fn: lambda k, x: jax.jvp(jax.grad(lambda k: fn(k, x)), (k,), (jnp.ones_like(k),)),
+        lambda fn: jax.grad(lambda k, x: jnp.sum(jax.grad(fn)(k, x) ** 2)),
     ):
         have, want = transform(plan)(kernel, x), transform(loss)(kernel, x)
         jax.tree.map(

@@ -50,7 +50,14 @@ from jaxlwp.lower._steps import (
     Step,
     Vary,
 )
-from jaxlwp.mesh import all_reduce, all_reduce_together, device_index, taken_apart, vary
+from jaxlwp.mesh import (
+    all_reduce,
+    all_reduce_together,
+    device_index,
+    put_together,
+    taken_apart,
+    vary,
+)
 from jaxlwp.ops import Local, evaluate_whole, rule_of
 from jaxlwp.program import extend
 from jaxlwp.space import Config, Layout, degree, local_shape
@@ -214,8 +221,7 @@ def _add_up(op: AddUp, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
 def _vary(op: Vary, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
     if len(blocks) == 1:
         return (vary(blocks[0].reshape(-1), op.axes).reshape(blocks[0].shape),)
-    varying = vary(jnp.concatenate([jnp.ravel(block) for block in blocks]), op.axes)
-    return taken_apart(varying, blocks)
+    return taken_apart(vary(put_together(blocks), op.axes), blocks)
 
 
 def _filter(op: Filter, blocks: Sequence[Any], step: Step) -> Sequence[Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -41,34 +41,57 @@ def all_reduce(x: Any, axes: Axes) -> Any:
     return lax.psum(x, axes)
 
 
-def taken_apart(vector: Any, like: Sequence[Any]) -> tuple[Any, ...]:
-    """A vector as arrays of these shapes, one after the other."""
-    ends = itertools.accumulate(each.size for each in like)
-    return tuple(
-        vector[end - each.size : end].reshape(each.shape)
-        for end, each in zip(ends, like, strict=True)
+def put_together(blocks: Sequence[Any]) -> Any:
+    """Arrays of one dtype side by side in one array; `taken_apart` is the way back.
+
+    Rows of numbers, of one rank, stay what they are; other arrays become vectors.
+    """
+    if _rows(blocks):
+        return lax.concatenate(blocks, blocks[0].ndim - 1)
+    return lax.concatenate([lax.reshape(block, (block.size,)) for block in blocks], 0)
+
+
+def taken_apart(together: Any, like: Sequence[Any]) -> tuple[Any, ...]:
+    """The arrays that were put together, by their shapes."""
+    ends = list(itertools.accumulate(each.size for each in like))
+    starts = (0, *ends)
+    dim = together.ndim - 1
+    parts = (
+        lax.slice_in_dim(together, start, end, axis=dim)
+        for start, end in zip(starts, ends, strict=False)
     )
+    return tuple(lax.reshape(x, each.shape) for x, each in zip(parts, like, strict=True))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rows(blocks: Sequence[Any]) -> bool:
+    """Whether arrays are of one rank, and have no dimension larger than 1 but the last."""
+    ranks = {block.ndim for block in blocks}
+    return len(ranks) == 1 and all(block.shape[-1:] == (block.size,) for block in blocks)
+
+
 def all_reduce_together(blocks: Sequence[Any], axes: Axes) -> tuple[Any, ...]:
     """Sums of several small arrays of one dtype over the devices along the axes, in one all-reduce.
 
     Each is differentiated by itself: the transpose of taking the sums apart would be padding.
     """
-    total = all_reduce(jnp.concatenate([jnp.ravel(block) for block in blocks]), axes)
-    return taken_apart(total, blocks)
+    return _summed_together(axes)(*blocks)
 
 
-@functools.partial(all_reduce_together.defjvp, symbolic_zeros=True)
-def _(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (blocks,), (dots,) = primals, tangents
-    sums = all_reduce_together(blocks, axes)
-    constant = [isinstance(dot, SymbolicZero) for dot in dots]
-    return sums, tuple(
-        jnp.zeros_like(total) if zero else all_reduce(dot, axes)
-        for total, dot, zero in zip(sums, dots, constant, strict=True)
-    )
+@functools.cache
+def _summed_together(axes: Axes) -> Callable[..., tuple[Any, ...]]:
+    def evaluate(*blocks: Any) -> tuple[Any, ...]:
+        return taken_apart(all_reduce(put_together(blocks), axes), blocks)
+
+    def push(blocks: Any, dots: Any) -> tuple[Any, Any]:
+        sums = evaluate(*blocks)
+        return sums, tuple(
+            jnp.zeros_like(total) if isinstance(dot, SymbolicZero) else all_reduce(dot, axes)
+            for total, dot in zip(sums, dots, strict=True)
+        )
+
+    summed = jax.custom_jvp(evaluate)
+    summed.defjvp(push, symbolic_zeros=True)
+    return summed
 
 
 def all_reduce_max(x: Any, axes: Axes) -> Any:
