@@ -100,11 +100,12 @@ class _Sharing:
     def region(self, region: Region) -> Region:
         outside = dict(self.bare)
         items = self.rewritten(region.items)
-        # What was made inside is not there any more, but for the blocks that are kept.
+        # What was made inside is not there any more, but for the blocks that are kept. Regions
+        # inside this one have taken theirs out already.
         self.bare = outside
         for step in every_step(region.items):
             for block in step.results:
-                self.producers.pop(block)
+                self.producers.pop(block, None)
         return replace(region, items=items)
 
     def shared(self, step: Step) -> list[Step]:
