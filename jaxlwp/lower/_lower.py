@@ -219,7 +219,7 @@ def _add_up(op: AddUp, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
 
 
 def _vary(op: Vary, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
-    if len(blocks) == 1:
+    if len(blocks) == 1:  # taken apart, it would be a slice, whose transpose is padding
         return (vary(blocks[0].reshape(-1), op.axes).reshape(blocks[0].shape),)
     return taken_apart(vary(put_together(blocks), op.axes), blocks)
 

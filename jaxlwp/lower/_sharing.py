@@ -100,12 +100,13 @@ class _Sharing:
     def region(self, region: Region) -> Region:
         outside = dict(self.bare)
         items = self.rewritten(region.items)
-        # What was made inside is not there any more, but for the blocks that are kept. Regions
-        # inside this one have taken theirs out already.
+        # What was made inside is not there any more, but for the blocks that are kept. Of what was
+        # made further inside, `rewritten` has come by here already.
         self.bare = outside
-        for step in every_step(region.items):
-            for block in step.results:
-                self.producers.pop(block, None)
+        for item in region.items:
+            if isinstance(item, Step):
+                for block in item.results:
+                    self.producers.pop(block)
         return replace(region, items=items)
 
     def shared(self, step: Step) -> list[Step]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -53,14 +53,13 @@ def put_together(blocks: Sequence[Any]) -> Any:
 
 def taken_apart(together: Any, like: Sequence[Any]) -> tuple[Any, ...]:
     """The arrays that were put together, by their shapes."""
-    ends = list(itertools.accumulate(each.size for each in like))
-    starts = (0, *ends)
-    dim = together.ndim - 1
-    parts = (
-        lax.slice_in_dim(together, start, end, axis=dim)
-        for start, end in zip(starts, ends, strict=False)
+    ends = itertools.accumulate(each.size for each in like)
+    return tuple(
+        lax.reshape(
+            lax.slice_in_dim(together, end - each.size, end, axis=together.ndim - 1), each.shape
+        )
+        for end, each in zip(ends, like, strict=True)
     )
-    return tuple(lax.reshape(x, each.shape) for x, each in zip(parts, like, strict=True))
 
 
 def _rows(blocks: Sequence[Any]) -> bool:
@@ -69,29 +68,27 @@ def _rows(blocks: Sequence[Any]) -> bool:
     return len(ranks) == 1 and all(block.shape[-1:] == (block.size,) for block in blocks)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def all_reduce_together(blocks: Sequence[Any], axes: Axes) -> tuple[Any, ...]:
     """Sums of several small arrays of one dtype over the devices along the axes, in one all-reduce.
 
     Each is differentiated by itself: the transpose of taking the sums apart would be padding.
     """
-    return _summed_together(axes)(*blocks)
+    return _summed_together(blocks, axes)
 
 
-@functools.cache
-def _summed_together(axes: Axes) -> Callable[..., tuple[Any, ...]]:
-    def evaluate(*blocks: Any) -> tuple[Any, ...]:
-        return taken_apart(all_reduce(put_together(blocks), axes), blocks)
+@functools.partial(all_reduce_together.defjvp, symbolic_zeros=True)
+def _(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (blocks,), (dots,) = primals, tangents
+    sums = _summed_together(blocks, axes)
+    return sums, tuple(
+        jnp.zeros_like(total) if isinstance(dot, SymbolicZero) else all_reduce(dot, axes)
+        for total, dot in zip(sums, dots, strict=True)
+    )
 
-    def push(blocks: Any, dots: Any) -> tuple[Any, Any]:
-        sums = evaluate(*blocks)
-        return sums, tuple(
-            jnp.zeros_like(total) if isinstance(dot, SymbolicZero) else all_reduce(dot, axes)
-            for total, dot in zip(sums, dots, strict=True)
-        )
 
-    summed = jax.custom_jvp(evaluate)
-    summed.defjvp(push, symbolic_zeros=True)
-    return summed
+def _summed_together(blocks: Sequence[Any], axes: Axes) -> tuple[Any, ...]:
+    return taken_apart(all_reduce(put_together(blocks), axes), blocks)
 
 
 def all_reduce_max(x: Any, axes: Axes) -> Any:
