@@ -8,7 +8,7 @@ says which dimensions are samples; `_group` joins equations to layers and names 
 from jaxlwp.graph._graph import FUSED, ComputationGraph, Edge, Layer, Member, Use
 from jaxlwp.graph._group import pull, whole
 from jaxlwp.graph._outline import LayerOutline, Outline, Outlined, Parameter
-from jaxlwp.graph._trace import trace
+from jaxlwp.graph._trace import is_loss, trace
 
 __all__ = [
     "ComputationGraph",
@@ -21,6 +21,7 @@ __all__ = [
     "Outlined",
     "Parameter",
     "Use",
+    "is_loss",
     "pull",
     "trace",
     "whole",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxlwp.graph._outline import LayerOutline, Parameter, fingerprint
 from jaxlwp.ops import RULES, Labels, Signature
@@ -134,6 +135,7 @@ class ComputationGraph:
       changed: positions of the inputs that the function replaces (state of NNX modules); their
         new values are the program's last outputs.
       sum_dtype: the least dtype in which gradients are added up, if one was asked for.
+      results: shapes and dtypes of what the function returns, structured as it returns them.
     """
 
     layers: tuple[Layer, ...]
@@ -148,6 +150,7 @@ class ComputationGraph:
     num_parameters: int
     changed: tuple[int, ...] = ()
     sum_dtype: str | None = None
+    results: Any = field(repr=False, default=None)
 
     @property
     def edges(self) -> tuple[Edge, ...]:

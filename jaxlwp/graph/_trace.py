@@ -38,7 +38,7 @@ def trace(
     params: Any,
     *args: Any,
     keywords: Mapping[str, Any] | None = None,
-    differentiated: bool = True,
+    differentiated: bool | None = True,
     sum_dtype: Any = None,
     outputs: Any = None,
 ) -> ComputationGraph:
@@ -50,7 +50,8 @@ def trace(
       params: pytree of arrays or `jax.ShapeDtypeStruct`: what gradients are taken of.
       *args: the batch and whatever else `fn` takes, likewise.
       keywords: arguments that are passed by name, likewise.
-      differentiated: gradients of the loss will be taken; False for evaluation.
+      differentiated: gradients of the loss will be taken; False for evaluation, None where that
+        depends on whether the first output is a loss.
       sum_dtype: the least dtype in which gradients of parameters are added up over devices; by
         default that in which the layer computes.
       outputs: "replicated" brings all outputs whole to every device; a pytree of `PartitionSpec`
@@ -89,8 +90,23 @@ def trace(
     if outputs is not None:
         program = with_placed_outputs(program, wanted_layouts(outputs, results[0]))
     count = len(jax.tree.leaves(params))
+    if differentiated is None:
+        differentiated = is_loss(results[0])
     gradients = values_with_cotangent(program, count) if differentiated else frozenset()
-    return build_graph(program, names, count, tuple(changed), gradients, sum_dtype)
+    graph = build_graph(program, names, count, tuple(changed), gradients, sum_dtype)
+    return replace(graph, results=results[0])
+
+
+def is_loss(results: Any) -> bool:
+    """Whether the (first) output is one floating-point scalar.
+
+    Args:
+      results: shapes and dtypes of what a function returns.
+    """
+    leaves = jax.tree.leaves(results[0] if isinstance(results, tuple) and results else results)
+    return (
+        len(leaves) == 1 and leaves[0].shape == () and jnp.issubdtype(leaves[0].dtype, jnp.floating)
+    )
 
 
 def recognised(program: Program) -> Program:

@@ -40,7 +40,7 @@ from jaxlwp.plan._states import (
     state_bytes,
     state_shardings,
 )
-from jaxlwp.plan._traced import is_loss, kept_space, output_shapes, write_back
+from jaxlwp.plan._traced import kept_space, write_back
 from jaxlwp.program import (
     Arguments,
     arguments_difference,
@@ -286,14 +286,13 @@ class Plan:
         if params is None:
             params = self.argument_shapes[0]
         arguments = canonical("rebind", fn, (params, *batch), keywords or {})
-        results = output_shapes(fn, arguments)
         # PartitionSpecs are for the outputs of this function alone.
         outputs = self.outputs if fn == self.function or self.outputs == "replicated" else None
         graph = trace(
             fn,
             *arguments[0],
             keywords=arguments[1],
-            differentiated=self.trains and is_loss(results),
+            differentiated=None if self.trains else False,
             sum_dtype=self.graph.sum_dtype,
             outputs=outputs,
         )
@@ -303,7 +302,7 @@ class Plan:
             dataclasses.replace(search(space).strategy, name=self.strategy.name),
             self.mesh,
             arguments[0],
-            jax.tree.structure(results),
+            jax.tree.structure(graph.results),
             function=fn,
             keywords=arguments[1],
         )

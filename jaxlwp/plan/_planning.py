@@ -24,7 +24,7 @@ from jaxlwp.devices import (
     make_mesh,
     preset,
 )
-from jaxlwp.graph import ComputationGraph, trace
+from jaxlwp.graph import ComputationGraph, is_loss, trace
 from jaxlwp.measure import Profile, layer_timer
 from jaxlwp.mesh import AnyMesh, abstract_mesh, set_mesh_or_none
 from jaxlwp.optimize import (
@@ -46,7 +46,6 @@ from jaxlwp.plan._agreement import (
 )
 from jaxlwp.plan._beside import check_beside, kept_in_place
 from jaxlwp.plan._plan import OPTIMIZER, Plan, bind, plan_memory
-from jaxlwp.plan._traced import is_loss, output_shapes
 from jaxlwp.program import Arguments
 from jaxlwp.solver import MemoryLimitError
 from jaxlwp.space import Constraints, Strategy, outputs_kept
@@ -126,9 +125,8 @@ def plan_for(
             sum_dtype=sum_dtype,
             outputs=outputs,
         )
-        results = output_shapes(fn, arguments)
         if train:
-            _check_loss(results)
+            _check_loss(graph.results)
         slots = _slots(optimizer, arguments[0][0]) if train else 0.0
         given = _given_rates(chosen, rates)
         profile = rates if isinstance(rates, Profile) else None
@@ -147,7 +145,7 @@ def plan_for(
                 "check": check,
             }
             parts.update(given_parts(together, graph, given, profile, options))
-    out_tree = jax.tree.structure(results)
+    out_tree = jax.tree.structure(graph.results)
     progress(TRACING, 1, 1)
     rated = _measured_rates(chosen, progress) if given is None else given
     progress(SEARCHING, 0, 1)

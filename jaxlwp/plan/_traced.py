@@ -1,44 +1,15 @@
-"""The function that a plan is made of: what it returns and changes, and what its layers keep."""
+"""The function that a plan is made of: what its layers keep, and what it changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxlwp.cost import SearchSpace, layer_configs, price
 from jaxlwp.devices import DeviceGraph
 from jaxlwp.graph import ComputationGraph
-from jaxlwp.mesh import no_mesh
 from jaxlwp.program import Arguments
 from jaxlwp.space import Strategy, outputs_kept
-
-
-def output_shapes(fn: Callable[..., Any], arguments: Arguments) -> Any:
-    """Shapes and dtypes of what a function returns.
-
-    Args:
-      fn: the function.
-      arguments: (params, *batch), and arguments by name; arrays or shapes.
-    """
-    args, keywords = jax.eval_shape(lambda *given: given, *arguments)  # without their shardings
-    with no_mesh():
-        return jax.eval_shape(lambda *args, **keywords: fn(*args, **keywords), *args, **keywords)
-
-
-def is_loss(out: Any) -> bool:
-    """Whether the (first) output is one floating-point scalar.
-
-    Args:
-      out: shapes and dtypes of what a function returns.
-    """
-    leaves = jax.tree.leaves(out[0] if isinstance(out, tuple) and out else out)
-    return (
-        len(leaves) == 1 and leaves[0].shape == () and jnp.issubdtype(leaves[0].dtype, jnp.floating)
-    )
 
 
 def kept_space(graph: ComputationGraph, devices: DeviceGraph, strategy: Strategy) -> SearchSpace:
