@@ -14,13 +14,16 @@ from jax import lax
 from jax.sharding import Mesh
 
 import jaxlwp
+from jaxlwp.cli._workload import load_workload
 from jaxlwp.cost import layer_key
 from jaxlwp.cost._kernels import Kernel, Traffic, layer_kernels, update_kernels
 from jaxlwp.devices import DeviceGraph, preset
 from jaxlwp.kernels import Builder, differentiated, fuse
+from jaxlwp.kernels._alike import AlikeLayers
 from jaxlwp.lower import Lowered
+from jaxlwp.memory._buffers import predict
 from jaxlwp.optimize._wide import MOST_CONFIGS, _Growth
-from jaxlwp.program import Value
+from jaxlwp.program import Program, Value
 from jaxlwp.space import Config
 
 N, SIZE, INPUTS, OUTPUTS = 8, 16, 4, 32
@@ -192,6 +195,33 @@ def test_names_are_made_for_memory_alone(graph: jaxlwp.graph.ComputationGraph) -
         for kernels in (fuse(Builder(each.program).root(each.gradients)) for each in made)
     )
     assert first == second
+
+
+@pytest.mark.parametrize("name", ["models.resnet:ResNet50", "models.convnext:ConvNeXtTiny"])
+@pytest.mark.parametrize("strategy", ["data", "spatial", "model"])
+def test_what_is_alike_is_traced_once(name: str, strategy: str) -> None:
+    """Layers that repeat are traced in fewer steps, to the same program: its names say so too."""
+    work = load_workload(name, batch=8, input_shape=(64, 64, 3), abstract=True)
+    plan = jaxlwp.parallelize(
+        work.loss, work.params, *work.batch, devices="dgx-h100:1", strategy=strategy
+    )
+    layers = AlikeLayers(plan.lowered.program, None, alike=True)
+    functions = {run.key for run in layers.repeated}
+    assert 2 * len(functions) < len(layers.repeated)
+    each, alike = (differentiated(plan.lowered, named=True, alike=alike) for alike in (False, True))
+    assert lines(each.program) == lines(alike.program)
+    assert each.gradients == alike.gradients
+    first, second = (predict(made.program, made.gradients, made.loss) for made in (each, alike))
+    assert first.live_bytes == second.live_bytes
+    assert [(node.num_bytes, tag) for node, tag in zip(first.kept, first.tags, strict=True)] == [
+        (node.num_bytes, tag) for node, tag in zip(second.kept, second.tags, strict=True)
+    ]
+
+
+def lines(program: Program) -> list[tuple[str, str]]:
+    """Operators and shapes of what they make, and the names that are given; in any order."""
+    made = ((eqn.name, eqn.params.get("name"), eqn.result_values) for eqn in program.equations)
+    return sorted((kind, f"{name} {values}") for kind, name, values in made)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)

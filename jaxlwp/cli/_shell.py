@@ -75,7 +75,7 @@ class Shell(click.Group):
 
         if not standalone_mode:
             return run()
-        # Tracing makes many small objects and little garbage: looking for it is a sixth of the time.
+        # Tracing makes many small objects and little garbage; looking for it takes a sixth of it.
         gc.set_threshold(200_000, 20, 100)
         with _one_line_warnings():
             sys.exit(_ended(run))

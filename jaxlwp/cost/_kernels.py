@@ -74,7 +74,8 @@ class Kernel:
 def layer_kernels(graph: ComputationGraph) -> tuple[tuple[Kernel, ...], ...]:
     """The kernels of every layer, forward and backward; the parameters' updates are in none."""
     whole = (Config(),) * len(graph.layers)
-    local = differentiated(Lowered(graph=graph, configs=whole, axis_sizes={"device": 1}))
+    lowered = Lowered(graph=graph, configs=whole, axis_sizes={"device": 1})
+    local = differentiated(lowered, alike=True)
     kernels = fuse(Builder(local.program).root(local.gradients))
     of_layer: dict[int, list[Node]] = {}
     for node in kernels:

@@ -1,7 +1,7 @@
 """What XLA for GPUs makes of a program: kernels, predicted from the program's equations.
 
-Read `_differentiated` first (the program that the compiler is given), then `_node` and `_nodes`
-(its operators, library calls with their copies) and `_fuse` (which of them have a kernel of their
+Read `_differentiated` first (the program that the compiler is given; `_alike` traces what repeats in
+it once), then `_node` and `_nodes` (its operators, library calls with their copies) and `_fuse` (which of them have a kernel of their
 own).
 
 Sources: the passes of XLA that are named, in openxla/xla under `xla/service`, `xla/hlo` and

@@ -10,7 +10,15 @@ holds, `_filters` which gradients are vectors, `_reshard` moves blocks.
 from jaxlwp.lower._build import build, build_layer, read_elsewhere
 from jaxlwp.lower._filters import filter_kind
 from jaxlwp.lower._halo import plan_halo
-from jaxlwp.lower._lower import LAYER_SCOPE, Lowered, layer_index, run
+from jaxlwp.lower._lower import (
+    LAYER_SCOPE,
+    Lowered,
+    Made,
+    carry_out,
+    layer_index,
+    run,
+    step_groups,
+)
 from jaxlwp.lower._steps import (
     AddUp,
     Again,
@@ -36,6 +44,7 @@ __all__ = [
     "Items",
     "LAYER_SCOPE",
     "Lowered",
+    "Made",
     "Op",
     "Operate",
     "Receive",
@@ -44,10 +53,12 @@ __all__ = [
     "Vary",
     "build",
     "build_layer",
+    "carry_out",
     "every_step",
     "filter_kind",
     "layer_index",
     "plan_halo",
     "read_elsewhere",
     "run",
+    "step_groups",
 ]

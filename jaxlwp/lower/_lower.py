@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,11 @@ def layer_index(scope: str) -> int | None:
     return int(layers[-1]) if layers else None
 
 
-Tag = Callable[[Any, int], Any]
-"""`tag(block, value)`: the block, marked as made for a value of the graph's program."""
+Made = dict[Block, Any]
+"""Blocks that are made so far, and their arrays."""
+
+Evaluate = Callable[[Iterable[Step], Made], None]
+"""`evaluate(steps, made)` carries out steps of one layer, adding to `made`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,50 +113,52 @@ class Lowered:
         return run(self.program, blocks)
 
 
+def carry_out(steps: Iterable[Step], made: Made) -> None:
+    """Carry out steps, adding to `made`."""
+    for step in steps:
+        blocks = [made[block] for block in step.operands]
+        made.update(zip(step.results, results_of(step.op, blocks, step), strict=True))
+
+
 def run(
-    program: DeviceProgram, blocks: Sequence[Any], tag: Tag = lambda block, value: block
+    program: DeviceProgram, blocks: Sequence[Any], evaluate: Evaluate = carry_out
 ) -> tuple[Any, ...]:
     """Carry out the steps of a device's program, inside `jax.shard_map`.
 
     Args:
       program: the program.
       blocks: this device's blocks of the inputs.
-      tag: applied to what operators make.
+      evaluate: carries out the steps of one layer that follow each other (`step_groups`).
     """
-    made: dict[Block, Any] = dict(program.constants)
+    made: Made = dict(program.constants)
     made.update(zip(program.inputs, blocks, strict=True))
-    _run(program.items, made, program.values, tag)
+    _run(program.items, made, evaluate)
     return tuple(made[block] for block in program.outputs)
 
 
-def _run(items: Items, made: dict[Block, Any], values: dict[Block, int], tag: Tag) -> None:
-    """Carry out steps, adding to `made`."""
-    for layer, group in itertools.groupby(items, lambda item: getattr(item, "layer", -1)):
+def step_groups(items: Items) -> Iterator[tuple[int | None, Iterator[Any]]]:
+    """Steps of one layer that follow each other, with its index; regions, with -1."""
+    return itertools.groupby(items, lambda item: getattr(item, "layer", -1))
+
+
+def _run(items: Items, made: Made, evaluate: Evaluate) -> None:
+    for layer, group in step_groups(items):
         if layer is None:
-            _run_group(group, made, values, tag)
+            evaluate(group, made)
         elif layer == -1:
             for region in group:
-                assert isinstance(region, Region)
-                _run_region(region, made, values, tag)
+                _run_region(region, made, evaluate)
         else:
             with jax.named_scope(f"{LAYER_SCOPE}{layer}"):
-                _run_group(group, made, values, tag)
+                evaluate(group, made)
 
 
-def _run_group(steps: Any, made: dict[Block, Any], values: dict[Block, int], tag: Tag) -> None:
-    for step in steps:
-        assert isinstance(step, Step)
-        results = carry_out(step.op, [made[block] for block in step.operands], step)
-        for block, x in zip(step.results, results, strict=True):
-            made[block] = tag(x, values[block]) if block in values else x
-
-
-def _run_region(region: Region, made: dict[Block, Any], values: dict[Block, int], tag: Tag) -> None:
+def _run_region(region: Region, made: Made, evaluate: Evaluate) -> None:
     """Evaluate a call of `jax.checkpoint`: only what others read is kept."""
 
     def body() -> list[Any]:
         inner = dict(made)
-        _run(region.items, inner, values, tag)
+        _run(region.items, inner, evaluate)
         return [inner[block] for block in region.kept]
 
     call = region.call
@@ -164,7 +169,7 @@ def _run_region(region: Region, made: dict[Block, Any], values: dict[Block, int]
 # --- steps ----------------------------------------------------------------------------------------
 
 
-def carry_out(op: Op, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
+def results_of(op: Op, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
     """The results of one step."""
     return _CARRY_OUT[type(op)](op, blocks, step)
 
@@ -285,7 +290,7 @@ def _again(op: Again, blocks: Sequence[Any], step: Step) -> Sequence[Any]:
 
     def transposed(_: None, cotangent: Any) -> tuple[Any, Any]:
         zeros = vary(jnp.zeros(x.shape, x.dtype), given.varying)
-        _, back = jax.vjp(lambda x: carry_out(op.op, [x], step)[0], zeros)
+        _, back = jax.vjp(lambda x: results_of(op.op, [x], step)[0], zeros)
         nothing = vary(jnp.zeros(received.shape, received.dtype), other.varying)
         return back(cotangent)[0], nothing
 

@@ -76,7 +76,7 @@ def strategy_memory(
       optimizer_bytes: of the optimizer's state on each device.
     """
     lowered = Lowered(graph=graph, configs=tuple(configs), axis_sizes=axis_sizes)
-    local = differentiated(lowered, named=True)
+    local = differentiated(lowered, named=True, alike=True)
     buffers = predict(local.program, local.gradients, local.loss)
     layouts = lowered.input_layouts()
     sizes = [
@@ -255,7 +255,7 @@ def _kept_blocks(
     """
     whole = (Config(),) * len(graph.layers)
     local = differentiated(
-        Lowered(graph=graph, configs=whole, axis_sizes={"device": 1}), named=True
+        Lowered(graph=graph, configs=whole, axis_sizes={"device": 1}), named=True, alike=True
     )
     buffers = predict(local.program, local.gradients, local.loss)
     readers: dict[int, tuple[int, Labels]] = {}
