@@ -1,8 +1,8 @@
 """What XLA for GPUs makes of a program: kernels, predicted from the program's equations.
 
-Read `_differentiated` first (the program that the compiler is given; `_alike` traces what repeats in
-it once), then `_node` and `_nodes` (its operators, library calls with their copies) and `_fuse` (which of them have a kernel of their
-own).
+Read `_differentiated` first (the program that the compiler is given; `_alike` traces what repeats
+in it once), then `_node` and `_nodes` (its operators, library calls with their copies) and `_fuse`
+(which of them have a kernel of their own).
 
 Sources: the passes of XLA that are named, in openxla/xla under `xla/service`, `xla/hlo` and
 `xla/service/gpu`; and the programs that JAX 0.10.2 compiles for H200s.
