@@ -16,6 +16,7 @@ import jaxlwp
 from jaxlwp.check import (
     CompiledComparison,
     CompiledStrategy,
+    _compiled,
     compare_compiled,
     forecast,
     target_mesh,
@@ -69,6 +70,15 @@ def test_as_text_and_json() -> None:
     assert [r["fits"] for r in content["results"]] == [True, False, True]
     assert content["results"][2]["predicted_s"] is None
     assert content["results"][0]["kernels"] == forecast(STEP, SYSTEM).num_kernels
+
+
+def test_what_the_compiler_refuses_is_named() -> None:
+    """In the table and in JSON; plain JAX, which may be all that is left, is no plan."""
+    plain, data = result(PLAIN, 1.0), result("data", 2.0)
+    every = dataclasses.replace(comparison(plain, data), refused={"owt": "INTERNAL: no tiles"})
+    assert every.best is data
+    assert "owt: not compiled, INTERNAL: no tiles" in " ".join(str(every).split())
+    assert json.loads(every.to_json())["refused"] == {"owt": "INTERNAL: no tiles"}
 
 
 def test_processors_are_refused() -> None:
@@ -166,6 +176,30 @@ def test_what_is_returned_is_forecast_to_be_fastest() -> None:
         assert plan.checked[plan.strategy.name] == least_s
         assert (plan.strategy.name == REPLICATED) == (start_s == 1.0)
         assert "forecast steps:" in str(plan)
+
+
+@_aot
+def test_plans_that_the_compiler_refuses_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others take is compared all the same; an error if no plan is left."""
+    found = compare_compiled(_cnn, *_arguments(), target="h200:2", strategies=("data", "model"))
+    assert not found.refused
+    compiled, count = _compiled.compiled, 0
+
+    def refusing(*given: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in refuses:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes\nat ...")
+        return compiled(*given)
+
+    monkeypatch.setattr(_compiled, "compiled", refusing)
+    refuses = {1}  # the strategy found
+    with pytest.warns(UserWarning, match="refuses to compile search, which is left out: INTERNAL"):
+        plan = jaxlwp.parallelize(_cnn, *_arguments(), devices="h200:2", check="compile")
+    assert "search" not in plan.checked and plan.strategy.name in plan.checked
+    refuses = set(range(count + 1, count + 10))
+    with pytest.raises(RuntimeError, match="refuses to compile every plan, search for instance"):
+        jaxlwp.parallelize(_cnn, *_arguments(), devices="h200:2", check="compile")
 
 
 @_aot

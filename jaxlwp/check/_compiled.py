@@ -10,17 +10,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import optax
 from jax.sharding import Mesh
 
 from jaxlwp._progress import Progress, reporting, silent
 from jaxlwp.check._compare import applicable
 from jaxlwp.check._forecast import Forecast, forecast
-from jaxlwp.check._target import Target, compiled, mesh_like, target_mesh
+from jaxlwp.check._target import GPUS, Target, compiled, first_line, mesh_like, target_mesh
 from jaxlwp.devices import System, preset
 from jaxlwp.plan import (
     OPTIMIZER,
@@ -36,6 +38,9 @@ from jaxlwp.space import BASELINES, Config, Strategy, make_strategy
 
 PLAIN, REPLICATED = "plain JAX", "replicated"
 FORMAT_VERSION = 1
+_REFUSED = "the compiler (XLA) refuses to compile"
+_CALLER = 3
+"""Calls up to the user's, from where a warning is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,7 @@ class CompiledComparison:
       num_devices: devices of the mesh.
       results: one for each strategy, the one found first.
       memory_bytes: what a step may take of a device; infinite if it may take all.
+      refused: name of a strategy whose program the compiler refuses -> what it says.
     """
 
     model: str
@@ -82,6 +88,7 @@ class CompiledComparison:
     num_devices: int
     results: tuple[CompiledStrategy, ...]
     memory_bytes: float = math.inf
+    refused: dict[str, str] = field(default_factory=dict)
 
     def result(self, strategy: str) -> CompiledStrategy:
         """The result of a strategy.
@@ -93,9 +100,13 @@ class CompiledComparison:
 
     @property
     def best(self) -> CompiledStrategy:
-        """The fastest of the plans that fit, the first of equal ones; plain JAX is no plan."""
-        fitting = [r for r in self.results if r.strategy != PLAIN and self.fits(r)]
-        return min(fitting or self.results[:1], key=lambda result: result.forecast_s)
+        """The fastest of the plans that fit, the first of equal ones; plain JAX is no plan.
+
+        The first plan if none fits.
+        """
+        compiled = [result for result in self.results if result.strategy != PLAIN]
+        fitting = [result for result in compiled if self.fits(result)]
+        return min(fitting or compiled[:1], key=lambda result: result.forecast_s)
 
     def fits(self, result: CompiledStrategy) -> bool:
         """Whether a strategy's step takes no more of a device than it may."""
@@ -107,7 +118,8 @@ class CompiledComparison:
         Keys: `format_version`, `model`, `system`, `devices`, and `results`, a list with, for each
         strategy, `strategy`, `predicted_s` (null for plain JAX), `forecast_s`, `exposed_s` (waits
         of kernels for collectives), `kernels`, `kernel_bytes` (read and written), `flops`,
-        `collective_bytes` (of a device's operands, by kind), `memory_bytes`, and `fits`.
+        `collective_bytes` (of a device's operands, by kind), `memory_bytes`, and `fits`; and
+        `refused`, what the compiler says of the strategies whose programs it refuses, by name.
         """
         content = {
             "format_version": FORMAT_VERSION,
@@ -115,6 +127,7 @@ class CompiledComparison:
             "system": self.system,
             "devices": self.num_devices,
             "results": [self._result_json(result) for result in self.results],
+            "refused": self.refused,
         }
         return json.dumps(content, indent=2)
 
@@ -178,7 +191,7 @@ def compare_compiled(
 
     Raises:
       ValueError: an unknown target, a system of another number of devices, or as `parallelize`.
-      RuntimeError: the compiler for the target is not installed.
+      RuntimeError: the compiler for the target is not installed, or it refuses every plan.
       MemoryLimitError: no strategy fits into `memory_bytes`.
     """
     parsed = Target.parse(target)
@@ -220,10 +233,11 @@ def fastest_compiled(
 
     Returns:
       The plan, on the mesh of GPUs that it was compiled for, with the seconds of all in `checked`,
-      those of plain JAX's data parallelism too.
+      those of plain JAX's data parallelism too. A warning names plans that the compiler refuses.
 
     Raises:
       ValueError: the mesh is of processors, or the system's GPUs are not known to the compiler.
+      RuntimeError: the compiler is not installed, or it refuses every plan.
     """
     mesh = plan.mesh if isinstance(plan.mesh, Mesh) else mesh_like(plan.mesh, Target.of(system))
     plan = dataclasses.replace(plan, mesh=mesh)
@@ -233,9 +247,18 @@ def fastest_compiled(
             f'check: "compile" forecasts programs of GPUs, and the mesh has {plan.mesh.size} x '
             f'{first.device_kind}; give mesh=jaxlwp.check.target_mesh("h200:8"), or check="measure"'
         )
+    known = system.gpu.name.partition("-")[0].lower() in GPUS
     compared, plans = _compiled_all(
-        plan, system, BASELINES, optimizer or OPTIMIZER, memory_bytes, progress or silent
+        plan,
+        system,
+        BASELINES,
+        optimizer or OPTIMIZER,
+        memory_bytes,
+        progress or silent,
+        Target.of(system) if known else None,  # GPUs that are here can be others
     )
+    for name, said in compared.refused.items():
+        warnings.warn(f"{_REFUSED} {name}, which is left out: {said}", stacklevel=_CALLER)
     checked = {result.strategy: result.forecast_s for result in compared.results}
     return dataclasses.replace(
         plans[compared.best.strategy], checked=checked, checked_by="forecast"
@@ -258,12 +281,16 @@ def _compiled_all(
         plans[REPLICATED] = alone
     steps = [(name, each, False) for name, each in plans.items()]
     steps += [(PLAIN, each, True) for each in baselines(plan, ("data",)).values()]
-    results = []
+    results, refused = [], {}
     for number, (name, each, plain) in enumerate(steps):
         progress("compiling steps", number, len(steps))
         state = state_shapes(each, optimizer)
         lowered = lower_step(each, state, each.batch_shapes, optimizer, plain=plain)
-        program = compiled(lowered, target)
+        try:
+            program = compiled(lowered, target)
+        except jax.errors.JaxRuntimeError as error:
+            refused[name] = first_line(error)
+            continue
         results.append(
             CompiledStrategy(
                 strategy=name,
@@ -272,12 +299,19 @@ def _compiled_all(
             )
         )
     progress("compiling steps", len(steps), len(steps))
+    if all(result.strategy == PLAIN for result in results):
+        name, said = next(iter(refused.items()))
+        raise RuntimeError(
+            f"{_REFUSED} every plan, {name} for instance: {said}; give another batch size, "
+            'another dtype, or another target; without check="compile" a plan is made all the same'
+        )
     comparison = CompiledComparison(
         model="",
         system=system.name,
         num_devices=plan.mesh.size,
         results=tuple(results),
         memory_bytes=math.inf if memory_bytes is None else memory_bytes,
+        refused=refused,
     )
     return comparison, plans
 

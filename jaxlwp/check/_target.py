@@ -245,6 +245,7 @@ def compiled(lowered: Any, target: Target | None = None) -> Any:
 
     Raises:
       RuntimeError: the compiler for the target is not installed.
+      jax.errors.JaxRuntimeError: it refuses the program.
     """
     try:
         return lowered.compile()
@@ -252,6 +253,11 @@ def compiled(lowered: Any, target: Target | None = None) -> Any:
         if target is not None and re.search(r"ptxas|libdevice|nvvm|nvlink", str(error)):
             raise _missing(target) from error
         raise
+
+
+def first_line(error: Exception) -> str:
+    """What a compiler says, without the places in it."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
 def _missing(target: Target) -> RuntimeError:

@@ -3,6 +3,9 @@
 Deep networks repeat their layers, and JAX takes a millisecond for each operator that it
 differentiates. Steps that follow each other in a layer, and occur again in another one, are one
 function here, whose derivative JAX keeps. The program is the same, once its calls are inlined.
+
+This is for programs that are only looked at. One that runs would call a function with a collective
+from several places, and all of these collectives would have one channel.
 """
 
 from __future__ import annotations
@@ -69,8 +72,8 @@ class AlikeLayers:
         self.program, self.mark = program, mark
         read = Counter(block for step in every_step(program.items) for block in step.operands)
         read.update(program.outputs)
-        steps = [list(group) for layer, group in step_groups(program.items) if layer != -1]
-        runs = [run for group in steps for run in self.runs(group, read) if alike]
+        groups = [list(group) for layer, group in step_groups(program.items) if layer != -1]
+        runs = [run for group in groups for run in self.runs(group, read)] if alike else []
         several = Counter(run.key for run in runs)
         self.repeated = [run for run in runs if several[run.key] > 1]
         self.index = {run.steps[0]: n for n, run in enumerate(self.repeated)}
@@ -100,9 +103,10 @@ class AlikeLayers:
                 self.alone(left.pop(0), made)
                 continue
             run = self.repeated[index]
-            function = self.functions.setdefault(run.key, jax.jit(self.function(run)))
+            if run.key not in self.functions:
+                self.functions[run.key] = jax.jit(self.function(run))
             with jax.named_scope(f"{RUN_SCOPE}{index}"):
-                results = function(*(made[block] for block in run.inputs))
+                results = self.functions[run.key](*(made[block] for block in run.inputs))
             made.update(zip(run.outputs, results, strict=True))
             del left[: len(run.steps)]
 

@@ -294,7 +294,8 @@ def compiled_table(comparison: CompiledComparison) -> Table:
     table = titled_table(
         title=f"{comparison.model or 'strategies'} on {comparison.num_devices} devices of "
         f"{comparison.system}: forecast of the compiled steps",
-        caption=f"fastest plan that fits: {comparison.best.strategy}",
+        caption=f"fastest plan that fits: {comparison.best.strategy}"
+        + "".join(f"\n{name}: not compiled, {said}" for name, said in comparison.refused.items()),
     )
     table.add_column("strategy")
     for column in (

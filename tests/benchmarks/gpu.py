@@ -5,6 +5,7 @@ JAX's data parallelism (the batch split by sample, all else left to XLA's partit
 strategy found, and of the baselines, compiled, and forecast kernel by kernel from the scheduled
 program (`jaxlwp.check.forecast`). Nothing runs, so every figure is the same on every machine.
 
+Programs that XLA refuses to compile are in the rows with what it says, and count for nothing.
 Compiled programs are kept (`--programs`), so that a run can be ended and goes on where it was; the
 rows are in results/gpu.json. `--random N` adds strategies drawn from the whole space.
 """
@@ -34,7 +35,7 @@ from scipy.stats import kendalltau
 
 import jaxlwp
 from jaxlwp.check import forecast
-from jaxlwp.check._target import Target, target_mesh
+from jaxlwp.check._target import Target, first_line, target_mesh
 from jaxlwp.cli._workload import Workload, load_workload
 from jaxlwp.devices import System, preset
 from jaxlwp.plan import OPTIMIZER, Plan, lower_step, program_memory, state_shapes, with_strategy
@@ -246,7 +247,12 @@ def run(row: Row, programs: Programs, names: list[str], count: int) -> dict[str,
         if names and name.partition(" ")[0] not in names:
             continue
         plain = name in NOT_OURS
-        result[name] = measured(row, plan, programs, plain=plain)
+        try:
+            result[name] = measured(row, plan, programs, plain=plain)
+        except jax.errors.JaxRuntimeError as error:
+            result[name] = {"refused": first_line(error)}
+            print(f"  {name:12} refused by the compiler: {result[name]['refused']}", flush=True)
+            continue
         predicted_s = result[name]["predicted_s"]
         print(
             f"  {name:12}{1e3 * result[name]['forecast_s']:9.3f} ms"
@@ -273,7 +279,8 @@ def summary(content: dict[str, Any]) -> str:
     ]
     errors: list[float] = []
     orders: dict[str, list[tuple[float, float]]] = {}
-    for key, row in content["rows"].items():
+    for key, every in content["rows"].items():
+        row = {name: figures for name, figures in every.items() if "refused" not in figures}
         priced = {n: r for n, r in row.items() if n not in NOT_OURS}
         errors += [r["predicted_s"] / r["forecast_s"] - 1 for r in priced.values()]
         network = ", ".join(key.split(", ")[:2])
