@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 import jaxlwp
 from jaxlwp.cli._workload import load_workload
-from jaxlwp.cost import layer_key
 from jaxlwp.cost._kernels import Kernel, Traffic, layer_kernels, update_kernels
 from jaxlwp.devices import DeviceGraph, preset
 from jaxlwp.kernels import Builder, differentiated, fuse
@@ -175,7 +174,7 @@ def test_layers_that_are_alike_but_for_their_kernels_have_costs_of_their_own() -
     graph = jaxlwp.trace(loss, params, jax.ShapeDtypeStruct((N, SIZE, SIZE, INPUTS), jnp.float32))
     mesh = Mesh(np.array(jax.devices()[:2]), ("a",))
     growth = _Growth(graph, preset("h200", gpus=2).device_graph(mesh), None, 1.0, MOST_CONFIGS)
-    alike = [layer for layer in graph.layers if layer_key(layer) == layer_key(graph.layers[1])]
+    alike = [layer for layer in graph.layers if layer.key == graph.layers[1].key]
     assert len({growth.model.kernels[layer.index] for layer in alike}) == len(alike) == 2
     for layer in alike:
         costs = growth.model.layer(layer, [Config()])

@@ -22,6 +22,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxlwp.mesh import no_mesh
+
 DEFAULT_BATCH = 32
 
 
@@ -146,8 +148,9 @@ def _blaming(name: str, what: str, remedy: str) -> Iterator[None]:
 
 # --- Flax modules ----------------------------------------------------------------------------
 
-Module = tuple[Any, Callable[..., Any], tuple[Any, ...]]
-"""Parameters, `apply(params, images, *extra)` that returns logits, and the extra arguments."""
+Module = tuple[Any, Callable[..., Any], tuple[Any, ...], Any]
+"""Parameters, `apply(params, images, *extra)`, the extra arguments, and the shapes of the logits
+that it returns; None where they are not known."""
 
 
 def _from_module(
@@ -161,9 +164,20 @@ def _from_module(
 ) -> Workload:
     shape = input_shape or _own_input_shape(name, target)
     images = jax.eval_shape(functools.partial(jnp.zeros, (batch or DEFAULT_BATCH, *shape)))
-    with _blaming(name, f"fails on input {list(images.shape)}", "check --input and the module"):
-        params, apply, extra = read(target, images, train, abstract)
-        logits = jax.eval_shape(apply, params, images, *extra)
+    blaming = functools.partial(
+        _blaming, name, f"fails on input {list(images.shape)}", "check --input and the module"
+    )
+    with blaming():
+        params, evaluate, extra, logits = read(target, images, train, abstract)
+
+    @jax.jit  # what is traced here for shapes is not traced again inside the loss
+    def apply(params: Any, x: jax.Array, *extra: Any) -> Any:
+        with blaming():
+            return evaluate(params, x, *extra)
+
+    if logits is None:
+        with no_mesh():  # as `trace` does
+            logits = jax.eval_shape(apply, params, images, *extra)
     if not train:
         data = images if abstract else _random(images.shape)
         return Workload(name=name, loss=apply, params=params, batch=(data, *extra))
@@ -227,7 +241,10 @@ def _linen(target: Any, images: Any, train: bool, abstract: bool) -> Module:
     def init() -> Any:
         param_key, dropout_key = jax.random.split(jax.random.key(0))
         rngs = {"params": param_key, "dropout": dropout_key}
-        return module.init(rngs, jnp.zeros((1, *images.shape[1:])), **option), dropout_key
+        # As shapes, a whole batch costs no more than one image, and its logits are known.
+        count = images.shape[0] if abstract else 1
+        zeros = jnp.zeros((count, *images.shape[1:]))
+        return *module.init_with_output(rngs, zeros, **option), dropout_key
 
     def apply(params: Any, x: Any, key: Any, others: Any) -> Any:
         variables = {"params": params, **others}
@@ -236,9 +253,10 @@ def _linen(target: Any, images: Any, train: bool, abstract: bool) -> Module:
         rngs = {"dropout": key}
         return module.apply(variables, x, rngs=rngs, mutable=list(others), **option)[0]
 
-    variables, key = _values(init, abstract)
+    logits, variables, key = _values(init, abstract)
     others = {name: values for name, values in variables.items() if name != "params"}
-    return variables.get("params", {}), apply, (key, others)
+    known = logits if abstract else None
+    return variables.get("params", {}), apply, (key, others), known
 
 
 def _nnx(target: Any, images: Any, train: bool, abstract: bool) -> Module:
@@ -259,7 +277,7 @@ def _nnx(target: Any, images: Any, train: bool, abstract: bool) -> Module:
         option = {"train": train} if _takes(module.__call__, "train") else {}
         return module(x, **option)
 
-    return params, apply, (others,)
+    return params, apply, (others,), None
 
 
 def _constructed(target: Any, images: Any) -> Any:

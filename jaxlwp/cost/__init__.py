@@ -45,7 +45,7 @@ from jaxlwp.cost._problem import (
 )
 from jaxlwp.cost._search_space import SearchSpace, need_program, price
 from jaxlwp.cost._shares import PassShares, pass_shares
-from jaxlwp.cost._tables import MovedTables, build_tables, layer_configs, layer_key
+from jaxlwp.cost._tables import MovedTables, build_tables, layer_configs
 
 __all__ = [
     "AnalyticCostModel",
@@ -70,7 +70,6 @@ __all__ = [
     "fetched_bytes",
     "first_of_value",
     "gradient_sums",
-    "layer_key",
     "load_problem",
     "need_program",
     "pass_shares",

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeGuard
 
-from jaxlwp.cost._collectives import spare_sums
-from jaxlwp.cost._model import AnalyticCostModel, CostModel, LayerCosts, first_of_value
+from jaxlwp.cost._model import AnalyticCostModel, CostModel, LayerCosts
 from jaxlwp.devices import DeviceGraph
-from jaxlwp.graph import ComputationGraph, Edge, Layer, Use
+from jaxlwp.graph import ComputationGraph, Layer
 from jaxlwp.solver import CostTables, FloatArray
 from jaxlwp.space import Config, enumerate_configs
 
@@ -64,21 +63,25 @@ def build_tables(
     Returns:
       The cost tables, in seconds, with layers and edges in the graph's order.
     """
-    sides = [tuple(choices) for choices in configs]
+    sides: dict[tuple[Config, ...], int] = {}
+    side_of = [sides.setdefault(tuple(choices), len(sides)) for choices in configs]
     layers: dict[object, LayerCosts] = {}
     costs = []
-    for layer, choices in zip(graph.layers, sides, strict=True):
+    for layer, side in zip(graph.layers, side_of, strict=True):
         kernels = model.kernels[layer.index : layer.index + 1] if _fused(model) else ()
-        key = layer_key(layer), kernels, choices
+        key = layer.key, kernels, side
         if key not in layers:
-            layers[key] = model.layer(layer, choices)
+            layers[key] = model.layer(layer, configs[layer.index])
         costs.append(layers[key])
     edges = graph.edges
     transfers: dict[object, FloatArray] = {}
+    moved = []
     for edge in edges:
-        alike = _edge_key(edge, sides)
+        alike = edge.use.key, side_of[edge.source], side_of[edge.target]
         if alike not in transfers:
-            transfers[alike] = model.transfer_s(edge.use, sides[edge.source], sides[edge.target])
+            ends = configs[edge.source], configs[edge.target]
+            transfers[alike] = model.transfer_s(edge.use, *ends)
+        moved.append(transfers[alike])
     return CostTables(
         compute_s=tuple(cost.compute_s for cost in costs),
         exchange_s=tuple(cost.exchange_s for cost in costs),
@@ -86,7 +89,7 @@ def build_tables(
         step_s=model.step_s(graph),
         sync_s=tuple(cost.sync_s for cost in costs),
         edges=tuple((edge.source, edge.target) for edge in edges),
-        transfer_s=tuple(transfers[_edge_key(edge, sides)] for edge in edges),
+        transfer_s=tuple(moved),
         names=tuple(layer.name for layer in graph.layers),
     )
 
@@ -112,37 +115,3 @@ def moved_tables(
 
 def _fused(model: CostModel) -> TypeGuard[AnalyticCostModel]:
     return isinstance(model, AnalyticCostModel) and bool(model.kernels)
-
-
-def layer_key(layer: Layer) -> str:
-    """Equal for layers that cost the same under the same configs: blocks repeat in networks."""
-    members = [
-        (
-            m.equation.name,
-            sorted((name, str(value)) for name, value in m.equation.params.items()),
-            m.equation.operand_values,
-            m.equation.result_values,
-            m.signature,
-            m.gradient,
-            m.recomputed,
-            m.awaited,
-        )
-        for m in layer.members
-    ]
-    own = [
-        (first, *_use_key(use), use.source_labels, use.argument)
-        for first, use in first_of_value(u for u in layer.uses if u.source == layer.index)
-    ]
-    return repr((members, own, layer.outputs, spare_sums(layer)))
-
-
-def _use_key(use: Use) -> tuple[object, ...]:
-    active = tuple(sorted(use.active))
-    return use.info, use.moved, use.labels, active, use.gradient, use.recomputed, use.fed
-
-
-def _edge_key(edge: Edge, sides: Sequence[tuple[Config, ...]]) -> object:
-    """Equal for edges whose transfers cost the same."""
-    use = edge.use
-    ends = sides[edge.source], sides[edge.target]
-    return (*_use_key(use), use.source_labels, use.argument, *ends)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,13 @@ class Use:
     recomputed: bool = False
     fed: bool = False
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for uses that move the same, from and to layers that name dimensions alike."""
+        active = tuple(sorted(self.active))
+        own = self.info, self.moved, self.labels, active, self.source_labels
+        return *own, self.argument, self.gradient, self.recomputed, self.fed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer(LayerOutline):
@@ -97,6 +105,34 @@ class Layer(LayerOutline):
         """Whether compilers merge all of the layer's operators into loops of its neighbours."""
         rules = [RULES.get(member.equation.name) for member in self.members]
         return all(rule is not None and rule.kind in FUSED for rule in rules)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal for layers that do the same to values of the same shapes: networks repeat blocks.
+
+        It says which operators read one value, but not which value of the program that is.
+        """
+        numbers: dict[int, int] = {}
+
+        def numbered(values: Iterable[int]) -> list[int]:
+            return [numbers.setdefault(value, len(numbers)) for value in values]
+
+        members = [
+            (
+                m.equation.name,
+                sorted((name, str(value)) for name, value in m.equation.params.items()),
+                m.equation.operand_values,
+                m.equation.result_values,
+                numbered((*m.equation.operands, *m.equation.results)),
+                m.signature,
+                m.gradient,
+                m.recomputed,
+                m.awaited,
+            )
+            for m in self.members
+        ]
+        own = [(numbered([use.value]), use.key) for use in self.uses if use.source == self.index]
+        return repr((members, own, self.outputs))
 
     @property
     def output(self) -> Value:

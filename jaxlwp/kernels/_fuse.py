@@ -54,7 +54,7 @@ def joins(kernel: Node) -> bool:
     return kernel.kind in REDUCTIONS and 8 * kernel.num_bytes <= read_bytes
 
 
-def _with_epilogues(nodes: Sequence[Node], written: set[Node]) -> set[Node]:
+def _with_epilogues(nodes: Sequence[Node], required: set[Node]) -> set[Node]:
     """A convolution adds a bias and one tensor like its result, where nothing else reads it.
 
     It writes the sum (`CudnnFusedConvRewriter`); what it adds to its result is in memory.
@@ -63,6 +63,7 @@ def _with_epilogues(nodes: Sequence[Node], written: set[Node]) -> set[Node]:
     for node in nodes:
         for operand in dict.fromkeys(node.operands):
             readers[operand].append(node)
+    written = set(required)
     sums: set[Node] = set()
     for node in nodes:
         if node.kind != "conv":
@@ -75,11 +76,13 @@ def _with_epilogues(nodes: Sequence[Node], written: set[Node]) -> set[Node]:
             bias = others[0].kind == "broadcast_in_dim" or others[0].num_bytes < total.num_bytes
             if bias in added:
                 break
-            written = written if bias else written | {others[0]}
+            if not bias:
+                written.add(others[0])
             added.add(bias)
             total = reader
         sums.add(total)
-        written = (written - {node}) | {total}
+        written.discard(node)
+        written.add(total)
     return written
 
 

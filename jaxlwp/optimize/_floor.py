@@ -20,7 +20,6 @@ from jaxlwp.cost import (
     AnalyticCostModel,
     Kernel,
     first_of_value,
-    layer_key,
     passes_of,
     spare_sums,
     start_of_kernel_s,
@@ -54,7 +53,7 @@ def floor_s(graph: ComputationGraph, model: AnalyticCostModel) -> float:
     columns: list[FloatArray] = []
     for layer, here in zip(graph.layers, ends, strict=True):
         read = [(edge.use.source_labels if out else edge.use.labels, out) for edge, out in here]
-        key = f"{layer_key(layer)} {read} {[sorted(edge.use.active) for edge, _ in here]}"
+        key = f"{layer.key} {read} {[sorted(edge.use.active) for edge, _ in here]}"
         key += str(model.kernels[layer.index : layer.index + 1])
         if key not in made:
             made[key] = _classes(layer, here, model, links, fine=fine)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from jaxlwp._progress import Progress
-from jaxlwp.cost import AnalyticCostModel, SearchSpace, layer_key, price
+from jaxlwp.cost import AnalyticCostModel, SearchSpace, price
 from jaxlwp.devices import DeviceGraph
 from jaxlwp.graph import ComputationGraph, Layer
 from jaxlwp.optimize._floor import floor_s
@@ -129,7 +129,7 @@ class _Growth:
     def __post_init__(self) -> None:
         self.model = AnalyticCostModel.of(self.graph, self.devices, self.optimizer_slots)
         self.keys = [
-            f"{layer_key(layer)} {self.model.kernels[layer.index : layer.index + 1]}"
+            f"{layer.key} {self.model.kernels[layer.index : layer.index + 1]}"
             for layer in self.graph.layers
         ]
         self.near: list[set[int]] = [set() for _ in self.graph.layers]
