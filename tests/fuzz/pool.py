@@ -160,7 +160,8 @@ def _lost(
 ) -> dict[str, Any]:
     """The answer in place of one that did not come; `code` is how the process ended."""
     note = "" if code is None else f" (exit code {code})"
-    verb = "the process died" if kind == "died" else f"no end after {CPU_TIMEOUT_S:.0f} s of work"
+    limits = f"{CPU_TIMEOUT_S:.0f} s of work, or {TIMEOUT_S:.0f} s by the clock"
+    verb = "the process died" if kind == "died" else f"no end after {limits}"
     words = stage.split()
     finding = {
         # Before any plan is called it is one device's own program that ends it by a signal; an
