@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxlwp
 from jaxlwp.check._verify import check_layers
 from jaxlwp.devices import _calibrate
+from tests.contracts.harness import drawn
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
@@ -102,7 +103,7 @@ def test_few_lines_change(name: str) -> None:
 
 
 @pytest.mark.usefixtures("quick_measurements")
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", drawn(PROGRAMS, 0.5))
 def test_loop_gives_the_numbers_of_one_device(name: str) -> None:
     results, tolerance = PROGRAMS[name], HALF.get(name, TOLERANCE)
     expected, actual = (run(version(name, sign), name) for sign in "-+")

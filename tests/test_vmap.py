@@ -15,7 +15,7 @@ import jaxlwp
 from jaxlwp.check._verify import check_layers
 from jaxlwp.graph._trace import trace
 from jaxlwp.space._baselines import PARAMETER_KINDS
-from tests.contracts.harness import TOLERANCE, compare
+from tests.contracts.harness import TOLERANCE, compare, drawn
 
 RATES = jaxlwp.Rates(
     flops_per_s=1e10, memory_bytes_per_s=1e9, latency_s=(1e-5,), link_bytes_per_s=(1e9,)
@@ -152,7 +152,7 @@ def graph_name(graph: jaxlwp.graph.ComputationGraph, values: list[int], name: st
     return f"params['{name}']" in names
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", drawn(MODELS, 0.5))
 def test_strategies(name: str) -> None:
     """Loss, logits and gradients as on one device; prices hold; baselines split what they say."""
     arguments = arguments_of(name)

@@ -100,7 +100,7 @@ def assert_blocks_equal(actual: jax.Array, expected: np.ndarray) -> None:
 
 @settings(
     deadline=None,
-    max_examples=60,
+    max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(change=changes(), seed=st.integers(0, 2**31))
